@@ -1,0 +1,85 @@
+"""Random draws that depend on nothing but their own name.
+
+A draw is named by (seed, key of its sequence, position, sample, stream). Its uniforms come from Philox4x32-10 (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a counter-based generator: no state, so batch composition,
+padding, order and device change no uniform. Tokens come from the uniforms by the Gumbel-max rule, which changes a token
+only where the two best candidates are closer than the rounding error of the logits; inverting a cumulative sum over a
+vocabulary would change one wherever any of its boundaries moved across the uniform.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_STREAMS = {"score": 0, "token": 1}
+_MASK = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Int[Tensor, "*#n"], ...], key: tuple[Int[Tensor, "*#n"], ...]) -> Int[Tensor, "*n 4"]:
+    """Philox4x32-10: four 32-bit words of a 128-bit counter under a 64-bit key, each word held in an int64."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        # An int64 product keeps the low 64 bits of the unsigned one, and the mask undoes the arithmetic shift.
+        left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((right >> 32) & _MASK) ^ c1 ^ k0, right & _MASK
+        c2, c3 = ((left >> 32) & _MASK) ^ c3 ^ k1, left & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def sequence_key(seed: int, name: str | int | bytes) -> tuple[int, int]:
+    """The 64-bit Philox key of one named sequence under one seed, as two words."""
+    raw = name if isinstance(name, bytes) else str(name).encode()
+    digest = hashlib.blake2b(raw, digest_size=8, key=str(int(seed)).encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Names of the draws at ``n`` positions: the Philox key of each one's sequence, its position and its first sample."""
+
+    key: Int[Tensor, "n 2"]
+    position: Int[Tensor, " n"]
+    first_sample: Int[Tensor, " n"]
+    stream: Literal["score", "token"]
+
+    def __getitem__(self, rows: slice) -> Draws:
+        return Draws(self.key[rows], self.position[rows], self.first_sample[rows], self.stream)
+
+    def uniforms(self, num_samples: int, lanes: range) -> Float[Tensor, "n num_samples lanes"]:
+        """Uniforms in (0, 1), float64, for each sample and each lane (a draw's own supply of uniforms)."""
+        device = self.key.device
+        words = torch.arange(lanes.start // 4, -(-lanes.stop // 4), device=device)
+        sample = self.first_sample[:, None, None] + torch.arange(num_samples, device=device)[:, None]
+        stream = torch.full_like(self.position, _STREAMS[self.stream])[:, None, None]
+        bits = philox(
+            (words, sample, self.position[:, None, None], stream),
+            (self.key[:, 0, None, None], self.key[:, 1, None, None]),
+        ).flatten(-2)
+        start = lanes.start % 4
+        return (bits[..., start : start + len(lanes)].double() + 0.5) * 2.0**-32
+
+    def tokens(self, weights: Float[Tensor, "n vocab_size"], num_samples: int) -> Int[Tensor, "n num_samples"]:
+        """``num_samples`` independent tokens a row, each with probability proportional to its weight.
+
+        Two Gumbel-max races in place of one over the vocabulary: first between blocks of about sqrt(vocab_size) tokens
+        by their total weight, then between the tokens of the winning block; 2 sqrt(vocab_size) uniforms a draw.
+        """
+        n, vocab_size = weights.shape
+        width = max(1, round(vocab_size**0.5))
+        num_blocks = -(-vocab_size // width)
+        blocks = torch.nn.functional.pad(weights, (0, num_blocks * width - vocab_size)).view(n, num_blocks, width)
+        block = self._race(blocks.sum(-1)[:, None], num_samples, range(num_blocks))
+        inside = blocks.gather(1, block[..., None].expand(-1, -1, width))
+        return block * width + self._race(inside, num_samples, range(num_blocks, num_blocks + width))
+
+    def _race(self, weights: Tensor, num_samples: int, lanes: range) -> Tensor:
+        """argmax(log w + Gumbel) = argmin(exponential / w), which needs one logarithm fewer."""
+        return (-self.uniforms(num_samples, lanes).log() / weights.double()).argmin(-1)

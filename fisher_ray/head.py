@@ -1,0 +1,175 @@
+"""The output head and its pull-back: from the final hidden state z to log p, and from log p back to z.
+
+Logits are ``l = f(a)`` with ``a = scale (W z + b)`` and, with soft-capping at ``c``, ``f(a) = c tanh(a / c)`` (else
+``f(a) = a``). With effective rows ``u_y = scale f'(a_y) w_y`` and their mean ``m = sum_y p(y) u_y``,
+
+    grad_z log p(y) = c_y = u_y - m,        M = sum_y p(y) c_y c_y^T.
+
+Everything is centred on the likeliest token ``*``: ``m - u_* = sum_{y != *} p(y) (u_y - u_*)`` has no cancellation, so
+scores stay accurate in float32 when p is peaked, where ``M = U^T diag(p) U - m m^T`` would lose its digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Rows of W in one product of the exact second moment: large enough for the product to run at its peak, small enough
+# for the centred copy of the rows to stay in cache.
+_VOCAB_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Head:
+    """An unembedding ``W [vocab_size, d_z]`` with optional bias, logit scale and soft-capping, after the final norm."""
+
+    weight: Float[Tensor, "vocab_size d_z"]
+    bias: Float[Tensor, " vocab_size"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def d_z(self) -> int:
+        return self.weight.shape[1]
+
+    def rows(self) -> int:
+        """Positions predicted at once: bounds the working memory to a few tensors of 64 MiB (float32)."""
+        return min(4096, max(16, 2**24 // self.vocab_size))
+
+    def predict(self, z: Float[Tensor, "n d_z"]) -> Prediction:
+        """The next-token distribution at ``z``, at least in float32."""
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if self.weight.dtype == z.dtype:
+            logits = z @ self.weight.T
+        else:
+            logits = torch.cat([z @ rows.T for _, rows in self.row_chunks(z.dtype)], -1)
+        if self.bias is not None:
+            logits += self.bias
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return Prediction(self, logits)
+
+    def row_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "chunk d_z"]]]:
+        """Slices of the vocabulary with their rows of W in ``dtype``."""
+        for start in range(0, self.vocab_size, _VOCAB_CHUNK):
+            chunk = slice(start, min(start + _VOCAB_CHUNK, self.vocab_size))
+            yield chunk, self.weight[chunk].to(dtype)
+
+
+class Prediction:
+    """Next-token distributions at ``n`` positions, and the pull-back of their log-probabilities to z.
+
+    Attributes:
+        logits: [n, vocab_size], as the model gives them.
+        top: [n], the likeliest token.
+        prob: [n, vocab_size].
+        tail: [n], ``1 - p(top)``, summed and not subtracted.
+        entropy: [n], nats.
+    """
+
+    def __init__(self, head: Head, logits: Float[Tensor, "n vocab_size"]):
+        self.head = head
+        self.logits = logits
+        highest, self.top = logits.max(-1)
+        below = logits - highest[:, None]
+        weights = below.exp()
+        top = self.top[:, None]
+        tail = weights.scatter_(1, top, 0.0).sum(-1)
+        total = 1 + tail
+        self.log_total = highest + tail.log1p()
+        # A token of weight zero (logit -inf) contributes nothing, not 0 * -inf.
+        self.entropy = tail.log1p() - torch.linalg.vecdot(weights, below.clamp_(min=-1e30)) / total
+        self.tail = tail / total
+        self.prob = weights.div_(total[:, None]).scatter_(1, top, (1 / total)[:, None])
+
+    @property
+    def n(self) -> int:
+        return self.logits.shape[0]
+
+    def log_prob(self, token: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """log p of one token a position, nats."""
+        return self.logits.gather(1, token[:, None]).squeeze(1) - self.log_total
+
+    def _slope(self, logits: Tensor) -> Tensor | float:
+        """scale f'(a) at the given logits."""
+        if self.head.softcap is None:
+            return self.head.scale
+        return self.head.scale * (1 - (logits / self.head.softcap).square())
+
+    def _row(self, token: Int[Tensor, "n k"]) -> Float[Tensor, "n k d_z"]:
+        """Effective rows u_y."""
+        slope = self._slope(self.logits.gather(1, token))
+        return self.head.weight[token].to(self.logits.dtype) * (slope[..., None] if isinstance(slope, Tensor) else slope)
+
+    @cached_property
+    def _top_row(self) -> Float[Tensor, "n 1 d_z"]:
+        return self._row(self.top[:, None])
+
+    @cached_property
+    def _offset(self) -> Float[Tensor, "n d_z"]:
+        """m - u_*: one product of p, its top entry replaced by -tail, with W."""
+        weights = self.prob.scatter(1, self.top[:, None], -self.tail[:, None])
+        weights = weights.mul_(self._slope(self.logits))
+        if self.head.weight.dtype == weights.dtype:
+            return weights @ self.head.weight
+        return sum(
+            (weights[:, chunk] @ rows for chunk, rows in self.head.row_chunks(weights.dtype)),
+            start=torch.zeros((), dtype=weights.dtype, device=weights.device),
+        )
+
+    def scores(self, token: Int[Tensor, "n k"]) -> Float[Tensor, "n k d_z"]:
+        """``c_y = grad_z log p(y)`` for the given tokens."""
+        return (self._row(token) - self._top_row).sub_(self._offset[:, None])
+
+    def second_moment_factor(self) -> Float[Tensor, "n rank d_z"]:
+        """``A`` with ``A^T A = M``: the vocabulary's weighted scores, or the Cholesky factor of M, whichever is smaller.
+
+        Costs 2 vocab_size d_z^2 flop a position; memory beyond the result is one [d_z, d_z] matrix in float64.
+        """
+        head, dtype = self.head, self.logits.dtype
+        root = self.prob.sqrt()
+        if head.vocab_size <= head.d_z:
+            everything = torch.arange(head.vocab_size, device=root.device).expand(self.n, -1)
+            return self.scores(everything).mul_(root[..., None])
+        mean = self._top_row[:, 0] + self._offset
+        slope = self._slope(self.logits)
+        factors = torch.empty(self.n, head.d_z, head.d_z, dtype=dtype, device=root.device)
+        moment = torch.empty(head.d_z, head.d_z, dtype=torch.float64, device=root.device)
+        for i in range(self.n):
+            moment.zero_()
+            for chunk, rows in head.row_chunks(dtype):
+                effective = rows * (slope[i, chunk, None] if isinstance(slope, Tensor) else slope)
+                centred = effective.sub_(mean[i]).mul_(root[i, chunk, None])
+                moment += centred.T @ centred
+            factors[i] = psd_factor(moment)
+        return factors
+
+
+def psd_factor(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Upper triangular ``A`` with ``A^T A = matrix + shift I``, in float64.
+
+    A positive semi-definite matrix of low rank, or one summed in float32, has eigenvalues that rounding may have pushed
+    below zero. The shift is the smallest of 0, 1e-15, 1e-14, ..., 1e-5 times the trace for which the factor exists.
+    A matrix that is not finite gives a factor that is not.
+    """
+    matrix = matrix.double()
+    trace = matrix.trace()
+    if trace == 0 or not trace.isfinite():
+        return torch.full_like(matrix, float(trace))
+    for exponent in range(-16, -4):
+        shift = 0.0 if exponent == -16 else 10.0**exponent
+        lower, failed = torch.linalg.cholesky_ex(matrix + shift * trace * torch.eye(len(matrix)).to(matrix))
+        if not failed:
+            return lower.mT
+    raise ValueError(f"expected a positive semi-definite matrix, got one with trace {float(trace):.3g} that is not.")

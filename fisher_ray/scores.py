@@ -1,0 +1,520 @@
+"""Score factors of a language model at chosen positions and layers.
+
+For each position the estimator gives R cotangents at the final hidden state; pulled back to the residual streams they
+are the score factors ``G [R, d_model]`` with ``F = G^T G``. One backward pass of own-position gradients pulls a
+cotangent of every position through every layer. Work is cut into micro-batches that fit a memory budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fisher_ray.draws import Draws, sequence_key
+from fisher_ray.estimators import Estimator, check_tempering, tempered
+from fisher_ray.head import psd_factor
+from fisher_ray.split import SplitModel, Tape, full_precision
+
+TokenSource = Literal["observed", "sampled"]
+
+# Fewer rows than this leave a matrix product waiting for the weights: chosen positions are then repeated, each copy
+# with a cotangent of its own.
+_FULL_PRODUCT = 256
+
+
+@dataclass
+class Scores:
+    """Score factors at N positions, rows ordered by sequence and position.
+
+    Attributes:
+        factors: per layer [N, R, d_model]; ``F = G^T G`` in nats^2 per squared unit of h.
+        activations: per layer [N, D, d_model]: the streams h, one for each token fed in (D = 1 for observed tokens).
+        sequence: [N], row of ``input_ids``.
+        position: [N], counted over the sequence's own tokens, so padding does not shift it.
+        token: [N], the observed token there.
+        fed: [N, D], the tokens fed in: the observed one, or those drawn.
+        entropy: [N], of p(. | h_t, x_<t), nats; the mean over D.
+        surprisal: [N], -log p of the observed next token, nats; the mean over D; NaN at the end of a sequence.
+        kept_mass: [N], probability mass that the estimator's truncation kept; 1 without.
+        invalid: (sequence, position) of rows left out because activations, p or scores were not finite.
+        halvings: how often memory ran out and a micro-batch was cut in two.
+    """
+
+    factors: dict[int, Float[Tensor, "N R d_model"]]
+    activations: dict[int, Float[Tensor, "N D d_model"]]
+    sequence: Int[Tensor, " N"]
+    position: Int[Tensor, " N"]
+    token: Int[Tensor, " N"]
+    fed: Int[Tensor, "N D"]
+    entropy: Float[Tensor, " N"]
+    surprisal: Float[Tensor, " N"]
+    kept_mass: Float[Tensor, " N"]
+    invalid: list[tuple[int, int]] = field(default_factory=list)
+    halvings: int = 0
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    def matrices(self, layer: int) -> Float[Tensor, "N d_model d_model"]:
+        """``F = G^T G``, symmetric to the last bit."""
+        factors = self.factors[layer]
+        product = factors.mT @ factors
+        return (product + product.mT) / 2
+
+
+def score_factors(
+    model: SplitModel,
+    input_ids: Int[Tensor, "batch seq"],
+    *,
+    layers: Sequence[int],
+    estimator: Estimator,
+    attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
+    positions: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    token_source: TokenSource = "observed",
+    num_token_draws: int = 1,
+    token_top_p: float = 1.0,
+    token_temperature: float = 1.0,
+    keys: Sequence[str | int] | None = None,
+    encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
+    encoder_attention_mask: Int[Tensor, "batch enc_seq"] | None = None,
+    seed: int = 0,
+    memory_budget: int | None = None,
+) -> Scores:
+    """Score factors of ``p(. | h_t, x_<t)`` at every chosen position and layer.
+
+    Args:
+        model: the model.
+        input_ids: tokens; for an encoder-decoder those of the decoder.
+        layers: any of 0..num_layers; ``k`` is the residual stream entering block ``k``, ``num_layers`` the stream after
+            the last block, before the final norm.
+        estimator: ``Exact()`` or ``Sampled(num_samples)``.
+        attention_mask: true at real tokens, which must be contiguous in each row; padding left, right or both changes
+            nothing. None: every token is real.
+        positions: for all sequences, or a list for each; counted over a sequence's own tokens, negative from its end.
+            None: all of them.
+        token_source: ``observed`` takes the token at t from ``input_ids``; ``sampled`` draws ``num_token_draws`` tokens
+            from p(. | x_<t), feeds each in at t, and averages the matrices there. Position 0 has nothing to draw from
+            and is left out.
+        num_token_draws: D, tokens drawn a position; only with ``sampled``.
+        token_top_p: nucleus of the token draws, in (0, 1].
+        token_temperature: temperature of the token draws, above 0.
+        keys: names of the sequences for the random draws; default: a hash of their ids.
+        encoder_input_ids: tokens of the encoder, for an encoder-decoder.
+        encoder_attention_mask: true at the encoder's real tokens.
+        seed: of all draws.
+        memory_budget: bytes that one micro-batch may take; default: 2 GiB, on a GPU half of its memory. Changing it may
+            change rounding.
+
+    Returns:
+        Scores in float32 (float64 for a float64 model), on the model's device.
+
+    Raises:
+        ValueError: an argument is out of range; the message says what was expected.
+        MemoryError: not even one position fits.
+
+    Cost: one forward pass, R backward passes over the blocks from the lowest layer up, ``2 vocab_size d_model`` flop a
+    position each for logits and for their mean row; exact: ``2 vocab_size d_model^2`` flop a position more.
+    """
+    chunks = list(
+        iter_scores(
+            model,
+            input_ids,
+            layers=layers,
+            estimator=estimator,
+            attention_mask=attention_mask,
+            positions=positions,
+            token_source=token_source,
+            num_token_draws=num_token_draws,
+            token_top_p=token_top_p,
+            token_temperature=token_temperature,
+            keys=keys,
+            encoder_input_ids=encoder_input_ids,
+            encoder_attention_mask=encoder_attention_mask,
+            seed=seed,
+            memory_budget=memory_budget,
+        )
+    )
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(chunk, name) for chunk in chunks])
+
+    return Scores(
+        factors={layer: torch.cat([chunk.factors[layer] for chunk in chunks]) for layer in chunks[0].factors},
+        activations={layer: torch.cat([chunk.activations[layer] for chunk in chunks]) for layer in chunks[0].activations},
+        sequence=joined("sequence"),
+        position=joined("position"),
+        token=joined("token"),
+        fed=joined("fed"),
+        entropy=joined("entropy"),
+        surprisal=joined("surprisal"),
+        kept_mass=joined("kept_mass"),
+        invalid=[pair for chunk in chunks for pair in chunk.invalid],
+        halvings=sum(chunk.halvings for chunk in chunks),
+    )
+
+
+def iter_scores(
+    model: SplitModel,
+    input_ids: Int[Tensor, "batch seq"],
+    *,
+    layers: Sequence[int],
+    estimator: Estimator,
+    attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
+    positions: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    token_source: TokenSource = "observed",
+    num_token_draws: int = 1,
+    token_top_p: float = 1.0,
+    token_temperature: float = 1.0,
+    keys: Sequence[str | int] | None = None,
+    encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
+    encoder_attention_mask: Int[Tensor, "batch enc_seq"] | None = None,
+    seed: int = 0,
+    memory_budget: int | None = None,
+) -> Iterator[Scores]:
+    """The same as :func:`score_factors`, in chunks of bounded memory, in order."""
+    rows = _real_tokens(model, input_ids, attention_mask)
+    if token_source not in ("observed", "sampled"):
+        raise ValueError(f"token_source must be observed or sampled, got {token_source!r}.")
+    if num_token_draws < 1 or (token_source == "observed" and num_token_draws != 1):
+        raise ValueError(
+            f"num_token_draws must be at least 1, and 1 with observed tokens, got {num_token_draws} with {token_source}."
+        )
+    check_tempering(token_top_p, token_temperature, "token_")
+    if model.is_encoder_decoder != (encoder_input_ids is not None):
+        expected = "needs" if model.is_encoder_decoder else "takes no"
+        raise ValueError(f"{model.name} {expected} encoder_input_ids; it is {type(model.model).__name__}.")
+    if keys is not None and len(keys) != len(rows):
+        raise ValueError(f"keys must name each of the {len(rows)} sequences, got {len(keys)}.")
+    pass_ = _Pass(
+        model=model,
+        rows=rows,
+        layers=model.check_layers(layers),
+        estimator=estimator,
+        draws_tokens=token_source == "sampled",
+        num_token_draws=num_token_draws,
+        token_top_p=token_top_p,
+        token_temperature=token_temperature,
+        keys=torch.tensor(
+            [
+                sequence_key(seed, keys[i] if keys is not None else row.to(torch.int64).cpu().numpy().tobytes())
+                for i, row in enumerate(rows)
+            ],
+            device=model.device,
+        ),
+        encoder=None if encoder_input_ids is None else encoder_input_ids.to(model.device),
+        encoder_mask=None if encoder_attention_mask is None else encoder_attention_mask.to(model.device).bool(),
+        budget=memory_budget if memory_budget is not None else default_memory_budget(model.device),
+    )
+    chosen = _chosen_positions(rows, positions, first=1 if token_source == "sampled" else 0)
+    return pass_.run(chosen)
+
+
+def default_memory_budget(device: torch.device) -> int:
+    """Bytes for one micro-batch: 2 GiB, on a GPU half of its memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    return 2 << 30
+
+
+def _real_tokens(model: SplitModel, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """Each sequence's real tokens. Padding ends here: rows are padded anew, on the right, where no query sees it."""
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must be [batch, seq] and not empty, got shape {list(input_ids.shape)}.")
+    if attention_mask is None:
+        rows = list(input_ids)
+    else:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, got {list(attention_mask.shape)}."
+            )
+        rows = []
+        for i, mask in enumerate(attention_mask.bool()):
+            real = mask.nonzero().flatten()
+            if len(real) == 0:
+                raise ValueError(f"sequence {i} has no real tokens: its attention_mask is zero everywhere.")
+            if int(real[-1] - real[0]) + 1 != len(real):
+                raise ValueError(f"the real tokens of sequence {i} must be contiguous; its attention_mask has holes.")
+            rows.append(input_ids[i, real[0] : real[-1] + 1])
+    model.check_ids(torch.cat(rows), max(map(len, rows)))
+    return [row.to(model.device, torch.int64) for row in rows]
+
+
+def _chosen_positions(
+    rows: list[Tensor], positions: Sequence[int] | Sequence[Sequence[int]] | None, first: int
+) -> list[list[int]]:
+    """Positions of each sequence, ascending."""
+    if positions is None:
+        return [list(range(first, len(row))) for row in rows]
+    per_row: Sequence[Sequence[int]]
+    if positions and not isinstance(positions[0], int):
+        per_row = positions  # type: ignore[assignment]
+        if len(per_row) != len(rows):
+            raise ValueError(f"positions must have one list for each of the {len(rows)} sequences, got {len(per_row)}.")
+    else:
+        per_row = [positions] * len(rows)  # type: ignore[list-item]
+    chosen = []
+    for i, (row, wanted) in enumerate(zip(rows, per_row, strict=True)):
+        counted = sorted({int(t) + len(row) if t < 0 else int(t) for t in wanted})
+        if counted and not first <= counted[0] <= counted[-1] < len(row):
+            outside = counted[0] if counted[0] < first else counted[-1]
+            raise ValueError(f"positions of sequence {i} must be in [{first}, {len(row)}), got {outside}.")
+        chosen.append(counted)
+    if not any(chosen):
+        raise ValueError("no positions to score: every sequence is shorter than that.")
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Positions of a few sequences that go through the model together."""
+
+    rows: list[int]
+    positions: list[list[int]]
+
+    def halves(self) -> tuple[_Batch, _Batch] | None:
+        if len(self.rows) > 1:
+            cut = len(self.rows) // 2
+            return _Batch(self.rows[:cut], self.positions[:cut]), _Batch(self.rows[cut:], self.positions[cut:])
+        only = self.positions[0]
+        if len(only) > 1:
+            cut = len(only) // 2
+            return _Batch(self.rows, [only[:cut]]), _Batch(self.rows, [only[cut:]])
+        return None
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One call's arguments, checked, and the way from positions to scores."""
+
+    model: SplitModel
+    rows: list[Tensor]
+    layers: list[int]
+    estimator: Estimator
+    draws_tokens: bool
+    num_token_draws: int
+    token_top_p: float
+    token_temperature: float
+    keys: Int[Tensor, "batch 2"]
+    encoder: Tensor | None
+    encoder_mask: Tensor | None
+    budget: int
+
+    @property
+    def num_factors(self) -> int:
+        return self.estimator.num_factors(self.model.head)
+
+    def run(self, chosen: list[list[int]]) -> Iterator[Scores]:
+        for batch in self._batches(chosen):
+            yield from self._attempt(batch, 0)
+
+    # ---- cutting into micro-batches ----------------------------------------------------------------------------------
+
+    def _batches(self, chosen: list[list[int]]) -> Iterator[_Batch]:
+        """Sequences in order, as many together as fit; a sequence that does not fit alone by blocks of positions."""
+        rows: list[int] = []
+        for i, positions in enumerate(chosen):
+            if not positions:
+                continue
+            if rows and self._bytes([*rows, i], [*(chosen[r] for r in rows), positions]) > self.budget:
+                yield _Batch(rows, [chosen[r] for r in rows])
+                rows = []
+            if self._bytes([i], [positions]) <= self.budget:
+                rows.append(i)
+                continue
+            size = len(positions)
+            while size > 1 and self._bytes([i], [positions[:size]]) > self.budget:
+                size = -(-size // 2)
+            for start in range(0, len(positions), size):
+                yield _Batch([i], [positions[start : start + size]])
+        if rows:
+            yield _Batch(rows, [chosen[r] for r in rows])
+
+    def _bytes(self, rows: list[int], positions: list[list[int]]) -> float:
+        """Memory of a micro-batch: the graph, the factors of every layer, and what recording keeps."""
+        model, queries = self.model, sum(map(len, positions)) * self.num_token_draws
+        longest = max(len(self.rows[i]) for i in rows)
+        itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
+        draws = self.num_token_draws if self.draws_tokens else 1
+        factors = queries / draws * (min(draws * self.num_factors, model.d_model) + draws * self.num_factors)
+        kept = factors * model.d_model * itemsize * len(self.layers) + queries * self.num_factors * model.head.d_z * itemsize
+        if model.gradients == "per_position":
+            return kept + queries * self._copies(queries) * longest * model.graph_bytes(longest, self.layers[0])
+        if self._whole(rows, positions):
+            return kept + len(rows) * longest * model.graph_bytes(longest, self.layers[0])
+        context = len(rows) * longest * 2 * model.d_model * model.num_layers * model.dtype.itemsize
+        widest = len(rows) * max(map(len, positions)) * draws
+        return kept + context + widest * self._copies(queries) * model.graph_bytes(longest, self.layers[0])
+
+    def _copies(self, queries: int) -> int:
+        """Copies of each query, so that one backward pass pulls as many cotangents as fill a matrix product."""
+        return max(1, min(self.num_factors, _FULL_PRODUCT // queries))
+
+    def _whole(self, rows: list[int], positions: list[list[int]]) -> bool:
+        """Whether one graph over all tokens is cheaper than recording them and replaying the chosen positions."""
+        if self.draws_tokens:
+            return False
+        tokens = len(rows) * max(len(self.rows[i]) for i in rows)
+        queries = len(rows) * max(map(len, positions))
+        if tokens < _FULL_PRODUCT // 2 and self._copies(queries) > 1:
+            return False
+        return tokens * (1 + self.num_factors) <= tokens + queries * (1 + self.num_factors)
+
+    def _attempt(self, batch: _Batch, halvings: int) -> Iterator[Scores]:
+        """Score a micro-batch; out of memory cuts it in two and goes on."""
+        try:
+            scores = self._score(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            halves = batch.halves()
+            if halves is None:
+                raise MemoryError(
+                    f"out of memory with a single position of a sequence of {len(self.rows[batch.rows[0]])} tokens, "
+                    f"{len(self.layers)} layers and {self.num_factors} factors. Ask for fewer layers or samples, a "
+                    "shorter sequence, or half-precision weights."
+                ) from None
+        else:
+            scores.halvings = halvings
+            yield scores
+            return
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield from self._attempt(halves[0], halvings + 1)
+        yield from self._attempt(halves[1], 0)
+
+    # ---- one micro-batch ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _score(self, batch: _Batch) -> Scores:
+        model, device = self.model, self.model.device
+        row = torch.tensor([i for i, wanted in enumerate(batch.positions) for _ in wanted], device=device)
+        position = torch.tensor([t for wanted in batch.positions for t in wanted], device=device)
+        tokens, lengths = self._padded(batch.rows)
+        names = self.keys[torch.tensor(batch.rows, device=device)[row]]
+        with full_precision():
+            tape, fed, copies = self._forward(batch, tokens, row, position, names)
+            num_draws = fed.shape[1]
+            # From here on a query is a (position, token draw); its copies on the tape follow each other.
+            query_position = position.repeat_interleave(num_draws)
+            next_token = tokens[row, (position + 1).clamp(max=tokens.shape[1] - 1)].repeat_interleave(num_draws)
+            first_sample = (torch.arange(num_draws, device=device) * self.num_factors).repeat(len(row))
+            draws = Draws(names.repeat_interleave(num_draws, 0), query_position, first_sample, "score")
+            cotangents, entropy, surprisal, kept = self._cotangents(tape.z[::copies], draws, next_token)
+            factors = {layer: self._averaged(g, num_draws) for layer, g in self._pulled(tape, cotangents, copies).items()}
+        activations = {
+            layer: stream[::copies].to(entropy.dtype).unflatten(0, (-1, num_draws)) for layer, stream in tape.streams.items()
+        }
+        entropy, surprisal, kept = (value.view(-1, num_draws).mean(1) for value in (entropy, surprisal, kept))
+        valid = entropy.isfinite()
+        for tensors in (factors, activations):
+            for tensor in tensors.values():
+                valid &= tensor.isfinite().flatten(1).all(1)
+        sequence = torch.tensor(batch.rows, device=device)[row]
+        return Scores(
+            factors={layer: tensor[valid] for layer, tensor in factors.items()},
+            activations={layer: tensor[valid] for layer, tensor in activations.items()},
+            sequence=sequence[valid],
+            position=position[valid],
+            token=tokens[row, position][valid],
+            fed=fed[valid],
+            entropy=entropy[valid],
+            surprisal=surprisal.masked_fill(position + 1 >= lengths[row], torch.nan)[valid],
+            kept_mass=kept[valid],
+            invalid=list(zip(sequence[~valid].tolist(), position[~valid].tolist(), strict=True)),
+        )
+
+    def _padded(self, rows: list[int]) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, " batch"]]:
+        """Sequences padded on the right, where causality hides the padding, and their lengths."""
+        lengths = [len(self.rows[i]) for i in rows]
+        tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64, device=self.model.device)
+        for i, row in enumerate(rows):
+            tokens[i, : lengths[i]] = self.rows[row]
+        return tokens, torch.tensor(lengths, device=self.model.device)
+
+    def _forward(
+        self, batch: _Batch, tokens: Tensor, row: Tensor, position: Tensor, names: Tensor
+    ) -> tuple[Tape, Int[Tensor, "N D"], int]:
+        """The tape of all queries in the order (position, token draw, copy), the tokens fed in, and the copies of each."""
+        model = self.model
+        encoded: Mapping[str, Tensor] = {}
+        if self.encoder is not None:
+            encoded = model.encode(self.encoder[batch.rows], None if self.encoder_mask is None else self.encoder_mask[batch.rows])
+        fed = tokens[row, position][:, None]
+        alone = model.gradients == "per_position"
+        if not alone and self._whole(batch.rows, batch.positions):
+            return model.own_tape(tokens, encoded, self.layers, (row, position)), fed, 1
+
+        context, z = (None, model.states(tokens, encoded)) if alone else model.record(tokens, encoded)
+        if self.draws_tokens:
+            fed = self._drawn(z[row, position - 1], Draws(names, position, torch.zeros_like(position), "token"))
+        copies = self._copies(fed.numel())
+        repeats = fed.shape[1] * copies
+        flat_row, flat_position = row.repeat_interleave(repeats), position.repeat_interleave(repeats)
+        flat_fed = fed.flatten().repeat_interleave(copies)
+        if context is None:
+            own = tokens[flat_row, : int(position.max()) + 1].clone()
+            own[torch.arange(len(own), device=own.device), flat_position] = flat_fed
+            each = {name: value[flat_row] for name, value in encoded.items()}
+            return model.alone_tape(own, each, self.layers, flat_position), fed, copies
+        column = torch.cat([torch.arange(len(wanted) * repeats, device=row.device) for wanted in batch.positions])
+        shape = (len(tokens), int(column.max()) + 1)
+        query_token, query_position = (torch.zeros(shape, dtype=torch.int64, device=row.device) for _ in range(2))
+        query_token[flat_row, column], query_position[flat_row, column] = flat_fed, flat_position
+        where = (flat_row, column)
+        return model.replay_tape(query_token, query_position, context, encoded, self.layers, where), fed, copies
+
+    def _drawn(self, z: Float[Tensor, "N d_z"], draws: Draws) -> Int[Tensor, "N D"]:
+        """Tokens drawn from p(. | x_<t) at the final hidden states before each position."""
+        drawn = []
+        for rows in _slices(len(z), self.model.head.rows()):
+            weights, _ = tempered(self.model.head.predict(z[rows]), self.token_top_p, self.token_temperature)
+            drawn.append(draws[rows].tokens(weights, self.num_token_draws))
+        return torch.cat(drawn)
+
+    def _cotangents(
+        self, z: Float[Tensor, "n d_z"], draws: Draws, next_token: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n R d_z"], Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """The estimator's cotangents, and entropy, surprisal of the next token and kept mass."""
+        parts = []
+        for rows in _slices(len(z), self.model.head.rows()):
+            prediction = self.model.head.predict(z[rows])
+            cotangents, kept = self.estimator.cotangents(prediction, draws[rows])
+            parts.append((cotangents, prediction.entropy, -prediction.log_prob(next_token[rows]), kept))
+        cotangents, entropy, surprisal, kept = (torch.cat(column) for column in zip(*parts, strict=True))
+        return cotangents, entropy, surprisal, kept
+
+    def _pulled(self, tape: Tape, cotangents: Float[Tensor, "n R d_z"], copies: int) -> dict[int, Tensor]:
+        """Score factors [n, R, d_model] a layer: one backward pass for every ``copies`` cotangents."""
+        n, num_factors, d_z = cotangents.shape
+        factors = {layer: cotangents.new_empty(n, num_factors, self.model.d_model) for layer in self.layers}
+        for some in _slices(num_factors, copies):
+            group = cotangents[:, some]
+            count = group.shape[1]
+            if count < copies:
+                group = torch.cat([group, group.new_zeros(n, copies - count, d_z)], 1)
+            for layer, pulled in tape.pull(group.reshape(n * copies, d_z)).items():
+                factors[layer][:, some] = pulled.unflatten(0, (n, copies))[:, :count].to(factors[layer].dtype)
+        return factors
+
+    def _averaged(self, factors: Float[Tensor, "n R d_model"], num_draws: int) -> Float[Tensor, "N R_D d_model"]:
+        """Factors of the mean matrix over token draws: the draws' own side by side, or d_model new ones where fewer."""
+        if num_draws == 1:
+            return factors
+        stacked = factors.unflatten(0, (-1, num_draws)).flatten(1, 2) / math.sqrt(num_draws)
+        if stacked.shape[1] <= self.model.d_model:
+            return stacked
+        return torch.stack([psd_factor((g.mT @ g).double()) for g in stacked]).to(stacked.dtype)
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,580 @@
+"""Models cut at a layer: the one module that knows architectures.
+
+``layer_idx = k`` names the residual stream entering block ``k``; ``k = num_layers`` is the stream after the last block,
+before the final norm. The lower half maps tokens to that stream, the upper half maps the stream to logits; both run on
+the one copy of the weights of a transformers model, through hooks on its blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.activations import NewGELUActivation
+
+from fisher_ray.attention import Context, attention_mode
+from fisher_ray.head import Head
+
+Gradients = Literal["own_position", "per_position"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# Largest relative error of own-position scores against one-position autograd, and of our logits against the model's.
+# Mixing positions errs by 0.1 and more; in float64 the library still takes some softmaxes and logits in float32.
+_LIMITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded, or whose scores cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What was compared when a model was loaded; relative errors, the worst over positions.
+
+    Attributes:
+        scores: own-position scores at layer 0 against one-position autograd through the model's own attention.
+        replayed: the same for chosen positions replayed against recorded keys and values.
+        logits: our logits against the model's own.
+        head: the head's pull-back against autograd through the model's own head.
+        limit: what each of them had to stay below.
+        positions: the positions compared.
+        seq_len: tokens in the sequence compared.
+        seconds: time taken.
+    """
+
+    scores: float
+    replayed: float
+    logits: float
+    head: float
+    limit: float
+    positions: tuple[int, ...]
+    seq_len: int
+    seconds: float
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Tape:
+    """A forward pass that remembers how to pull cotangents back, for ``n`` queries of a padded batch.
+
+    Attributes:
+        z: [n, d_z], final hidden states.
+        streams: per layer [n, d_model], the residual streams.
+    """
+
+    def __init__(self, z: Tensor, streams: Mapping[int, Tensor], where: tuple[Tensor, Tensor]):
+        self._z, self._streams, self._where = z, dict(streams), where
+        self.z = z.detach()[where]
+        self.streams = {layer: stream.detach()[where] for layer, stream in streams.items()}
+
+    def pull(self, cotangents: Float[Tensor, "n d_z"]) -> dict[int, Float[Tensor, "n d_model"]]:
+        """``J_z^T`` applied to one cotangent a query, at every layer, by one backward pass."""
+        padded = torch.zeros_like(self._z)
+        padded[self._where] = cotangents.to(padded.dtype)
+        grads = torch.autograd.grad(self._z, list(self._streams.values()), padded, retain_graph=True)
+        return {layer: grad[self._where] for layer, grad in zip(self._streams, grads, strict=True)}
+
+
+class _Reached(Exception):
+    """The layer that was asked for has been reached; nothing above it needs to run."""
+
+
+class SplitModel:
+    """A transformers causal LM (or T5-like encoder-decoder) that can be cut before any block.
+
+    The weights are frozen and dropout is off from here on; ``NewGELUActivation`` is exchanged for PyTorch's fused tanh
+    GELU, the same function.
+
+    Args:
+        model: a loaded ``PreTrainedModel`` with an output head.
+        tokenizer: its tokenizer, if there is one.
+        gradients: ``own_position`` yields all positions from one backward pass, and is refused for models that mix
+            positions outside transformers' attention interface; ``per_position`` is right for any causal model and
+            gives every position a row and a backward pass of its own.
+        check: compare own-position scores with one-position autograd, logits and head with the model's own.
+
+    Raises:
+        ModelError: the model fails the check, with the measured error.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, gradients: Gradients = "own_position", check: bool = True):
+        if gradients not in ("own_position", "per_position"):
+            raise ValueError(f"gradients must be own_position or per_position, got {gradients!r}.")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.gradients = gradients
+        self.name = str(model.config._name_or_path or type(model).__name__)
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.decoder = model.get_decoder()
+        config = self.decoder.config.get_text_config(decoder=True)
+        num_layers = getattr(config, "num_decoder_layers", None) if self.is_encoder_decoder else None
+        self.num_layers = int(num_layers or config.num_hidden_layers)
+        self.blocks = _blocks(self.decoder, self.num_layers, self.name)
+        self.d_model = int(config.hidden_size)
+        self.head = _head(model)
+        longest = getattr(config, "max_position_embeddings", None)
+        self.max_positions = int(longest) if longest else None
+        self.sliding_window = getattr(config, "sliding_window", None)
+        self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        for module in list(model.modules()):
+            for child, activation in list(module.named_children()):
+                if isinstance(activation, NewGELUActivation):
+                    setattr(module, child, nn.GELU(approximate="tanh"))
+        self.self_check: SelfCheck | None = self._checked() if check else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        gradients: Gradients = "own_position",
+        check: bool = True,
+    ) -> SplitModel:
+        """Load a model and its tokenizer by hub name or local path, from safetensors only.
+
+        Args:
+            name_or_path: hub name or directory.
+            device: default: the GPU when there is one.
+            dtype: of the weights, ``float32`` unless given; scores are float32 in any case.
+            revision: branch, tag or commit on the hub.
+            trust_remote_code: run code that comes with the model; off unless asked for.
+            gradients: see :class:`SplitModel`.
+            check: see :class:`SplitModel`.
+
+        Raises:
+            ModelError: not found, not readable, not a language model, or failing its check.
+        """
+        name = str(name_or_path)
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        weights = DTYPES[dtype] if isinstance(dtype, str) else dtype or torch.float32
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        with _load_errors(name):
+            config = AutoConfig.from_pretrained(name, **common)
+            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model, report = auto.from_pretrained(
+                name, config=config, dtype=weights, use_safetensors=True, output_loading_info=True, **common
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name, **common) if _has_tokenizer(name, revision) else None
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ModelError(
+                f"{name} holds no weights for {missing[0]} and {len(missing) - 1} more; they would be random numbers. "
+                "Check that the files are complete and are those of a language model."
+            )
+        return cls(model.to(where), tokenizer, gradients=gradients, check=check)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    # ---- passes ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self, encoder_input_ids: Int[Tensor, "batch enc_seq"], mask: Bool[Tensor, "batch enc_seq"] | None = None
+    ) -> dict[str, Tensor]:
+        """The encoder's output, as the constant context that the decoder's arguments ask for."""
+        if mask is None:
+            mask = torch.ones_like(encoder_input_ids)
+        mask = mask.long()
+        out = self.model.get_encoder()(input_ids=encoder_input_ids, attention_mask=mask)
+        return {"encoder_hidden_states": out.last_hidden_state, "encoder_attention_mask": mask}
+
+    def record(
+        self, input_ids: Int[Tensor, "batch seq"], encoded: Mapping[str, Tensor], hidden: tuple[int, Tensor] | None = None
+    ) -> tuple[Context, Float[Tensor, "batch seq d_z"]]:
+        """A forward pass without a graph: every layer's keys and values, and the final hidden states."""
+        context = Context()
+        with torch.no_grad(), attention_mode(self.model, "record", context):
+            _, z = self._run(input_ids, encoded, layers=(), hidden=hidden)
+        return context, z
+
+    @torch.no_grad()
+    def states(self, input_ids: Int[Tensor, "batch seq"], encoded: Mapping[str, Tensor]) -> Float[Tensor, "batch seq d_z"]:
+        """Final hidden states of a plain forward pass on the model's own attention."""
+        return self._run(input_ids, encoded, ())[1]
+
+    def own_tape(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        encoded: Mapping[str, Tensor],
+        layers: Sequence[int],
+        where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]],
+    ) -> Tape:
+        """All tokens are queries; the tape holds those at ``where = (row, position)``."""
+        with torch.enable_grad(), attention_mode(self.model, "own"):
+            streams, z = self._run(input_ids, encoded, layers)
+        return Tape(z, streams, where)
+
+    def replay_tape(
+        self,
+        token: Int[Tensor, "batch queries"],
+        positions: Int[Tensor, "batch queries"],
+        context: Context,
+        encoded: Mapping[str, Tensor],
+        layers: Sequence[int],
+        where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]],
+        hidden: tuple[int, Tensor] | None = None,
+    ) -> Tape:
+        """Chosen (position, token) queries over a recorded context; the tape holds those at ``where = (row, column)``."""
+        with torch.enable_grad(), attention_mode(self.model, "replay", context, positions):
+            streams, z = self._run(token, encoded, layers, positions, hidden)
+        return Tape(z, streams, where)
+
+    def alone_tape(
+        self, input_ids: Int[Tensor, "n seq"], encoded: Mapping[str, Tensor], layers: Sequence[int], last: Int[Tensor, " n"]
+    ) -> Tape:
+        """One row a query, whose score is taken at position ``last``: ordinary autograd, right for any causal model."""
+        with torch.enable_grad():
+            streams, z = self._run(input_ids, encoded, layers)
+        return Tape(z, streams, (torch.arange(len(last), device=last.device), last))
+
+    def lower(
+        self, input_ids: Int[Tensor, "batch seq"], encoded: Mapping[str, Tensor], layers: Sequence[int]
+    ) -> dict[int, Float[Tensor, "batch seq d_model"]]:
+        """The residual streams at ``layers``; blocks above the highest of them do not run."""
+        with torch.no_grad():
+            streams, _ = self._run(input_ids, encoded, layers, stop=max(layers))
+        return streams
+
+    @torch.no_grad()
+    def upper(
+        self, hidden: Float[Tensor, "batch seq d_model"], layer_idx: int, encoded: Mapping[str, Tensor]
+    ) -> Float[Tensor, "batch seq d_z"]:
+        """Final hidden states for given residual streams at ``layer_idx``."""
+        return self._run(self._filler(hidden), encoded, (), hidden=(layer_idx, hidden))[1]
+
+    def _filler(self, hidden: Tensor) -> Tensor:
+        """Token ids for a pass whose residual stream is replaced: what the blocks below make of them is dropped."""
+        return torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        encoded: Mapping[str, Tensor],
+        layers: Sequence[int],
+        positions: Tensor | None = None,
+        hidden: tuple[int, Tensor] | None = None,
+        stop: int | None = None,
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """One pass of the decoder: the streams at ``layers`` and z.
+
+        The stream at the lowest of ``layers`` becomes a leaf when gradients are on, so no graph grows below it.
+        ``hidden = (layer, stream)`` replaces the stream there.
+        """
+        streams: dict[int, Tensor] = {}
+        lowest = min(layers, default=None)
+
+        def visit(layer: int, stream: Tensor) -> Tensor:
+            if hidden is not None and layer == hidden[0]:
+                stream = hidden[1].to(stream)
+            if layer == lowest and torch.is_grad_enabled():
+                stream = stream.detach().requires_grad_()
+            if layer in layers:
+                streams[layer] = stream
+            if layer == stop:
+                raise _Reached
+            return stream
+
+        visited = set(layers) | ({hidden[0]} if hidden else set())
+        handles = [_on_stream(self.blocks, layer, visit) for layer in visited]
+        extra = {"position_ids": positions} if positions is not None and self._takes_position_ids else {}
+        try:
+            out = self.decoder(input_ids=input_ids, use_cache=False, **extra, **encoded)
+        except _Reached:
+            return streams, torch.empty(0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return streams, out[0]
+
+    # ---- what a pass costs -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _saved_bytes(self) -> tuple[float, float]:
+        """(a, b): the graph over all blocks keeps a + b seq_len bytes a token; counted, not modelled."""
+        short, long = (min(n, self.max_positions or n) for n in (16, 48))
+        if long == short:
+            return self._count_saved(short) / short, 0.0
+        low, high = self._count_saved(short) / short, self._count_saved(long) / long
+        slope = max(0.0, (high - low) / (long - short))
+        return max(0.0, low - slope * short), slope
+
+    def _count_saved(self, seq_len: int) -> int:
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = torch.zeros(1, seq_len, dtype=torch.long, device=self.device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            tape = self._whole_tape(ids)
+        del tape
+        return sum(seen.values())
+
+    def _whole_tape(self, ids: Tensor) -> Tape:
+        encoded = self.encode(ids[:, :4]) if self.is_encoder_decoder else {}
+        everything = torch.arange(ids.shape[1], device=ids.device)
+        if self.gradients == "per_position":
+            return self.alone_tape(ids, encoded, [0], everything[-1:])
+        return self.own_tape(ids, encoded, [0], (torch.zeros_like(everything), everything))
+
+    def graph_bytes(self, seq_len: int, lowest_layer: int) -> float:
+        """Bytes that the graph of one token keeps, in a pass over ``seq_len`` keys from ``lowest_layer`` up."""
+        per_token, per_key = self._saved_bytes
+        share = (self.num_layers - lowest_layer) / self.num_layers
+        # A quarter more for what the backward pass holds at once; never less than a few residual streams.
+        return max(1.25 * share * (per_token + per_key * seq_len), 8.0 * self.d_model * self.dtype.itemsize)
+
+    # ---- self-check --------------------------------------------------------------------------------------------------
+
+    def _checked(self) -> SelfCheck:
+        start = time.perf_counter()
+        limit = _LIMITS[self.dtype]
+        seq_len = 48
+        if self.sliding_window and self.sliding_window <= 1024:
+            seq_len = max(seq_len, self.sliding_window + 16)
+        seq_len = min(seq_len, self.max_positions or seq_len)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.head.vocab_size, (1, seq_len), generator=generator).to(self.device)
+        # Early, middle and late, and never the last alone: there a model that mixes positions agrees as well.
+        at = torch.tensor(sorted({min(1, seq_len - 1), seq_len // 2, max(0, seq_len - 2)}), device=self.device)
+        encoded = self.encode(ids[:, : min(seq_len, 8)]) if self.is_encoder_decoder else {}
+        each = {name: value.expand(len(at), *value.shape[1:]) for name, value in encoded.items()}
+        with full_precision():
+            alone = self.alone_tape(ids.expand(len(at), -1), each, [0], at)
+            head_error, logits = self._check_head(ids, encoded)
+            target = logits[0, at].argmin(-1, keepdim=True)  # an unlikely token: its score is far from zero
+            cotangent = self.head.predict(alone.z).scores(target)[:, 0]
+            truth = alone.pull(cotangent)[0]
+            scores = replayed = logits_error = 0.0
+            if self.gradients == "own_position":
+                row = torch.zeros_like(at)
+                try:
+                    own = self.own_tape(ids, encoded, [0], (row, at))
+                    scores = _error(own.pull(cotangent)[0], truth)
+                    context, z = self.record(ids, encoded)
+                    columns = torch.arange(len(at), device=self.device)
+                    tape = self.replay_tape(ids[:, at], at[None], context, encoded, [0], (row, columns))
+                    replayed = _error(tape.pull(cotangent)[0], truth)
+                    logits_error = _error(self.head.predict(z[0]).logits, logits[0])
+                except (RuntimeError, NotImplementedError, KeyError, IndexError, TypeError) as error:
+                    raise ModelError(
+                        f"{self._label()} does not run on own-position attention ({type(error).__name__}: {error}). "
+                        "Pass gradients='per_position' (--gradients per_position): slower, right for any causal model."
+                    ) from error
+        worst = max(scores, replayed)
+        if not worst <= limit:
+            raise ModelError(
+                f"{self._label()} mixes positions outside transformers' attention interface: own-position scores are off "
+                f"by {worst:.1g} relative to one-position autograd (limit {limit:g}). Pass gradients='per_position' "
+                "(--gradients per_position): slower, right for any causal model."
+            )
+        if not logits_error <= limit:
+            raise ModelError(
+                f"{self._label()} attends in a way this package does not know: its logits differ by {logits_error:.1g} from "
+                f"those of its own attention (limit {limit:g}). Pass gradients='per_position' "
+                "(--gradients per_position): slower, right for any causal model."
+            )
+        seconds = time.perf_counter() - start
+        positions = tuple(at.tolist())
+        return SelfCheck(scores, replayed, logits_error, head_error, limit, positions, seq_len, seconds)
+
+    def _check_head(self, ids: Tensor, encoded: Mapping[str, Tensor]) -> tuple[float, Tensor]:
+        """Relative error of the head's logits and pull-back at the last positions, and the model's own logits."""
+        with torch.no_grad():
+            _, z = self._run(ids, encoded, ())
+        kept: dict[str, Tensor] = {}
+
+        def leaf(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            kept["z"] = z.detach().requires_grad_()
+            if isinstance(output, tuple):
+                return (kept["z"], *output[1:])
+            output[0 if not hasattr(output, "last_hidden_state") else "last_hidden_state"] = kept["z"]
+            return output
+
+        handle = self.decoder.register_forward_hook(leaf)
+        try:
+            with torch.enable_grad():
+                if self.is_encoder_decoder:
+                    hidden = (encoded["encoder_hidden_states"],)
+                    out = self.model(
+                        encoder_outputs=hidden, attention_mask=encoded["encoder_attention_mask"], decoder_input_ids=ids
+                    )
+                else:
+                    out = self.model(input_ids=ids, use_cache=False)
+                logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
+                few = logits[0, -4:].log_softmax(-1)
+                token = few.argmin(-1, keepdim=True)
+                (truth,) = torch.autograd.grad(few.gather(1, token).sum(), kept["z"])
+        finally:
+            handle.remove()
+        prediction = self.head.predict(z[0, -4:])
+        error = max(
+            _error(prediction.logits, logits[0, -4:].detach()), _error(prediction.scores(token)[:, 0], truth[0, -4:])
+        )
+        limit = _LIMITS[self.dtype]
+        if not error <= limit:
+            raise ModelError(
+                f"{self._label()} has an output head this package does not know: its logits or their gradients differ "
+                f"by {error:.1g} from final norm, scale, soft-capping and unembedding (limit {limit:g})."
+            )
+        return error, logits.detach()
+
+    def _label(self) -> str:
+        kind = type(self.model).__name__
+        return kind if kind == self.name else f"{self.name} ({kind})"
+
+    # ---- arguments ---------------------------------------------------------------------------------------------------
+
+    def check_layers(self, layers: Sequence[int]) -> list[int]:
+        """The layers, ascending and once each; negative ones and ones above num_layers are refused."""
+        for layer in layers:
+            if not 0 <= layer <= self.num_layers:
+                raise ValueError(
+                    f"layer_idx must be in [0, {self.num_layers}], got {layer}. {self.name} has {self.num_layers} blocks."
+                )
+        if not layers:
+            raise ValueError("layers must name at least one layer, got none.")
+        return sorted(set(layers))
+
+    def check_ids(self, input_ids: Tensor, longest: int) -> None:
+        """Refuse ids outside the vocabulary and sequences longer than the model's positions."""
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be integers, got {input_ids.dtype}. Tokenize the text first.")
+        entries = self.model.get_input_embeddings().weight.shape[0]
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= entries:
+            raise ValueError(
+                f"token ids must be in [0, {entries}), got {low if low < 0 else high}. "
+                f"Tokenize with {self.name}'s own tokenizer."
+            )
+        if self.max_positions is not None and longest > self.max_positions:
+            raise ValueError(
+                f"sequences must have at most {self.max_positions} tokens, got {longest}: {self.name} has no positions "
+                "beyond. Shorten them (--max-seq-len)."
+            )
+
+
+def load(model: str | Path | SplitModel) -> SplitModel:
+    """A SplitModel as it is, or a named one, loaded once a process."""
+    return model if isinstance(model, SplitModel) else _load_named(str(model))
+
+
+@lru_cache(maxsize=4)
+def _load_named(name: str) -> SplitModel:
+    return SplitModel.from_pretrained(name)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast and no TF32: float32 products are float32 products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    cuda: AbstractContextManager[Any] = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
+    try:
+        with torch.autocast("cpu", enabled=False), cuda:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    """Largest relative error over rows; NaN counts as infinite."""
+    got, truth = got.double(), truth.double()
+    error = ((got - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-300)).max()
+    return float(error.nan_to_num(nan=torch.inf))
+
+
+def _blocks(decoder: nn.Module, num_layers: int, name: str) -> nn.ModuleList:
+    """The list of transformer blocks: the shallowest ModuleList with as many entries as the config says."""
+    lists = [(path.count("."), module) for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [(depth, module) for depth, module in lists if len(module) == num_layers]
+    if not fitting:
+        raise ModelError(f"{name} has no list of {num_layers} blocks; expected a decoder made of a stack of blocks.")
+    return min(fitting, key=lambda pair: pair[0])[1]
+
+
+def _head(model: Any) -> Head:
+    unembedding = model.get_output_embeddings()
+    if unembedding is None or not isinstance(getattr(unembedding, "weight", None), Tensor):
+        raise ModelError(f"{type(model).__name__} has no output embeddings; expected a language model with a head.")
+    config = model.config.get_text_config(decoder=True)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(model.config, "scale_decoder_outputs", False):
+        scale *= unembedding.weight.shape[1] ** -0.5
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(unembedding.weight, getattr(unembedding, "bias", None), scale, float(softcap) if softcap else None)
+
+
+def _on_stream(blocks: nn.ModuleList, layer: int, visit: Any) -> Any:
+    """Hook the residual stream at ``layer``: visit(layer, stream) may replace it."""
+    if layer == len(blocks):
+
+        def after(_: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (visit(layer, output[0]), *output[1:])
+            return visit(layer, output)
+
+        return blocks[-1].register_forward_hook(after)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (visit(layer, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": visit(layer, kwargs["hidden_states"])}
+
+    return blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _has_tokenizer(name: str, revision: str | None) -> bool:
+    """Whether tokenizer files lie beside a local model; a hub model is asked for its own."""
+    path = Path(name)
+    return not path.is_dir() or any(path.glob("tokenizer*")) or any(path.glob("*.model")) or (path / "vocab.json").exists()
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """One clear line for whatever transformers raises on loading."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(name).exists():
+            raise ModelError(
+                f"cannot load a causal language model from {name}: {first} Expected a directory with config.json and "
+                "safetensors weights, as written by save_pretrained."
+            ) from error
+        raise ModelError(
+            f"model {name} is neither a local directory nor a model that the Hugging Face hub or its cache gave: {first} "
+            "Check the name and the network, or download it elsewhere and pass the directory."
+        ) from error
+    except Exception as error:  # safetensors raises its own type on a corrupt file
+        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust"):
+            raise
+        raise ModelError(f"cannot read the weights of {name}: {error}. The file is damaged; fetch it again.") from error
