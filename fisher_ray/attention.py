@@ -68,7 +68,7 @@ class _Mode:
     positions: Int[Tensor, "batch queries"] | None = None
 
 
-_MODE: ContextVar[_Mode] = ContextVar("fisher_ray_attention_mode", default=_Mode())
+_MODE: ContextVar[_Mode] = ContextVar("fisher_ray_attention_mode", default=_Mode())  # noqa: B039 (frozen)
 
 
 @contextmanager
@@ -79,7 +79,9 @@ def attention_mode(
     positions: Int[Tensor, "batch queries"] | None = None,
 ) -> Iterator[None]:
     """Run ``model`` on this module's attention in the given mode; its own implementation is restored on leaving."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
     before = {key: config._attn_implementation for key, config in configs.items()}
     token = _MODE.set(_Mode(name, context, positions))
     try:
@@ -139,7 +141,17 @@ def _attention(
             assert mode.context is not None
             mode.context.layers[module] = _Layer(key, value, attention_mask, position_bias)
     out = _OwnPosition.apply(
-        query, own_key, own_value, key.detach(), value.detach(), where, attention_mask, position_bias, s_aux, scale, softcap
+        query,
+        own_key,
+        own_value,
+        key.detach(),
+        value.detach(),
+        where,
+        attention_mask,
+        position_bias,
+        s_aux,
+        scale,
+        softcap,
     )
     return _transposed(out), None
 
@@ -151,7 +163,20 @@ class _OwnPosition(torch.autograd.Function):
     """Explicit own-position attention; the graph keeps P and no other [queries, keys] tensor (two with soft-capping)."""
 
     @staticmethod
-    def forward(ctx: Any, query, own_key, own_value, key, value, where, mask, bias, sinks, scale, softcap):
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        own_key: Tensor,
+        own_value: Tensor,
+        key: Tensor,
+        value: Tensor,
+        where: Tensor | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         probs = _probabilities(query, key, scale, softcap, sinks, bias, mask, (own_key, where))
         group = query.shape[1] // key.shape[1]
         own_prob = _own_entries(probs, where)

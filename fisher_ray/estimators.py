@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisher_ray.draws import Draws
-from fisher_ray.head import Head, Prediction
+from fisher_ray.head import Prediction
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Exact:
 
     name = "exact"
 
-    def num_factors(self, head: Head) -> int:
-        return min(head.vocab_size, head.d_z)
+    def num_factors(self, vocab_size: int, d_z: int) -> int:
+        """R, cotangents a position."""
+        return min(vocab_size, d_z)
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> tuple[Float[Tensor, "n R d_z"], Float[Tensor, " n"]]:
         """The cotangents and the probability mass they stand for, 1."""
@@ -57,7 +58,8 @@ class Sampled:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}.")
         check_tempering(self.top_p, self.temperature)
 
-    def num_factors(self, head: Head) -> int:
+    def num_factors(self, vocab_size: int, d_z: int) -> int:
+        """R, cotangents a position."""
         return self.num_samples
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> tuple[Float[Tensor, "n R d_z"], Float[Tensor, " n"]]:
@@ -90,7 +92,9 @@ def tempered(
         return weights, torch.ones_like(prediction.entropy)
     ranked, order = weights.sort(-1, descending=True)
     before = ranked.cumsum(-1) - ranked
-    outside = torch.empty_like(before, dtype=torch.bool).scatter_(1, order, before >= top_p * ranked.sum(-1, keepdim=True))
+    outside = torch.empty_like(before, dtype=torch.bool).scatter_(
+        1, order, before >= top_p * ranked.sum(-1, keepdim=True)
+    )
     outside.scatter_(1, order[:, :1], False)
     weights = weights.masked_fill(outside, 0.0)
     return weights, prediction.prob.masked_fill(outside, 0.0).sum(-1)

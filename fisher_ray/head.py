@@ -110,7 +110,9 @@ class Prediction:
     def _row(self, token: Int[Tensor, "n k"]) -> Float[Tensor, "n k d_z"]:
         """Effective rows u_y."""
         slope = self._slope(self.logits.gather(1, token))
-        return self.head.weight[token].to(self.logits.dtype) * (slope[..., None] if isinstance(slope, Tensor) else slope)
+        return self.head.weight[token].to(self.logits.dtype) * (
+            slope[..., None] if isinstance(slope, Tensor) else slope
+        )
 
     @cached_property
     def _top_row(self) -> Float[Tensor, "n 1 d_z"]:

@@ -146,7 +146,9 @@ def score_factors(
 
     return Scores(
         factors={layer: torch.cat([chunk.factors[layer] for chunk in chunks]) for layer in chunks[0].factors},
-        activations={layer: torch.cat([chunk.activations[layer] for chunk in chunks]) for layer in chunks[0].activations},
+        activations={
+            layer: torch.cat([chunk.activations[layer] for chunk in chunks]) for layer in chunks[0].activations
+        },
         sequence=joined("sequence"),
         position=joined("position"),
         token=joined("token"),
@@ -307,7 +309,7 @@ class _Pass:
 
     @property
     def num_factors(self) -> int:
-        return self.estimator.num_factors(self.model.head)
+        return self.estimator.num_factors(self.model.head.vocab_size, self.model.head.d_z)
 
     def run(self, chosen: list[list[int]]) -> Iterator[Scores]:
         for batch in self._batches(chosen):
@@ -342,7 +344,10 @@ class _Pass:
         itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
         draws = self.num_token_draws if self.draws_tokens else 1
         factors = queries / draws * (min(draws * self.num_factors, model.d_model) + draws * self.num_factors)
-        kept = factors * model.d_model * itemsize * len(self.layers) + queries * self.num_factors * model.head.d_z * itemsize
+        kept = (
+            factors * model.d_model * itemsize * len(self.layers)
+            + queries * self.num_factors * model.head.d_z * itemsize
+        )
         if model.gradients == "per_position":
             return kept + queries * self._copies(queries) * longest * model.graph_bytes(longest, self.layers[0])
         if self._whole(rows, positions):
@@ -392,7 +397,7 @@ class _Pass:
 
     @torch.no_grad()
     def _score(self, batch: _Batch) -> Scores:
-        model, device = self.model, self.model.device
+        device = self.model.device
         row = torch.tensor([i for i, wanted in enumerate(batch.positions) for _ in wanted], device=device)
         position = torch.tensor([t for wanted in batch.positions for t in wanted], device=device)
         tokens, lengths = self._padded(batch.rows)
@@ -406,9 +411,12 @@ class _Pass:
             first_sample = (torch.arange(num_draws, device=device) * self.num_factors).repeat(len(row))
             draws = Draws(names.repeat_interleave(num_draws, 0), query_position, first_sample, "score")
             cotangents, entropy, surprisal, kept = self._cotangents(tape.z[::copies], draws, next_token)
-            factors = {layer: self._averaged(g, num_draws) for layer, g in self._pulled(tape, cotangents, copies).items()}
+            factors = {
+                layer: self._averaged(g, num_draws) for layer, g in self._pulled(tape, cotangents, copies).items()
+            }
         activations = {
-            layer: stream[::copies].to(entropy.dtype).unflatten(0, (-1, num_draws)) for layer, stream in tape.streams.items()
+            layer: stream[::copies].to(entropy.dtype).unflatten(0, (-1, num_draws))
+            for layer, stream in tape.streams.items()
         }
         entropy, surprisal, kept = (value.view(-1, num_draws).mean(1) for value in (entropy, surprisal, kept))
         valid = entropy.isfinite()
@@ -444,7 +452,9 @@ class _Pass:
         model = self.model
         encoded: Mapping[str, Tensor] = {}
         if self.encoder is not None:
-            encoded = model.encode(self.encoder[batch.rows], None if self.encoder_mask is None else self.encoder_mask[batch.rows])
+            encoded = model.encode(
+                self.encoder[batch.rows], None if self.encoder_mask is None else self.encoder_mask[batch.rows]
+            )
         fed = tokens[row, position][:, None]
         alone = model.gradients == "per_position"
         if not alone and self._whole(batch.rows, batch.positions):

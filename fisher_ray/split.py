@@ -39,6 +39,39 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What a model's configuration says, known before any weights are read."""
+
+    num_layers: int
+    d_model: int
+    vocab_size: int
+    max_positions: int | None
+    is_encoder_decoder: bool
+
+    @classmethod
+    def of(cls, config: Any) -> ModelFacts:
+        """The facts in a transformers configuration."""
+        text = config.get_text_config(decoder=True)
+        encoder_decoder = bool(config.is_encoder_decoder)
+        num_layers = getattr(text, "num_decoder_layers", None) if encoder_decoder else None
+        longest = getattr(text, "max_position_embeddings", None)
+        return cls(
+            num_layers=int(num_layers or text.num_hidden_layers),
+            d_model=int(text.hidden_size),
+            vocab_size=int(text.vocab_size),
+            max_positions=int(longest) if longest else None,
+            is_encoder_decoder=encoder_decoder,
+        )
+
+    @classmethod
+    def read(cls, name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
+        """The facts of a model by hub name or local path; ModelError where there is none."""
+        with _load_errors(name):
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            return cls.of(config)
+
+
+@dataclass(frozen=True)
 class SelfCheck:
     """What was compared when a model was loaded; relative errors, the worst over positions.
 
@@ -87,7 +120,7 @@ class Tape:
         return {layer: grad[self._where] for layer, grad in zip(self._streams, grads, strict=True)}
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """The layer that was asked for has been reached; nothing above it needs to run."""
 
 
@@ -116,17 +149,13 @@ class SplitModel:
         self.tokenizer = tokenizer
         self.gradients = gradients
         self.name = str(model.config._name_or_path or type(model).__name__)
-        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        facts = ModelFacts.of(model.config)
+        self.is_encoder_decoder, self.max_positions = facts.is_encoder_decoder, facts.max_positions
+        self.num_layers, self.d_model = facts.num_layers, facts.d_model
         self.decoder = model.get_decoder()
-        config = self.decoder.config.get_text_config(decoder=True)
-        num_layers = getattr(config, "num_decoder_layers", None) if self.is_encoder_decoder else None
-        self.num_layers = int(num_layers or config.num_hidden_layers)
         self.blocks = _blocks(self.decoder, self.num_layers, self.name)
-        self.d_model = int(config.hidden_size)
         self.head = _head(model)
-        longest = getattr(config, "max_position_embeddings", None)
-        self.max_positions = int(longest) if longest else None
-        self.sliding_window = getattr(config, "sliding_window", None)
+        self.sliding_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         for module in list(model.modules()):
             for child, activation in list(module.named_children()):
@@ -203,7 +232,10 @@ class SplitModel:
         return {"encoder_hidden_states": out.last_hidden_state, "encoder_attention_mask": mask}
 
     def record(
-        self, input_ids: Int[Tensor, "batch seq"], encoded: Mapping[str, Tensor], hidden: tuple[int, Tensor] | None = None
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        encoded: Mapping[str, Tensor],
+        hidden: tuple[int, Tensor] | None = None,
     ) -> tuple[Context, Float[Tensor, "batch seq d_z"]]:
         """A forward pass without a graph: every layer's keys and values, and the final hidden states."""
         context = Context()
@@ -212,7 +244,9 @@ class SplitModel:
         return context, z
 
     @torch.no_grad()
-    def states(self, input_ids: Int[Tensor, "batch seq"], encoded: Mapping[str, Tensor]) -> Float[Tensor, "batch seq d_z"]:
+    def states(
+        self, input_ids: Int[Tensor, "batch seq"], encoded: Mapping[str, Tensor]
+    ) -> Float[Tensor, "batch seq d_z"]:
         """Final hidden states of a plain forward pass on the model's own attention."""
         return self._run(input_ids, encoded, ())[1]
 
@@ -244,12 +278,71 @@ class SplitModel:
         return Tape(z, streams, where)
 
     def alone_tape(
-        self, input_ids: Int[Tensor, "n seq"], encoded: Mapping[str, Tensor], layers: Sequence[int], last: Int[Tensor, " n"]
+        self,
+        input_ids: Int[Tensor, "n seq"],
+        encoded: Mapping[str, Tensor],
+        layers: Sequence[int],
+        last: Int[Tensor, " n"],
+        hidden: tuple[int, Tensor] | None = None,
     ) -> Tape:
         """One row a query, whose score is taken at position ``last``: ordinary autograd, right for any causal model."""
         with torch.enable_grad():
-            streams, z = self._run(input_ids, encoded, layers)
+            streams, z = self._run(input_ids, encoded, layers, hidden=hidden)
         return Tape(z, streams, (torch.arange(len(last), device=last.device), last))
+
+    def last_tape(
+        self, hidden: Float[Tensor, "batch seq d_model"], layer_idx: int, encoded: Mapping[str, Tensor], copies: int
+    ) -> Tape:
+        """The last positions of given residual streams at ``layer_idx``, each ``copies`` times, one after the other."""
+        batch, seq, _ = hidden.shape
+        ids = self._filler(hidden)
+        row = torch.arange(batch, device=self.device).repeat_interleave(copies)
+        if self.gradients == "per_position":
+            each = {name: value[row] for name, value in encoded.items()}
+            return self.alone_tape(ids[row], each, [layer_idx], torch.full_like(row, seq - 1), (layer_idx, hidden[row]))
+        context, _ = self.record(ids, encoded, (layer_idx, hidden))
+        queries = hidden[:, -1:].expand(-1, copies, -1)
+        at = torch.full((batch, copies), seq - 1, device=self.device)
+        column = torch.arange(copies, device=self.device).repeat(batch)
+        return self.replay_tape(
+            self._filler(queries), at, context, encoded, [layer_idx], (row, column), (layer_idx, queries)
+        )
+
+    @torch.no_grad()
+    def probability_rates(
+        self,
+        input_ids: Int[Tensor, "1 seq"],
+        positions: Int[Tensor, " n"],
+        layer_idx: int,
+        direction: Float[Tensor, " d_model"],
+        encoder_input_ids: Int[Tensor, "1 enc_seq"] | None = None,
+        encoder_attention_mask: Bool[Tensor, "1 enc_seq"] | None = None,
+    ) -> Float[Tensor, "n vocab_size"]:
+        """``dp(y | h_t + e v, x_<t) / de`` at ``e = 0``, for every token at each position, the context held constant.
+
+        Central differences with a step of 1e-2 of each position's own norm; ``v`` need not be a unit vector.
+        """
+        encoded = (
+            {} if encoder_input_ids is None else self.encode(encoder_input_ids.to(self.device), encoder_attention_mask)
+        )
+        stream = self.lower(input_ids, encoded, [layer_idx])[layer_idx][0, positions]
+        direction = direction.to(stream.dtype)
+        step = 1e-2 * stream.norm(dim=-1, keepdim=True) / direction.norm()
+        sides = torch.stack([stream + step * direction, stream - step * direction])
+        twice = input_ids.expand(2, -1)
+        both = {name: value.expand(2, *value.shape[1:]) for name, value in encoded.items()}
+        if self.gradients == "per_position":
+            n = len(positions)
+            hidden = self.lower(input_ids, encoded, [layer_idx])[layer_idx].expand(2 * n, -1, -1).clone()
+            hidden[torch.arange(2 * n), positions.repeat(2)] = sides.flatten(0, 1)
+            each = {name: value.expand(2 * n, *value.shape[1:]) for name, value in encoded.items()}
+            z = self.upper(hidden, layer_idx, each)[torch.arange(2 * n), positions.repeat(2)].unflatten(0, (2, n))
+        else:
+            context, _ = self.record(twice, both)
+            with attention_mode(self.model, "replay", context, positions.expand(2, -1)):
+                _, z = self._run(twice[:, positions], both, (), positions.expand(2, -1), (layer_idx, sides))
+        above, below = (self.head.predict(side).prob for side in z)
+        return (above - below) / (2 * step)
 
     def lower(
         self, input_ids: Int[Tensor, "batch seq"], encoded: Mapping[str, Tensor], layers: Sequence[int]
@@ -295,7 +388,7 @@ class SplitModel:
             if layer in layers:
                 streams[layer] = stream
             if layer == stop:
-                raise _Reached
+                raise _ReachedError
             return stream
 
         visited = set(layers) | ({hidden[0]} if hidden else set())
@@ -303,7 +396,7 @@ class SplitModel:
         extra = {"position_ids": positions} if positions is not None and self._takes_position_ids else {}
         try:
             out = self.decoder(input_ids=input_ids, use_cache=False, **extra, **encoded)
-        except _Reached:
+        except _ReachedError:
             return streams, torch.empty(0)
         finally:
             for handle in handles:
@@ -458,7 +551,8 @@ class SplitModel:
         for layer in layers:
             if not 0 <= layer <= self.num_layers:
                 raise ValueError(
-                    f"layer_idx must be in [0, {self.num_layers}], got {layer}. {self.name} has {self.num_layers} blocks."
+                    f"layer_idx must be in [0, {self.num_layers}], got {layer}. "
+                    f"{self.name} has {self.num_layers} blocks."
                 )
         if not layers:
             raise ValueError("layers must name at least one layer, got none.")
@@ -497,7 +591,9 @@ def full_precision() -> Iterator[None]:
     """No autocast and no TF32: float32 products are float32 products."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    cuda: AbstractContextManager[Any] = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
+    cuda: AbstractContextManager[Any] = (
+        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
+    )
     try:
         with torch.autocast("cpu", enabled=False), cuda:
             yield
@@ -555,7 +651,9 @@ def _on_stream(blocks: nn.ModuleList, layer: int, visit: Any) -> Any:
 def _has_tokenizer(name: str, revision: str | None) -> bool:
     """Whether tokenizer files lie beside a local model; a hub model is asked for its own."""
     path = Path(name)
-    return not path.is_dir() or any(path.glob("tokenizer*")) or any(path.glob("*.model")) or (path / "vocab.json").exists()
+    return (
+        not path.is_dir() or any(path.glob("tokenizer*")) or any(path.glob("*.model")) or (path / "vocab.json").exists()
+    )
 
 
 @contextmanager
@@ -571,7 +669,7 @@ def _load_errors(name: str) -> Iterator[None]:
                 "safetensors weights, as written by save_pretrained."
             ) from error
         raise ModelError(
-            f"model {name} is neither a local directory nor a model that the Hugging Face hub or its cache gave: {first} "
+            f"model {name} is no local directory, and the Hugging Face hub and its cache gave none by that name: {first} "
             "Check the name and the network, or download it elsewhere and pass the directory."
         ) from error
     except Exception as error:  # safetensors raises its own type on a corrupt file

@@ -1,0 +1,33 @@
+# Needs Python 3.11 or later and make; each target sets up its own environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: demo test check benchmark clean
+
+demo: .venv/ready
+	rm -rf $(DEMO)
+	$(BIN)/fisher-ray run --model demo/model --corpus demo/corpus.jsonl --columns kind --output $(DEMO)
+	@echo
+	@echo "Look at $(DEMO)/reduced/spectra.png, then at the positions where the model is most sensitive:"
+	@echo "  $(BIN)/python demo/look.py $(DEMO)"
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+benchmark: .venv/ready
+	$(BIN)/python benchmarks/engine.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

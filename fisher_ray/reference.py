@@ -1,0 +1,192 @@
+"""The interface of the published single-GPU toolkit, on this engine: same names, same meanings.
+
+Each ``model_name`` is a hub name, a local path or a :class:`~fisher_ray.SplitModel`; named models are loaded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fisher_ray.estimators import Exact, Sampled
+from fisher_ray.scores import score_factors
+from fisher_ray.split import SplitModel, full_precision, load
+
+ModelName = str | Path | SplitModel
+
+
+class LowerLayersModel:
+    """Everything below block ``layer_idx``: tokens to residual streams."""
+
+    def __init__(self, model_name: ModelName, layer_idx: int):
+        self.split = load(model_name)
+        (self.layer_idx,) = self.split.check_layers([layer_idx])
+
+    def __call__(
+        self, tokens: Int[Tensor, "*batch seq"], encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None
+    ) -> tuple[Float[Tensor, "*batch seq d_model"], Float[Tensor, "*batch seq d_model"] | None]:
+        """``(hidden_states, prev_states)``: the streams entering blocks ``layer_idx`` and ``layer_idx - 1``.
+
+        ``prev_states`` is None at layer 0. Tokens without a batch axis give streams without one.
+        """
+        batch = torch.atleast_2d(tokens).to(self.split.device)
+        self.split.check_ids(batch, batch.shape[1])
+        wanted = [self.layer_idx] if self.layer_idx == 0 else [self.layer_idx - 1, self.layer_idx]
+        streams = self.split.lower(batch, _encoded(self.split, encoder_input_ids), wanted)
+        if tokens.ndim == 1:
+            streams = {layer: stream[0] for layer, stream in streams.items()}
+        return streams[self.layer_idx], streams.get(self.layer_idx - 1)
+
+
+class UpperLayersModel:
+    """Everything from block ``layer_idx`` up: residual streams to next-token logits at the last position."""
+
+    def __init__(self, model_name: ModelName, layer_idx: int):
+        self.split = load(model_name)
+        (self.layer_idx,) = self.split.check_layers([layer_idx])
+
+    def __call__(
+        self,
+        final_latents: Float[Tensor, "batch d_model"],
+        context: Float[Tensor, "batch context d_model"],
+        encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
+    ) -> Float[Tensor, "batch vocab_size"]:
+        """Logits after a last position whose stream is ``final_latents`` and earlier ones whose streams are ``context``."""
+        hidden = self._hidden(final_latents, context)
+        with torch.no_grad(), full_precision():
+            z = self.split.upper(hidden, self.layer_idx, _encoded(self.split, encoder_input_ids))
+            return self.split.head.predict(z[:, -1]).logits
+
+    @torch.no_grad()
+    def jacobian(
+        self,
+        final_latents: Float[Tensor, "batch d_model"],
+        context: Float[Tensor, "batch context d_model"],
+        encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
+    ) -> tuple[Float[Tensor, "batch vocab_size d_model"], Float[Tensor, "batch vocab_size"]]:
+        """``(scores, probs)``: grad of log p(y) in ``final_latents`` for every token y, and p; ``context`` is constant.
+
+        Costs min(vocab_size, d_z) backward passes and ``vocab_size d_z d_model`` products a sequence.
+        """
+        split, hidden = self.split, self._hidden(final_latents, context)
+        encoded = _encoded(split, encoder_input_ids)
+        batch = len(hidden)
+        vocab_size, d_z = split.head.vocab_size, split.head.d_z
+        count = min(vocab_size, d_z)
+        with full_precision():
+            tape = split.last_tape(hidden, self.layer_idx, encoded, copies=count)
+            prediction = split.head.predict(tape.z[::count])
+            everything = torch.arange(vocab_size, device=split.device).expand(batch, -1)
+            scores = prediction.scores(everything)
+            if vocab_size <= d_z:
+                pulled = tape.pull(scores.reshape(batch * count, d_z))[self.layer_idx]
+                return pulled.view(batch, count, -1).to(scores.dtype), prediction.prob
+            identity = torch.eye(d_z).to(scores).repeat(batch, 1)
+            jacobian = tape.pull(identity)[self.layer_idx].view(batch, d_z, -1).to(scores.dtype)
+            return scores @ jacobian, prediction.prob
+
+    def _hidden(self, final_latents: Tensor, context: Tensor) -> Tensor:
+        if final_latents.ndim != 2 or context.ndim != 3 or len(context) != len(final_latents):
+            raise ValueError(
+                "final_latents must be [batch, d_model] and context [batch, seq - 1, d_model], got "
+                f"{list(final_latents.shape)} and {list(context.shape)}."
+            )
+        return torch.cat([context, final_latents[:, None]], 1).to(self.split.device, self.split.dtype)
+
+
+def fim_expected_gradient_outerproduct(
+    grads: Float[Tensor, "batch vocab_size d_model"], probs: Float[Tensor, "batch vocab_size"]
+) -> Float[Tensor, "batch d_model d_model"]:
+    """``F = sum_y p(y) g_y g_y^T`` for each sequence, symmetric, in nats^2 per squared unit of h."""
+    weighted = grads * probs.sqrt()[..., None]
+    return weighted.mT @ weighted
+
+
+def calculate_fisher(
+    model_name: ModelName,
+    layer_idx: int,
+    batch_tokens: Int[Tensor, "batch seq"] | Mapping[str, Any] | Sequence[str],
+    attention_mask: Int[Tensor, "batch seq"] | None = None,
+    num_samples: int | None = None,
+    *,
+    top_p: float = 1.0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
+) -> Float[Tensor, "batch d_model d_model"]:
+    """The Fisher matrix at the last real position of each sequence.
+
+    Args:
+        model_name: hub name, path or SplitModel.
+        layer_idx: 0..num_layers.
+        batch_tokens: token ids, a tokenizer's output with its mask, or texts.
+        attention_mask: true at real tokens; padding on either side. Without one every token is real.
+        num_samples: scores sampled a position; None: exact.
+        top_p: nucleus of the sampled scores, in (0, 1].
+        temperature: temperature of the sampled scores, above 0.
+        seed: of the sampled scores.
+        encoder_input_ids: tokens of the encoder, for an encoder-decoder.
+
+    Raises:
+        ValueError: a row of bare ids begins or ends with the tokenizer's pad token and no mask says whether it is real.
+    """
+    split = load(model_name)
+    ids, mask = _token_batch(split, batch_tokens, attention_mask)
+    scores = score_factors(
+        split,
+        ids,
+        layers=[layer_idx],
+        estimator=Exact() if num_samples is None else Sampled(num_samples, top_p, temperature),
+        attention_mask=mask,
+        positions=[-1],
+        encoder_input_ids=encoder_input_ids,
+        seed=seed,
+    )
+    if scores.invalid:
+        raise ValueError(f"scores are not finite at the last position of sequence {scores.invalid[0][0]}.")
+    return scores.matrices(layer_idx)
+
+
+def _encoded(split: SplitModel, encoder_input_ids: Tensor | None) -> dict[str, Tensor]:
+    if split.is_encoder_decoder != (encoder_input_ids is not None):
+        expected = "needs" if split.is_encoder_decoder else "takes no"
+        raise ValueError(f"{split.name} {expected} encoder_input_ids; it is {type(split.model).__name__}.")
+    return {} if encoder_input_ids is None else split.encode(encoder_input_ids.to(split.device))
+
+
+def _token_batch(
+    split: SplitModel, tokens: Tensor | Mapping[str, Any] | Sequence[str], mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Ids and mask from whatever names a batch of sequences."""
+    if isinstance(tokens, Tensor):
+        ids = torch.atleast_2d(tokens)
+        mask = None if mask is None else torch.atleast_2d(mask)
+        pad = getattr(split.tokenizer, "pad_token_id", None)
+        if mask is None and pad is not None:
+            padded = ((ids[:, 0] == pad) | (ids[:, -1] == pad)).nonzero().flatten()
+            if len(padded):
+                raise ValueError(
+                    f"sequence {int(padded[0])} begins or ends with the pad token ({pad}) and there is no attention_mask. "
+                    "Pass attention_mask, ones at real tokens."
+                )
+        return ids, mask
+    if isinstance(tokens, Mapping):
+        found = tokens.get("attention_mask") if mask is None else mask
+        return _token_batch(
+            split, torch.as_tensor(tokens["input_ids"]), None if found is None else torch.as_tensor(found)
+        )
+    if isinstance(tokens, str) or not all(isinstance(text, str) for text in tokens):
+        raise ValueError("batch_tokens must be token ids [batch, seq], a tokenizer's output or a list of texts.")
+    if split.tokenizer is None:
+        raise ValueError(f"{split.name} has no tokenizer; pass token ids in place of texts.")
+    rows = [split.tokenizer(text)["input_ids"] for text in tokens]
+    if not all(rows):
+        raise ValueError(f"text {[bool(row) for row in rows].index(False)} has no tokens.")
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])

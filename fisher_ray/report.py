@@ -1,0 +1,83 @@
+"""What a run shows at its end: a table of layers and a picture of their spectra."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from fisher_ray.plan import Plan
+from fisher_ray.reduce import read_array
+from fisher_ray.shards import RunStore
+
+
+def layer_table(rows: list[dict[str, Any]]) -> Table:
+    """One line a layer; effective ranks are those of the mean matrix."""
+    table = Table(title=None, header_style="bold", pad_edge=False, box=None)
+    for name in ("layer", "positions", "trace", "top", "part. ratio", "entropy rank", "99 % rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("the top direction raises / lowers", overflow="ellipsis", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["layer"]),
+            f"{row['positions']:,}",
+            f"{row['trace']:.4g}",
+            f"{row['top_eigenvalue']:.4g}",
+            f"{row['participation_ratio']:.1f}",
+            f"{row['entropy_rank']:.1f}",
+            str(row["trace_rank_99"]),
+            f"{_quoted(row['raised'])} / {_quoted(row['lowered'])}",
+        )
+    return table
+
+
+def _quoted(tokens: list[str]) -> str:
+    return " ".join(repr(token)[1:-1].replace(" ", "·") for token in tokens[:3]).replace("[", "\\[")
+
+
+def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> bytes:
+    """Spectra of every layer's mean F and of Sigma^(1/2) F Sigma^(1/2), and traces and effective ranks over layers."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    spectra, whitened, traces, ranks = figure.subplots(2, 2).flat
+    layers = plan.layers
+    colours = matplotlib.colormaps["viridis"]
+    for layer in layers:
+        colour = colours(0.92 * layers.index(layer) / max(1, len(layers) - 1))
+        for axes, name in ((spectra, "eigenvalues"), (whitened, "whitened_eigenvalues")):
+            values = read_array(store, layer, name)
+            values = values[values > 1e-9 * values[0]]
+            axes.plot(range(1, len(values) + 1), values, color=colour, lw=1.4)
+    for axes, title, unit in (
+        (spectra, "Eigenvalues of the mean F", "nats² per squared unit of h"),
+        (whitened, "Eigenvalues of Σ½ F Σ½ (compares over layers)", "nats²"),
+    ):
+        axes.set(xscale="log", yscale="log", title=title, xlabel="index", ylabel=unit)
+    norm = matplotlib.colors.Normalize(min(layers), max(max(layers), min(layers) + 1))
+    scale = matplotlib.cm.ScalarMappable(
+        norm, matplotlib.colors.ListedColormap(colours([0.92 * i / 255 for i in range(256)]))
+    )
+    figure.colorbar(scale, ax=[spectra, whitened], label="layer", shrink=0.9, aspect=30)
+    for name, label, marker in (("trace", "tr F", "o"), ("whitened_trace", "tr Σ½ F Σ½", "s")):
+        traces.plot(layers, [row[name] for row in rows], marker=marker, ms=4, label=label)
+    traces.set(yscale="log", title="Trace", xlabel="layer", ylabel="nats²")
+    for name, label, marker in (
+        ("participation_ratio", "participation ratio", "o"),
+        ("entropy_rank", "entropy rank", "s"),
+        ("trace_rank_99", "99 % of the trace", "^"),
+    ):
+        ranks.plot(layers, [row[name] for row in rows], marker=marker, ms=4, label=label)
+    ranks.set(yscale="log", title=f"Effective dimension of the mean F (of {plan.facts.d_model})", xlabel="layer")
+    for axes in (traces, ranks):
+        axes.legend(frameon=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (spectra, whitened, traces, ranks):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, lw=0.6)
+    estimator = plan.config.estimator if plan.config.estimator == "exact" else f"{plan.config.num_samples} samples"
+    figure.suptitle(f"{plan.config.model}: {rows[0]['positions']:,} positions, {estimator}", fontsize=12)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

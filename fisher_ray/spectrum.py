@@ -1,0 +1,50 @@
+"""Eigenvalues of Fisher matrices and the effective dimensions read off them."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def factor_eigenvalues(factors: Float[Tensor, "n R d_model"]) -> Float[Tensor, "n rank"]:
+    """Eigenvalues of ``G^T G``, descending, min(R, d_model) of them: the others are zero."""
+    gram = factors @ factors.mT if factors.shape[1] <= factors.shape[2] else factors.mT @ factors
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
+
+
+def participation_ratio(eigenvalues: Float[Tensor, "*n rank"]) -> Float[Tensor, "*n"]:
+    """``(sum l)^2 / sum l^2``: how many equal eigenvalues would have the same second moment."""
+    return eigenvalues.sum(-1).square() / eigenvalues.square().sum(-1)
+
+
+def entropy_rank(eigenvalues: Float[Tensor, "*n rank"]) -> Float[Tensor, "*n"]:
+    """``exp(-sum q log q)`` with ``q = l / sum l`` (Roy and Vetterli, 2007)."""
+    share = eigenvalues / eigenvalues.sum(-1, keepdim=True)
+    return torch.special.entr(share).sum(-1).exp()
+
+
+def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> Float[Tensor, "*n"]:
+    """How many of the largest (descending) eigenvalues hold ``share`` of the trace."""
+    reached = eigenvalues.cumsum(-1) < share * eigenvalues.sum(-1, keepdim=True)
+    return reached.sum(-1) + 1
+
+
+def symmetric_eigh(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    """Eigenvalues, descending, and the eigenvectors as columns, each with its largest entry positive."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return values, vectors * largest.sign()
+
+
+def whitened_eigenvalues(
+    fisher: Float[Tensor, "d d"], mean: Float[Tensor, " d"], second_moment: Float[Tensor, "d d"]
+) -> Float[Tensor, " d"]:
+    """Eigenvalues of ``Sigma^(1/2) F Sigma^(1/2)``, descending, with ``Sigma`` the covariance of h.
+
+    They do not change under a linear change of coordinates of h, so layers compare; nats^2.
+    """
+    values, vectors = torch.linalg.eigh(second_moment - torch.outer(mean, mean))
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    return torch.linalg.eigvalsh(root @ fisher @ root).flip(-1).clamp_min(0)

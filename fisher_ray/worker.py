@@ -1,0 +1,326 @@
+"""One task, from source ranges to a committed shard, with a model held from task to task. No Ray here."""
+
+from __future__ import annotations
+
+import platform
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+from torch import Tensor
+
+from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
+from fisher_ray.plan import Plan, Positions, Task
+from fisher_ray.scores import Scores, iter_scores
+from fisher_ray.shards import (
+    TOP_EIGENVALUES,
+    Counts,
+    Receipt,
+    RunStore,
+    Sums,
+    npy_bytes,
+    parquet_bytes,
+    positions_schema,
+)
+from fisher_ray.spectrum import entropy_rank, factor_eigenvalues, participation_ratio, trace_rank
+from fisher_ray.split import SplitModel
+
+
+@dataclass
+class _Tokenized:
+    """A task's documents as tokens, and the windows that score them."""
+
+    documents: list[Document]
+    tokens: list[list[int]]
+    encoder_tokens: list[list[int]]
+    windows: list[Window]
+
+
+class Worker:
+    """Holds one split model and turns tasks into shards.
+
+    Args:
+        plan: what is run; its tasks are not needed here.
+        store: where shards go.
+    """
+
+    def __init__(self, plan: Plan, store: RunStore):
+        self.plan, self.config, self.store = plan, plan.config, store
+        torch.set_num_threads(self.config.cpus_per_actor)
+        config = self.config
+        self.model = SplitModel.from_pretrained(
+            config.model,
+            dtype=config.dtype,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            gradients=config.gradients,
+        )
+        self.layers = plan.layers
+        self.max_seq_len, self.stride = config.window(plan.facts)
+        self.sink = _sink(self.model)
+        self.provenance = {
+            "device": self.model.device.type
+            if self.model.device.type == "cpu"
+            else torch.cuda.get_device_name(self.model.device),
+            "self_check": self.model.self_check.asdict() if self.model.self_check else None,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "pyarrow": pa.__version__,
+                "numpy": np.__version__,
+            },
+        }
+
+    def compute(self, task: Task) -> Receipt:
+        """Score a task's positions, write its shard and commit it.
+
+        Raises:
+            CorpusError: a document that cannot be read or tokenized.
+        """
+        start = time.perf_counter()
+        work = self._tokenize(task)
+        sums = Sums(self.layers, self.model.d_model, self.model.device)
+        columns: dict[int, list[dict[str, Any]]] = {layer: [] for layer in self.layers}
+        arrays: dict[int, list[np.ndarray]] = {layer: [] for layer in self.layers}
+        scored = invalid = halvings = 0
+        order: list[np.ndarray] = []
+        for batch in self._batches(work.windows):
+            for scores in self._scores(batch, work):
+                window = np.array(batch, dtype=np.int64)[scores.sequence.cpu().numpy()]
+                position = scores.position.cpu().numpy()
+                order.append(np.stack([window, position]))
+                scored, invalid, halvings = (
+                    scored + len(scores),
+                    invalid + len(scores.invalid),
+                    halvings + scores.halvings,
+                )
+                for layer in self.layers:
+                    factors = scores.factors[layer]
+                    sums.add(layer, factors, scores.activations[layer])
+                    columns[layer].append(_statistics(factors))
+                    if self.config.save != "summary":
+                        kept = factors if self.config.save == "factors" else scores.matrices(layer)
+                        arrays[layer].append(kept.float().cpu().numpy())
+                columns[self.layers[0]][-1].update(_per_position(scores))
+        counts = Counts(
+            documents=len(work.documents),
+            empty=sum(not ids for ids in work.tokens),
+            tokens=sum(map(len, work.tokens)),
+            scored=scored,
+            skipped=sum(map(len, work.tokens)) - scored - invalid,
+            invalid=invalid,
+        )
+        attempt = f"{task.id:08d}-{uuid.uuid4().hex[:8]}"
+        files = {}
+        if scored:
+            where = np.concatenate(order, 1)
+            ranked = np.lexsort((where[1], where[0]))
+            table = self._table(work, where[:, ranked], columns, ranked)
+            files["positions"] = self.store.store(f"positions/{attempt}.parquet", parquet_bytes(table))
+            for layer, parts in arrays.items():
+                if parts:
+                    raw = npy_bytes(np.concatenate(parts)[ranked])
+                    name = f"{self.config.save}/{attempt}/layer_{layer:03d}.npy"
+                    files[f"{self.config.save}_{layer}"] = self.store.store(name, raw)
+        files["sums"] = self.store.store(f"sums/{attempt}.npz", sums.to_bytes())
+        seconds = time.perf_counter() - start
+        receipt = Receipt(task.id, self.plan.fingerprint, files, counts, halvings, seconds, self.provenance)
+        return self.store.commit(receipt)
+
+    def moved_tokens(
+        self, task: Task, directions: Mapping[int, np.ndarray], num_positions: int = 64, num_tokens: int = 5
+    ) -> dict[int, tuple[list[str], list[str]]]:
+        """Tokens that a step along each layer's direction raises and lowers most, through the model's own upper layers.
+
+        Ranked by ``dp(y)/de`` at ``h + e v``, the mean over the first positions of a task, by central differences.
+
+        Returns:
+            per layer: the tokens raised and those lowered, most first.
+        """
+        work = self._tokenize(task)
+        window = work.windows[0]
+        encoded = self._encoded([0], work)
+        ids = torch.tensor([window.ids], device=self.model.device)
+        at = torch.tensor(window.scored[:num_positions], device=self.model.device)
+        moved = {}
+        for layer, direction in directions.items():
+            rate = self.model.probability_rates(
+                ids, at, layer, torch.from_numpy(direction).to(self.model.device), **encoded
+            )
+            ranked = rate.mean(0).argsort().tolist()
+            lowered, raised = ranked[:num_tokens], ranked[::-1][:num_tokens]
+            moved[layer] = ([self._text(i) for i in raised], [self._text(i) for i in lowered])
+        return moved
+
+    # ---- tokens ------------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, task: Task) -> _Tokenized:
+        positions = Positions(self.config.positions)
+        first = 1 if self.config.token_source == "sampled" and self.sink is None else 0
+        work = _Tokenized([], [], [], [])
+        for document in self._documents(task):
+            ids = self._ids(document)
+            chosen = [t for t in positions.choose(len(ids)) if t >= first]
+            index = len(work.documents)
+            work.windows.extend(windows(index, ids, self.max_seq_len, self.stride, self.sink, chosen))
+            work.documents.append(document)
+            work.tokens.append(ids)
+            if document.encoder_text is not None:
+                encoder_ids = self.model.tokenizer(document.encoder_text, truncation=False)["input_ids"]
+                work.encoder_tokens.append(encoder_ids[: self.max_seq_len])
+        return work
+
+    def _documents(self, task: Task) -> Iterator[Document]:
+        for source in task.ranges:
+            yield from read_documents(source, self.config.layout)
+
+    def _ids(self, document: Document) -> list[int]:
+        if isinstance(document.content, list):
+            entries = self.plan.facts.vocab_size
+            for i in document.content:
+                if not 0 <= i < entries:
+                    raise CorpusError(
+                        f"{document.id}: token ids must be in [0, {entries}), got {i}. "
+                        f"Were they made with {self.config.model}'s tokenizer?"
+                    )
+            return document.content
+        if self.model.tokenizer is None:
+            raise CorpusError(
+                f"{self.config.model} has no tokenizer and {document.id} holds text. "
+                "Give token ids, or put tokenizer files beside the model."
+            )
+        return list(self.model.tokenizer(document.content, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _text(self, token: int) -> str:
+        if self.model.tokenizer is None:
+            return str(token)
+        return str(self.model.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    # ---- scores ------------------------------------------------------------------------------------------------------
+
+    def _batches(self, all_windows: list[Window]) -> Iterator[list[int]]:
+        """Windows of similar length together, at most ``batch_tokens`` with padding."""
+        ranked = sorted(range(len(all_windows)), key=lambda i: (len(all_windows[i].ids), i))
+        batch: list[int] = []
+        for i in ranked:
+            if batch and (len(batch) + 1) * len(all_windows[i].ids) > self.config.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _scores(self, batch: list[int], work: _Tokenized) -> Iterator[Scores]:
+        some = [work.windows[i] for i in batch]
+        longest = max(len(window.ids) for window in some)
+        ids = torch.zeros(len(some), longest, dtype=torch.int64)
+        mask = torch.zeros(len(some), longest, dtype=torch.bool)
+        for row, window in enumerate(some):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+            mask[row, : len(window.ids)] = True
+        config = self.config
+        return iter_scores(
+            self.model,
+            ids,
+            layers=self.layers,
+            estimator=config.make_estimator(),
+            attention_mask=mask,
+            positions=[window.scored for window in some],
+            token_source=config.token_source,
+            num_token_draws=config.token_draws,
+            token_top_p=config.token_top_p,
+            token_temperature=config.token_temperature,
+            keys=[f"{work.documents[window.document].id}@{window.start}" for window in some],
+            seed=config.seed,
+            memory_budget=config.memory_budget,
+            **self._encoded(batch, work),
+        )
+
+    def _encoded(self, batch: list[int], work: _Tokenized) -> dict[str, Tensor]:
+        """The encoder's tokens of a batch of windows, padded."""
+        if not work.encoder_tokens:
+            return {}
+        rows = [work.encoder_tokens[work.windows[i].document] for i in batch]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return {"encoder_input_ids": ids, "encoder_attention_mask": mask}
+
+    # ---- the table ---------------------------------------------------------------------------------------------------
+
+    def _table(
+        self, work: _Tokenized, where: np.ndarray, columns: dict[int, list[dict[str, Any]]], ranked: np.ndarray
+    ) -> pa.Table:
+        """One row per (layer, document, position); ``where [2, N]`` holds window and window position of each row."""
+        chosen = [work.windows[i] for i in where[0]]
+        documents = [work.documents[window.document] for window in chosen]
+        tokens = [window.ids[t] for window, t in zip(chosen, where[1].tolist(), strict=True)]
+        shared: dict[str, Any] = {
+            "document": [document.id for document in documents],
+            "position": [w.start + t - w.sink for w, t in zip(chosen, where[1].tolist(), strict=True)],
+            "token": tokens,
+            "text": [self._text(token) for token in tokens],
+            "context": where[1].astype(np.int32),
+        }
+        for i, column in enumerate(self.config.columns):
+            shared[column] = [document.carried[i] for document in documents]
+
+        def joined(layer: int, name: str) -> Any:
+            values = np.concatenate([part[name] for part in columns[layer]])[ranked]
+            return values if values.ndim == 1 else list(values)
+
+        for name in ("entropy", "surprisal", "kept_mass"):
+            shared[name] = pa.array(joined(self.layers[0], name), pa.float32(), from_pandas=True)  # NaN becomes null
+        schema = positions_schema(
+            tuple(self.config.columns),
+            {"fisher_ray.fingerprint": self.plan.fingerprint, "fisher_ray.model": self.config.model},
+        )
+        tables = []
+        for layer in self.layers:
+            own = {name: joined(layer, name) for name in _STATISTICS}
+            rows = {**shared, **own, "layer": np.full(len(tokens), layer, np.int16)}
+            tables.append(pa.Table.from_pydict({name: rows[name] for name in schema.names}, schema=schema))
+        return pa.concat_tables(tables)
+
+
+_STATISTICS = ("trace", "top_eigenvalues", "participation_ratio", "entropy_rank", "trace_rank_99")
+
+
+def _statistics(factors: Tensor) -> dict[str, np.ndarray]:
+    """Trace, top eigenvalues and effective ranks of each position's F."""
+    eigenvalues = factor_eigenvalues(factors)
+    values = {
+        "trace": factors.square().sum((1, 2)),
+        "top_eigenvalues": eigenvalues[:, :TOP_EIGENVALUES],
+        "participation_ratio": participation_ratio(eigenvalues),
+        "entropy_rank": entropy_rank(eigenvalues),
+        "trace_rank_99": trace_rank(eigenvalues),
+    }
+    return {name: value.float().cpu().numpy() for name, value in values.items()}
+
+
+def _per_position(scores: Scores) -> dict[str, np.ndarray]:
+    return {name: getattr(scores, name).float().cpu().numpy() for name in ("entropy", "surprisal", "kept_mass")}
+
+
+def _sink(model: SplitModel) -> int | None:
+    """The token that every window starts with: the decoder's start, else BOS, else EOS, else none."""
+    config = model.model.config
+    candidates = [
+        getattr(config, "decoder_start_token_id", None) if model.is_encoder_decoder else None,
+        getattr(model.tokenizer, "bos_token_id", None),
+        getattr(model.tokenizer, "eos_token_id", None),
+        getattr(config, "bos_token_id", None),
+        getattr(config, "eos_token_id", None),
+    ]
+    for token in candidates:
+        if isinstance(token, int) and 0 <= token < model.head.vocab_size:
+            return token
+    return None
