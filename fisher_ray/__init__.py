@@ -4,6 +4,7 @@
 sample by own-position gradients. The engine needs neither Ray nor storage; the job modules build on it.
 """
 
+from fisher_ray.architecture import ModelError
 from fisher_ray.estimators import Exact, Sampled
 from fisher_ray.reference import (
     LowerLayersModel,
@@ -12,7 +13,7 @@ from fisher_ray.reference import (
     fim_expected_gradient_outerproduct,
 )
 from fisher_ray.scores import Scores, iter_scores, score_factors
-from fisher_ray.split import ModelError, SelfCheck, SplitModel
+from fisher_ray.split import SelfCheck, SplitModel
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,8 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,6 @@ def _reference_config(given: argparse.Namespace) -> RunConfig:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(**{})
     what = parser.add_argument_group("what")
     what.add_argument("--model", help="hub name or path")
     what.add_argument(
@@ -164,7 +164,7 @@ def _config(given: dict[str, Any]) -> RunConfig:
 
 def _guarded(make_config: Callable[[], RunConfig]) -> int:
     """Run, print what it gave, and turn every failure into one line and an exit code."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -183,31 +183,19 @@ def _guarded(make_config: Callable[[], RunConfig]) -> int:
     return COMPLETE
 
 
-def _progress(console: Console, plan: Plan) -> Callable[[int, Counts], None]:
+@contextmanager
+def _progress(console: Console, plan: Plan) -> Iterator[Callable[[int, Counts], None]]:
     """A bar with ETA on a terminal, a plain line now and then elsewhere."""
     total = sum(source.weight for task in plan.tasks for source in task.ranges)
     start = last = time.monotonic()
     if console.is_terminal:
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[scored]:,} positions"),
-            console=console,
-        )
-        bar.start()
-        shown = bar.add_task("scoring", total=total, scored=0)
+        columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[scored]:,} positions"), console=console) as bar:
+            shown = bar.add_task("", total=total, scored=0)
+            yield lambda weight, counts: bar.update(shown, completed=weight, scored=counts.scored)
+        return
 
-        def on_terminal(weight: int, counts: Counts) -> None:
-            bar.update(shown, completed=weight, scored=counts.scored)
-            if weight >= total:
-                bar.stop()
-
-        return on_terminal
-
-    def in_log(weight: int, counts: Counts) -> None:
+    def log(weight: int, counts: Counts) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= _LOG_EVERY or weight >= total:
@@ -215,7 +203,7 @@ def _progress(console: Console, plan: Plan) -> Callable[[int, Counts], None]:
             left = (now - start) * (total - weight) / max(weight, 1)
             console.print(f"{weight / total:.0%} of the corpus, {counts.scored:,} positions, {left:.0f} s left")
 
-    return in_log
+    yield log
 
 
 def _show(console: Console, outcome: Outcome) -> None:

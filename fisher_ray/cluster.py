@@ -10,17 +10,18 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import CorpusError
-from fisher_ray.plan import Plan, RunConfig, Task, make_plan
+from fisher_ray.plan import ConfigError, Plan, RunConfig, Task, make_plan
 from fisher_ray.reduce import read_array, reduce_shards, write_summary
 from fisher_ray.shards import Counts, Receipt, RunStore, StorageError
-from fisher_ray.split import ModelError
 from fisher_ray.worker import Worker
 
 # A worker that dies takes its task along; a task that killed this many is not tried again.
@@ -74,19 +75,19 @@ class _Actor:
         moved = self._held().moved_tokens(example, directions)
         for row in rows:
             row["raised"], row["lowered"] = moved[row["layer"]]
-        write_summary(self.store, rows)
+        write_summary(self.store, rows, receipts)
         return rows
 
 
 Progress = Callable[[int, Counts], None]
 
 
-def run(config: RunConfig, progress: Callable[[Plan], Progress]) -> Outcome:
+def run(config: RunConfig, progress: Callable[[Plan], AbstractContextManager[Progress]]) -> Outcome:
     """Plan, compute and reduce a run, or go on with one that was interrupted.
 
     Args:
         config: what to run.
-        progress: given the plan, returns what is told (weight of the tasks done, counts) whenever a task is.
+        progress: given the plan, a context whose value is told (weight of the tasks done, counts) whenever a task is.
 
     Raises:
         ModelError, ConfigError, CorpusError, StorageError: input that cannot be; nothing is left behind where nothing was
@@ -104,7 +105,10 @@ def run(config: RunConfig, progress: Callable[[Plan], Progress]) -> Outcome:
     resumed = len(done)
     try:
         with _Ray():
-            return _map_and_reduce(plan, store, done, progress(plan), resumed)
+            pool = _Pool(plan, len(plan.tasks) - resumed)
+            with progress(plan) as tell:
+                _map(plan, pool, done, tell)
+            return _reduced(plan, store, pool, done, resumed)
     except BaseException:
         if existing is None and not store.receipts(plan.fingerprint):
             store.discard()
@@ -165,7 +169,8 @@ class _Ray:
 class _Pool:
     """Actors, each with the task it works on."""
 
-    def __init__(self, plan: Plan, size: int, gpus: float):
+    def __init__(self, plan: Plan, tasks: int):
+        size, gpus = _pool_size(plan.config, tasks)
         self._class = ray.remote(num_cpus=plan.config.cpus_per_actor, num_gpus=gpus)(_Actor)
         self._plan = ray.put(plan_without_tasks(plan))
         self.idle = [self._class.remote(self._plan) for _ in range(size)]
@@ -190,33 +195,26 @@ def _pool_size(config: RunConfig, tasks: int) -> tuple[int, float]:
     gpus = config.gpus_per_actor
     if gpus is None:
         gpus = 1.0 if resources.get("GPU", 0) >= 1 else 0.0
-    size = config.actors
-    if size is None:
-        by_cpu = int(resources.get("CPU", 1) // config.cpus_per_actor)
-        size = min(by_cpu, int(resources.get("GPU", 0) // gpus)) if gpus else by_cpu
-        if size < 1:
-            raise StorageError(
-                f"an actor needs {config.cpus_per_actor} CPUs and {gpus:g} GPUs; the cluster has "
-                f"{resources.get('CPU', 0):g} and {resources.get('GPU', 0):g}. "
-                "Ask for fewer (--cpus-per-actor, --gpus-per-actor)."
-            )
-    return max(1, min(size, tasks)), gpus
+    room = int(resources.get("CPU", 0) // config.cpus_per_actor)
+    if gpus:
+        room = min(room, int(resources.get("GPU", 0) // gpus))
+    if room < 1:
+        raise ConfigError(
+            f"an actor needs {config.cpus_per_actor} CPUs and {gpus:g} GPUs; the cluster has "
+            f"{resources.get('CPU', 0):g} and {resources.get('GPU', 0):g}. "
+            "Ask for fewer (--cpus-per-actor, --gpus-per-actor)."
+        )
+    return max(1, min(config.actors or room, room, tasks)), gpus
 
 
-def _map_and_reduce(plan: Plan, store: RunStore, done: dict[int, Receipt], progress: Progress, resumed: int) -> Outcome:
+def _map(plan: Plan, pool: _Pool, done: dict[int, Receipt], progress: Progress) -> None:
+    """Compute the tasks that are not done, adding their receipts to ``done``."""
     queue = deque(task for task in plan.tasks if task.id not in done)
-    size, gpus = _pool_size(plan.config, max(1, len(queue)))
-    pool = _Pool(plan, size, gpus)
     weights = {task.id: sum(source.weight for source in task.ranges) for task in plan.tasks}
     attempts: dict[int, int] = {}
 
-    def report() -> Counts:
-        counts = sum((receipt.counts for receipt in done.values()), Counts())
-        progress(sum(weights[task] for task in done), counts)
-        return counts
-
-    report()
     while queue or pool.busy:
+        progress(sum(weights[task] for task in done), _total(done))
         while queue and pool.idle:
             pool.submit(queue.popleft())
         (ready,), _ = ray.wait(list(pool.busy), num_returns=1)
@@ -224,7 +222,6 @@ def _map_and_reduce(plan: Plan, store: RunStore, done: dict[int, Receipt], progr
         try:
             done[task.id] = ray.get(ready)
             pool.idle.append(actor)
-            report()
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, CorpusError | ModelError | StorageError):
@@ -237,10 +234,21 @@ def _map_and_reduce(plan: Plan, store: RunStore, done: dict[int, Receipt], progr
         except RayActorError as error:
             attempts[task.id] = attempts.get(task.id, 0) + 1
             if attempts[task.id] >= _MAX_ATTEMPTS:
-                raise _failed(task, "its worker died each time; was the machine out of memory?", _MAX_ATTEMPTS) from error
+                raise _failed(
+                    task, "its worker died each time; was the machine out of memory?", _MAX_ATTEMPTS
+                ) from error
             pool.replace()
             queue.append(task)
-    counts = report()
+    progress(sum(weights.values()), _total(done))
+
+
+def _total(done: dict[int, Receipt]) -> Counts:
+    return sum((receipt.counts for receipt in done.values()), Counts())
+
+
+def _reduced(plan: Plan, store: RunStore, pool: _Pool, done: dict[int, Receipt], resumed: int) -> Outcome:
+    """Reduce on one of the actors, where the model is at hand to say which tokens the directions move."""
+    counts = _total(done)
     if counts.scored == 0:
         raise RunError(
             f"nothing to score: {counts.documents} documents with {counts.tokens} tokens, {counts.empty} of them empty, "

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from fisher_ray.architecture import DTYPES, ModelFacts
 from fisher_ray.corpus import Layout, SourceRange, Unit, find_ranges, take
 from fisher_ray.estimators import Estimator, Exact, Sampled, check_tempering
 from fisher_ray.scores import TokenSource
-from fisher_ray.split import DTYPES, Gradients, ModelFacts
+from fisher_ray.split import Gradients
 
 # Raised whenever the same configuration would give other numbers.
 RESULT_VERSION = 1
@@ -29,7 +30,7 @@ _EXECUTION = frozenset({"output", "actors", "gpus_per_actor"})
 
 # A task's text: a few minutes of work for a small model on a CPU, so that a lost task costs little, and its sums, written
 # once a task, weigh nothing beside its computation. Factors and matrices of one task are held in memory: this bounds them.
-_TASK_BYTES = 1 << 16
+_TASK_BYTES = 1 << 15
 _TASK_ARRAYS = 1 << 28
 
 PLAN_SCHEMA = pa.schema(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from fisher_ray.plan import Plan
-from fisher_ray.shards import Receipt, RunStore, Sums, npy_bytes, parquet_bytes
+from fisher_ray.shards import Counts, Receipt, RunStore, Sums, npy_bytes, parquet_bytes
 from fisher_ray.spectrum import (
     entropy_rank,
     participation_ratio,
@@ -38,7 +40,7 @@ SUMMARY_SCHEMA = pa.schema(
 )
 
 
-def reduce_shards(plan: Plan, store: RunStore, receipts: Iterable[Receipt]) -> list[dict[str, Any]]:
+def reduce_shards(plan: Plan, store: RunStore, receipts: Sequence[Receipt]) -> list[dict[str, Any]]:
     """Sum the tasks' sums in the order of the tasks and write means and spectra, float64, one .npy an array.
 
     In ``reduced/layer_KKK/``: ``fisher`` (mean of F), ``normalised_fisher`` (mean of F / tr F: another statistic for each
@@ -92,6 +94,13 @@ def read_array(store: RunStore, layer: int, name: str) -> np.ndarray:
     return np.load(io.BytesIO(store.read(f"reduced/layer_{layer:03d}/{name}.npy")), allow_pickle=False)
 
 
-def write_summary(store: RunStore, rows: list[dict[str, Any]]) -> None:
-    """reduced/summary.parquet, one row a layer; written last, so that where it is, all is."""
+def write_summary(store: RunStore, rows: list[dict[str, Any]], receipts: Sequence[Receipt]) -> None:
+    """reduced/provenance.json (counts, self-check, versions) and, last of all, summary.parquet, one row a layer."""
+    provenance = {
+        "counts": asdict(sum((receipt.counts for receipt in receipts), Counts())),
+        "halvings": sum(receipt.halvings for receipt in receipts),
+        "seconds": sum(receipt.seconds for receipt in receipts),
+        "worker": receipts[0].worker,
+    }
+    store.write("reduced/provenance.json", (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
     store.write("reduced/summary.parquet", parquet_bytes(pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)))

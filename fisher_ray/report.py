@@ -42,6 +42,8 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
     """Spectra of every layer's mean F and of Sigma^(1/2) F Sigma^(1/2), and traces and effective ranks over layers."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     spectra, whitened, traces, ranks = figure.subplots(2, 2).flat
+    for axes in (traces, ranks):
+        axes.set_prop_cycle(color=["#0072B2", "#D55E00", "#009E73"])  # told apart by colour-blind readers too
     layers = plan.layers
     colours = matplotlib.colormaps["viridis"]
     for layer in layers:
@@ -52,7 +54,7 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
             axes.plot(range(1, len(values) + 1), values, color=colour, lw=1.4)
     for axes, title, unit in (
         (spectra, "Eigenvalues of the mean F", "nats² per squared unit of h"),
-        (whitened, "Eigenvalues of Σ½ F Σ½ (compares over layers)", "nats²"),
+        (whitened, r"Eigenvalues of $\Sigma^{1/2} F\, \Sigma^{1/2}$ (compares over layers)", "nats²"),
     ):
         axes.set(xscale="log", yscale="log", title=title, xlabel="index", ylabel=unit)
     norm = matplotlib.colors.Normalize(min(layers), max(max(layers), min(layers) + 1))
@@ -60,7 +62,7 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
         norm, matplotlib.colors.ListedColormap(colours([0.92 * i / 255 for i in range(256)]))
     )
     figure.colorbar(scale, ax=[spectra, whitened], label="layer", shrink=0.9, aspect=30)
-    for name, label, marker in (("trace", "tr F", "o"), ("whitened_trace", "tr Σ½ F Σ½", "s")):
+    for name, label, marker in (("trace", "tr F", "o"), ("whitened_trace", r"tr $\Sigma^{1/2} F\, \Sigma^{1/2}$", "s")):
         traces.plot(layers, [row[name] for row in rows], marker=marker, ms=4, label=label)
     traces.set(yscale="log", title="Trace", xlabel="layer", ylabel="nats²")
     for name, label, marker in (
@@ -69,7 +71,7 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
         ("trace_rank_99", "99 % of the trace", "^"),
     ):
         ranks.plot(layers, [row[name] for row in rows], marker=marker, ms=4, label=label)
-    ranks.set(yscale="log", title=f"Effective dimension of the mean F (of {plan.facts.d_model})", xlabel="layer")
+    ranks.set(ylim=(0, None), title=f"Effective dimension of the mean F (of {plan.facts.d_model})", xlabel="layer")
     for axes in (traces, ranks):
         axes.legend(frameon=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -77,7 +79,7 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)
     estimator = plan.config.estimator if plan.config.estimator == "exact" else f"{plan.config.num_samples} samples"
-    figure.suptitle(f"{plan.config.model}: {rows[0]['positions']:,} positions, {estimator}", fontsize=12)
+    figure.suptitle(f"{plan.config.model.rstrip('/')}: {rows[0]['positions']:,} positions, {estimator}", fontsize=12)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

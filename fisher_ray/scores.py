@@ -141,6 +141,17 @@ def score_factors(
         )
     )
 
+    try:
+        return _joined(chunks)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"the scores of {sum(map(len, chunks))} positions do not fit in memory; use iter_scores."
+        ) from None
+
+
+def _joined(chunks: list[Scores]) -> Scores:
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(chunk, name) for chunk in chunks])
 

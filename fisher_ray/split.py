@@ -1,4 +1,4 @@
-"""Models cut at a layer: the one module that knows architectures.
+"""Models cut at a layer: passes through the lower and the upper half, and the check that their scores are right.
 
 ``layer_idx = k`` names the residual stream entering block ``k``; ``k = num_layers`` is the stream after the last block,
 before the final norm. The lower half maps tokens to that stream, the upper half maps the stream to logits; both run on
@@ -19,56 +19,23 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.activations import NewGELUActivation
 
+from fisher_ray.architecture import (
+    ModelError,
+    ModelFacts,
+    find_blocks,
+    find_head,
+    fuse_activations,
+    load_pretrained,
+    on_stream,
+)
 from fisher_ray.attention import Context, attention_mode
-from fisher_ray.head import Head
 
 Gradients = Literal["own_position", "per_position"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 # Largest relative error of own-position scores against one-position autograd, and of our logits against the model's.
 # Mixing positions errs by 0.1 and more; in float64 the library still takes some softmaxes and logits in float32.
 _LIMITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded, or whose scores cannot be trusted."""
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a model's configuration says, known before any weights are read."""
-
-    num_layers: int
-    d_model: int
-    vocab_size: int
-    max_positions: int | None
-    is_encoder_decoder: bool
-
-    @classmethod
-    def of(cls, config: Any) -> ModelFacts:
-        """The facts in a transformers configuration."""
-        text = config.get_text_config(decoder=True)
-        encoder_decoder = bool(config.is_encoder_decoder)
-        num_layers = getattr(text, "num_decoder_layers", None) if encoder_decoder else None
-        longest = getattr(text, "max_position_embeddings", None)
-        return cls(
-            num_layers=int(num_layers or text.num_hidden_layers),
-            d_model=int(text.hidden_size),
-            vocab_size=int(text.vocab_size),
-            max_positions=int(longest) if longest else None,
-            is_encoder_decoder=encoder_decoder,
-        )
-
-    @classmethod
-    def read(cls, name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
-        """The facts of a model by hub name or local path; ModelError where there is none."""
-        with _load_errors(name):
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-            return cls.of(config)
 
 
 @dataclass(frozen=True)
@@ -153,14 +120,11 @@ class SplitModel:
         self.is_encoder_decoder, self.max_positions = facts.is_encoder_decoder, facts.max_positions
         self.num_layers, self.d_model = facts.num_layers, facts.d_model
         self.decoder = model.get_decoder()
-        self.blocks = _blocks(self.decoder, self.num_layers, self.name)
-        self.head = _head(model)
+        self.blocks = find_blocks(self.decoder, self.num_layers, self.name)
+        self.head = find_head(model)
         self.sliding_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
-        for module in list(model.modules()):
-            for child, activation in list(module.named_children()):
-                if isinstance(activation, NewGELUActivation):
-                    setattr(module, child, nn.GELU(approximate="tanh"))
+        fuse_activations(model)
         self.self_check: SelfCheck | None = self._checked() if check else None
 
     @classmethod
@@ -189,25 +153,8 @@ class SplitModel:
         Raises:
             ModelError: not found, not readable, not a language model, or failing its check.
         """
-        name = str(name_or_path)
-        if isinstance(dtype, str) and dtype not in DTYPES:
-            raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-        weights = DTYPES[dtype] if isinstance(dtype, str) else dtype or torch.float32
+        model, tokenizer = load_pretrained(str(name_or_path), dtype, revision, trust_remote_code)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        with _load_errors(name):
-            config = AutoConfig.from_pretrained(name, **common)
-            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model, report = auto.from_pretrained(
-                name, config=config, dtype=weights, use_safetensors=True, output_loading_info=True, **common
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name, **common) if _has_tokenizer(name, revision) else None
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ModelError(
-                f"{name} holds no weights for {missing[0]} and {len(missing) - 1} more; they would be random numbers. "
-                "Check that the files are complete and are those of a language model."
-            )
         return cls(model.to(where), tokenizer, gradients=gradients, check=check)
 
     @property
@@ -392,7 +339,7 @@ class SplitModel:
             return stream
 
         visited = set(layers) | ({hidden[0]} if hidden else set())
-        handles = [_on_stream(self.blocks, layer, visit) for layer in visited]
+        handles = [on_stream(self.blocks, layer, visit) for layer in visited]
         extra = {"position_ids": positions} if positions is not None and self._takes_position_ids else {}
         try:
             out = self.decoder(input_ids=input_ids, use_cache=False, **extra, **encoded)
@@ -606,73 +553,3 @@ def _error(got: Tensor, truth: Tensor) -> float:
     got, truth = got.double(), truth.double()
     error = ((got - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-300)).max()
     return float(error.nan_to_num(nan=torch.inf))
-
-
-def _blocks(decoder: nn.Module, num_layers: int, name: str) -> nn.ModuleList:
-    """The list of transformer blocks: the shallowest ModuleList with as many entries as the config says."""
-    lists = [(path.count("."), module) for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
-    fitting = [(depth, module) for depth, module in lists if len(module) == num_layers]
-    if not fitting:
-        raise ModelError(f"{name} has no list of {num_layers} blocks; expected a decoder made of a stack of blocks.")
-    return min(fitting, key=lambda pair: pair[0])[1]
-
-
-def _head(model: Any) -> Head:
-    unembedding = model.get_output_embeddings()
-    if unembedding is None or not isinstance(getattr(unembedding, "weight", None), Tensor):
-        raise ModelError(f"{type(model).__name__} has no output embeddings; expected a language model with a head.")
-    config = model.config.get_text_config(decoder=True)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    if getattr(model.config, "scale_decoder_outputs", False):
-        scale *= unembedding.weight.shape[1] ** -0.5
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(unembedding.weight, getattr(unembedding, "bias", None), scale, float(softcap) if softcap else None)
-
-
-def _on_stream(blocks: nn.ModuleList, layer: int, visit: Any) -> Any:
-    """Hook the residual stream at ``layer``: visit(layer, stream) may replace it."""
-    if layer == len(blocks):
-
-        def after(_: nn.Module, args: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (visit(layer, output[0]), *output[1:])
-            return visit(layer, output)
-
-        return blocks[-1].register_forward_hook(after)
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (visit(layer, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": visit(layer, kwargs["hidden_states"])}
-
-    return blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
-
-
-def _has_tokenizer(name: str, revision: str | None) -> bool:
-    """Whether tokenizer files lie beside a local model; a hub model is asked for its own."""
-    path = Path(name)
-    return (
-        not path.is_dir() or any(path.glob("tokenizer*")) or any(path.glob("*.model")) or (path / "vocab.json").exists()
-    )
-
-
-@contextmanager
-def _load_errors(name: str) -> Iterator[None]:
-    """One clear line for whatever transformers raises on loading."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(name).exists():
-            raise ModelError(
-                f"cannot load a causal language model from {name}: {first} Expected a directory with config.json and "
-                "safetensors weights, as written by save_pretrained."
-            ) from error
-        raise ModelError(
-            f"model {name} is no local directory, and the Hugging Face hub and its cache gave none by that name: {first} "
-            "Check the name and the network, or download it elsewhere and pass the directory."
-        ) from error
-    except Exception as error:  # safetensors raises its own type on a corrupt file
-        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust"):
-            raise
-        raise ModelError(f"cannot read the weights of {name}: {error}. The file is damaged; fetch it again.") from error

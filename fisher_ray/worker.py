@@ -65,9 +65,7 @@ class Worker:
         self.max_seq_len, self.stride = config.window(plan.facts)
         self.sink = _sink(self.model)
         self.provenance = {
-            "device": self.model.device.type
-            if self.model.device.type == "cpu"
-            else torch.cuda.get_device_name(self.model.device),
+            "device": torch.cuda.get_device_name(self.model.device) if self.model.device.type == "cuda" else "cpu",
             "self_check": self.model.self_check.asdict() if self.model.self_check else None,
             "versions": {
                 "python": platform.python_version(),
@@ -96,11 +94,9 @@ class Worker:
                 window = np.array(batch, dtype=np.int64)[scores.sequence.cpu().numpy()]
                 position = scores.position.cpu().numpy()
                 order.append(np.stack([window, position]))
-                scored, invalid, halvings = (
-                    scored + len(scores),
-                    invalid + len(scores.invalid),
-                    halvings + scores.halvings,
-                )
+                scored += len(scores)
+                invalid += len(scores.invalid)
+                halvings += scores.halvings
                 for layer in self.layers:
                     factors = scores.factors[layer]
                     sums.add(layer, factors, scores.activations[layer])
@@ -135,28 +131,29 @@ class Worker:
         return self.store.commit(receipt)
 
     def moved_tokens(
-        self, task: Task, directions: Mapping[int, np.ndarray], num_positions: int = 64, num_tokens: int = 5
+        self, task: Task, directions: Mapping[int, np.ndarray], num_windows: int = 8, num_positions: int = 16
     ) -> dict[int, tuple[list[str], list[str]]]:
         """Tokens that a step along each layer's direction raises and lowers most, through the model's own upper layers.
 
-        Ranked by ``dp(y)/de`` at ``h + e v``, the mean over the first positions of a task, by central differences.
+        Ranked by ``dp(y)/de`` at ``h + e v``, averaged over scored positions spread over a task's first windows.
 
         Returns:
-            per layer: the tokens raised and those lowered, most first.
+            per layer: the five tokens raised and the five lowered, most first.
         """
         work = self._tokenize(task)
-        window = work.windows[0]
-        encoded = self._encoded([0], work)
-        ids = torch.tensor([window.ids], device=self.model.device)
-        at = torch.tensor(window.scored[:num_positions], device=self.model.device)
+        rates: dict[int, list[Tensor]] = {layer: [] for layer in directions}
+        for i, window in enumerate(work.windows[:num_windows]):
+            ids = torch.tensor([window.ids], device=self.model.device)
+            spread = window.scored[:: -(-len(window.scored) // num_positions)]
+            at = torch.tensor(spread, device=self.model.device)
+            encoded = self._encoded([i], work)
+            for layer, direction in directions.items():
+                along = torch.from_numpy(direction).to(self.model.device)
+                rates[layer].append(self.model.probability_rates(ids, at, layer, along, **encoded))
         moved = {}
-        for layer, direction in directions.items():
-            rate = self.model.probability_rates(
-                ids, at, layer, torch.from_numpy(direction).to(self.model.device), **encoded
-            )
-            ranked = rate.mean(0).argsort().tolist()
-            lowered, raised = ranked[:num_tokens], ranked[::-1][:num_tokens]
-            moved[layer] = ([self._text(i) for i in raised], [self._text(i) for i in lowered])
+        for layer, each in rates.items():
+            ranked = torch.cat(each).nan_to_num().mean(0).argsort().tolist()
+            moved[layer] = ([self._text(t) for t in ranked[:-6:-1]], [self._text(t) for t in ranked[:5]])
         return moved
 
     # ---- tokens ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -52,3 +53,11 @@ def float64_throughout() -> Iterator[None]:
     """See :class:`oracles.Float64Throughout`."""
     with oracles.Float64Throughout():
         yield
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """As users run it: without the shape checks of the annotations."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -122,10 +122,7 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64, see
     """The model in evaluation mode, every parameter moved off its initial value so that a dropped one would show."""
     torch.manual_seed(seed)
     model = make()
-    # Grouped expert products exist for float32 and bfloat16 only.
-    for module in model.modules():
-        if hasattr(module, "config") and hasattr(module.config, "_experts_implementation"):
-            module.config._experts_implementation = "eager"
+    eager_experts(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.1))
@@ -133,3 +130,11 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64, see
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.add_(torch.randn_like(buffer) * 0.1)
     return model.to(dtype).eval()
+
+
+def eager_experts(model: Any) -> Any:
+    """Grouped products of experts exist for float32 and half precision only."""
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module.config, "_experts_implementation"):
+            module.config._experts_implementation = "eager"
+    return model

@@ -135,6 +135,18 @@ def mean_matrix(
     return torch.stack(matrices).mean(0)
 
 
+def tempered(log_prob: Tensor, top_p: float, temperature: float) -> tuple[Tensor, float]:
+    """The nucleus of p^(1/T), token by token, normalised; and the mass of p in it."""
+    sharpened = (log_prob / temperature).softmax(-1)
+    kept, mass = torch.zeros_like(sharpened), 0.0
+    for y in sharpened.argsort(descending=True).tolist():
+        kept[y] = sharpened[y]
+        mass += float(sharpened[y])
+        if mass >= top_p:
+            break
+    return kept / kept.sum(), float(log_prob.exp()[kept > 0].sum())
+
+
 def library_logits(split: SplitModel, tokens: Tensor, encoder: dict[str, Tensor] | None = None) -> Tensor:
     """Logits [batch, seq, vocab_size] of the library's model on its own attention."""
     if not split.is_encoder_decoder:

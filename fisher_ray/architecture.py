@@ -1,0 +1,163 @@
+"""What differs between architectures, and how their weights are read: the one module that knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.activations import NewGELUActivation
+
+from fisher_ray.head import Head
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded, or whose scores cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's configuration says, known before any weights are read."""
+
+    num_layers: int
+    d_model: int
+    vocab_size: int
+    max_positions: int | None
+    is_encoder_decoder: bool
+
+    @classmethod
+    def of(cls, config: Any) -> ModelFacts:
+        """The facts in a transformers configuration."""
+        text = config.get_text_config(decoder=True)
+        encoder_decoder = bool(config.is_encoder_decoder)
+        num_layers = getattr(text, "num_decoder_layers", None) if encoder_decoder else None
+        longest = getattr(text, "max_position_embeddings", None)
+        return cls(
+            num_layers=int(num_layers or text.num_hidden_layers),
+            d_model=int(text.hidden_size),
+            vocab_size=int(text.vocab_size),
+            max_positions=int(longest) if longest else None,
+            is_encoder_decoder=encoder_decoder,
+        )
+
+    @classmethod
+    def read(cls, name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
+        """The facts of a model by hub name or local path; ModelError where there is none."""
+        with _load_errors(name):
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            return cls.of(config)
+
+
+def load_pretrained(
+    name: str, dtype: str | torch.dtype | None, revision: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """A transformers model and its tokenizer (None where there is none), weights from safetensors only.
+
+    Raises:
+        ModelError: not found, not readable, or not a language model.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    weights = DTYPES[dtype] if isinstance(dtype, str) else dtype or torch.float32
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _load_errors(name):
+        config = AutoConfig.from_pretrained(name, **common)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, report = auto.from_pretrained(
+            name, config=config, dtype=weights, use_safetensors=True, output_loading_info=True, **common
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **common) if _may_have_tokenizer(name) else None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"{name} holds no weights for {missing[0]}{others}; they would be random numbers. "
+            "Check that the files are complete and are those of a language model."
+        )
+    return model, tokenizer
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Exchange transformers' tanh GELU, eight tensors in the graph, for PyTorch's, one; the same function."""
+    for module in list(model.modules()):
+        for child, activation in list(module.named_children()):
+            if isinstance(activation, NewGELUActivation):
+                setattr(module, child, nn.GELU(approximate="tanh"))
+
+
+def find_blocks(decoder: nn.Module, num_layers: int, name: str) -> nn.ModuleList:
+    """The list of transformer blocks: the shallowest ModuleList with as many entries as the config says."""
+    lists = [(path.count("."), module) for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [(depth, module) for depth, module in lists if len(module) == num_layers]
+    if not fitting:
+        raise ModelError(f"{name} has no list of {num_layers} blocks; expected a decoder made of a stack of blocks.")
+    return min(fitting, key=lambda pair: pair[0])[1]
+
+
+def find_head(model: Any) -> Head:
+    """The unembedding with the scale and soft-capping that the configuration gives it."""
+    unembedding = model.get_output_embeddings()
+    if unembedding is None or not isinstance(getattr(unembedding, "weight", None), Tensor):
+        raise ModelError(f"{type(model).__name__} has no output embeddings; expected a language model with a head.")
+    config = model.config.get_text_config(decoder=True)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(model.config, "scale_decoder_outputs", False):
+        scale *= unembedding.weight.shape[1] ** -0.5
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(unembedding.weight, getattr(unembedding, "bias", None), scale, float(softcap) if softcap else None)
+
+
+def on_stream(blocks: nn.ModuleList, layer: int, visit: Callable[[int, Tensor], Tensor]) -> Any:
+    """Hook the residual stream at ``layer``: visit(layer, stream) may replace it."""
+    if layer == len(blocks):
+
+        def after(_: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (visit(layer, output[0]), *output[1:])
+            return visit(layer, output)
+
+        return blocks[-1].register_forward_hook(after)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (visit(layer, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": visit(layer, kwargs["hidden_states"])}
+
+    return blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _may_have_tokenizer(name: str) -> bool:
+    """Whether tokenizer files lie beside a local model; a hub model is asked for its own."""
+    path = Path(name)
+    return (
+        not path.is_dir() or any(path.glob("tokenizer*")) or any(path.glob("*.model")) or (path / "vocab.json").exists()
+    )
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """One clear line for whatever transformers raises on loading."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(name).exists():
+            raise ModelError(
+                f"cannot load a causal language model from {name}: {first} Expected a directory with config.json and "
+                "safetensors weights, as written by save_pretrained."
+            ) from error
+        raise ModelError(
+            f"model {name} is no local directory, and the Hugging Face hub and its cache gave none by that name: {first} "
+            "Check the name and the network, or download it elsewhere and pass the directory."
+        ) from error
+    except Exception as error:  # safetensors raises its own type on a corrupt file
+        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust"):
+            raise
+        raise ModelError(f"cannot read the weights of {name}: {error}. The file is damaged; fetch it again.") from error

@@ -1,0 +1,105 @@
+"""Eigenvalues and effective dimensions against closed forms and NumPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fisher_ray.spectrum import (
+    entropy_rank,
+    factor_eigenvalues,
+    participation_ratio,
+    symmetric_eigh,
+    trace_rank,
+    whitened_eigenvalues,
+)
+
+D = 10
+TIGHT = 1e-12
+
+Rank = Callable[[Tensor], Tensor]
+RANKS: list[Rank] = [participation_ratio, entropy_rank, lambda eigenvalues: trace_rank(eigenvalues, 1 - 1e-9)]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def psd(seed: int) -> Tensor:
+    half = normal(D, D, seed=seed)
+    return half.T @ half
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 3e5])
+def test_k_equal_eigenvalues_have_rank_k(rank: Rank, scale: float) -> None:
+    for k in (1, 3, D):
+        eigenvalues = torch.zeros(2, D, dtype=torch.float64)
+        eigenvalues[:, :k] = scale
+        torch.testing.assert_close(rank(eigenvalues).double(), torch.full((2,), float(k), dtype=torch.float64))
+
+
+def test_ranks_of_a_geometric_spectrum() -> None:
+    """l_i = q^i: sums in closed form."""
+    q = 0.5
+    eigenvalues = q ** torch.arange(200, dtype=torch.float64)
+    assert float(participation_ratio(eigenvalues)) == pytest.approx((1 + q) / (1 - q))
+    assert float(entropy_rank(eigenvalues)) == pytest.approx(math.exp(-math.log(1 - q) - q / (1 - q) * math.log(q)))
+    # The first k hold 1 - q^k: 6 hold 98.4 %, 7 hold 99.2 %.
+    assert int(trace_rank(eigenvalues)) == 7 and int(trace_rank(eigenvalues, 0.5)) == 1
+
+
+@pytest.mark.parametrize("num_factors", [1, 4, D, 3 * D])
+def test_factor_eigenvalues(num_factors: int) -> None:
+    """The Gram matrix on whichever side is smaller: fewer factors than dimensions, and more."""
+    factors = normal(5, num_factors, D)
+    got = factor_eigenvalues(factors)
+    assert got.shape == (5, min(num_factors, D))
+    for g, eigenvalues in zip(factors.numpy(), got.numpy(), strict=True):
+        truth = np.linalg.eigvalsh(g.T @ g)[::-1]
+        np.testing.assert_allclose(eigenvalues, truth[: len(eigenvalues)], rtol=TIGHT, atol=TIGHT)
+        assert abs(truth[len(eigenvalues) :]).max(initial=0) < TIGHT * truth[0]
+
+
+def test_factor_eigenvalues_are_never_negative() -> None:
+    """Rounding of a singular Gram matrix in float32 would give some below zero, and NaN in the entropy."""
+    factors = normal(20, 1, D).float().expand(-1, 6, -1)
+    eigenvalues = factor_eigenvalues(factors)
+    assert bool((eigenvalues >= 0).all())
+    torch.testing.assert_close(entropy_rank(eigenvalues), torch.ones(20), rtol=1e-4, atol=0)
+
+
+def test_symmetric_eigh() -> None:
+    matrix = psd(0)
+    values, vectors = symmetric_eigh(matrix)
+    torch.testing.assert_close(vectors @ values.diag() @ vectors.T, matrix)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(D, dtype=torch.float64))
+    assert bool((values.diff() <= 0).all())
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    assert bool((largest > 0).all())
+
+
+def test_whitened_eigenvalues() -> None:
+    """They are those of Sigma F, here by a general eigensolver."""
+    fisher, covariance, mean = psd(1), psd(2), 5 * normal(D, seed=3)
+    got = whitened_eigenvalues(fisher, mean, covariance + torch.outer(mean, mean))
+    truth = np.sort(np.linalg.eigvals((covariance @ fisher).numpy()).real)[::-1]
+    np.testing.assert_allclose(got.numpy(), truth, rtol=1e-8)
+
+
+def test_whitened_eigenvalues_do_not_see_coordinates() -> None:
+    """h = A h' + b, so F' = A^T F A."""
+    h = normal(50, D, seed=4) @ normal(D, D, seed=5) + 3
+    fisher, change, shift = psd(6), normal(D, D, seed=7), normal(D, seed=8)
+    other = torch.linalg.solve(change, (h - shift).T).T
+    got = [
+        whitened_eigenvalues(f, x.mean(0), x.T @ x / len(x)) for f, x in [(fisher, h), (change.T @ fisher @ change, other)]
+    ]
+    torch.testing.assert_close(got[0], got[1], rtol=1e-8, atol=0)
+    plain = [torch.linalg.eigvalsh(f) for f in (fisher, change.T @ fisher @ change)]
+    assert float((plain[0] / plain[1]).log().abs().max()) > 1  # while those of F itself do change
