@@ -11,7 +11,8 @@ import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -172,7 +173,7 @@ class _Pool:
     def __init__(self, plan: Plan, tasks: int):
         size, gpus = _pool_size(plan.config, tasks)
         self._class = ray.remote(num_cpus=plan.config.cpus_per_actor, num_gpus=gpus)(_Actor)
-        self._plan = ray.put(plan_without_tasks(plan))
+        self._plan = ray.put(_for_workers(plan))
         self.idle = [self._class.remote(self._plan) for _ in range(size)]
         self.busy: dict[Any, tuple[Any, Task]] = {}
 
@@ -184,9 +185,15 @@ class _Pool:
         self.idle.append(self._class.remote(self._plan))
 
 
-def plan_without_tasks(plan: Plan) -> Plan:
-    """A plan as workers need it: tasks travel one by one."""
-    return Plan(plan.config, plan.facts, (), plan.result_fields)
+def _for_workers(plan: Plan) -> Plan:
+    """A plan as workers need it: tasks travel one by one, and a worker's current directory may be another."""
+    model = Path(plan.config.model)
+    config = replace(
+        plan.config,
+        model=str(model.resolve()) if model.exists() else plan.config.model,
+        output=RunStore(plan.config.output).uri,
+    )
+    return Plan(config, plan.facts, (), plan.result_fields)
 
 
 def _pool_size(config: RunConfig, tasks: int) -> tuple[int, float]:

@@ -125,7 +125,7 @@ class SplitModel:
         self.sliding_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         fuse_activations(model)
-        self.self_check: SelfCheck | None = self._checked() if check else None
+        self.self_check: SelfCheck | None = _self_check(self) if check else None
 
     @classmethod
     def from_pretrained(
@@ -392,101 +392,6 @@ class SplitModel:
         # A quarter more for what the backward pass holds at once; never less than a few residual streams.
         return max(1.25 * share * (per_token + per_key * seq_len), 8.0 * self.d_model * self.dtype.itemsize)
 
-    # ---- self-check --------------------------------------------------------------------------------------------------
-
-    def _checked(self) -> SelfCheck:
-        start = time.perf_counter()
-        limit = _LIMITS[self.dtype]
-        seq_len = 48
-        if self.sliding_window and self.sliding_window <= 1024:
-            seq_len = max(seq_len, self.sliding_window + 16)
-        seq_len = min(seq_len, self.max_positions or seq_len)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.head.vocab_size, (1, seq_len), generator=generator).to(self.device)
-        # Early, middle and late, and never the last alone: there a model that mixes positions agrees as well.
-        at = torch.tensor(sorted({min(1, seq_len - 1), seq_len // 2, max(0, seq_len - 2)}), device=self.device)
-        encoded = self.encode(ids[:, : min(seq_len, 8)]) if self.is_encoder_decoder else {}
-        each = {name: value.expand(len(at), *value.shape[1:]) for name, value in encoded.items()}
-        with full_precision():
-            alone = self.alone_tape(ids.expand(len(at), -1), each, [0], at)
-            head_error, logits = self._check_head(ids, encoded)
-            target = logits[0, at].argmin(-1, keepdim=True)  # an unlikely token: its score is far from zero
-            cotangent = self.head.predict(alone.z).scores(target)[:, 0]
-            truth = alone.pull(cotangent)[0]
-            scores = replayed = logits_error = 0.0
-            if self.gradients == "own_position":
-                row = torch.zeros_like(at)
-                try:
-                    own = self.own_tape(ids, encoded, [0], (row, at))
-                    scores = _error(own.pull(cotangent)[0], truth)
-                    context, z = self.record(ids, encoded)
-                    columns = torch.arange(len(at), device=self.device)
-                    tape = self.replay_tape(ids[:, at], at[None], context, encoded, [0], (row, columns))
-                    replayed = _error(tape.pull(cotangent)[0], truth)
-                    logits_error = _error(self.head.predict(z[0]).logits, logits[0])
-                except (RuntimeError, NotImplementedError, KeyError, IndexError, TypeError) as error:
-                    raise ModelError(
-                        f"{self._label()} does not run on own-position attention ({type(error).__name__}: {error}). "
-                        "Pass gradients='per_position' (--gradients per_position): slower, right for any causal model."
-                    ) from error
-        worst = max(scores, replayed)
-        if not worst <= limit:
-            raise ModelError(
-                f"{self._label()} mixes positions outside transformers' attention interface: own-position scores are off "
-                f"by {worst:.1g} relative to one-position autograd (limit {limit:g}). Pass gradients='per_position' "
-                "(--gradients per_position): slower, right for any causal model."
-            )
-        if not logits_error <= limit:
-            raise ModelError(
-                f"{self._label()} attends in a way this package does not know: its logits differ by {logits_error:.1g} from "
-                f"those of its own attention (limit {limit:g}). Pass gradients='per_position' "
-                "(--gradients per_position): slower, right for any causal model."
-            )
-        seconds = time.perf_counter() - start
-        positions = tuple(at.tolist())
-        return SelfCheck(scores, replayed, logits_error, head_error, limit, positions, seq_len, seconds)
-
-    def _check_head(self, ids: Tensor, encoded: Mapping[str, Tensor]) -> tuple[float, Tensor]:
-        """Relative error of the head's logits and pull-back at the last positions, and the model's own logits."""
-        with torch.no_grad():
-            _, z = self._run(ids, encoded, ())
-        kept: dict[str, Tensor] = {}
-
-        def leaf(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            kept["z"] = z.detach().requires_grad_()
-            if isinstance(output, tuple):
-                return (kept["z"], *output[1:])
-            output[0 if not hasattr(output, "last_hidden_state") else "last_hidden_state"] = kept["z"]
-            return output
-
-        handle = self.decoder.register_forward_hook(leaf)
-        try:
-            with torch.enable_grad():
-                if self.is_encoder_decoder:
-                    hidden = (encoded["encoder_hidden_states"],)
-                    out = self.model(
-                        encoder_outputs=hidden, attention_mask=encoded["encoder_attention_mask"], decoder_input_ids=ids
-                    )
-                else:
-                    out = self.model(input_ids=ids, use_cache=False)
-                logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
-                few = logits[0, -4:].log_softmax(-1)
-                token = few.argmin(-1, keepdim=True)
-                (truth,) = torch.autograd.grad(few.gather(1, token).sum(), kept["z"])
-        finally:
-            handle.remove()
-        prediction = self.head.predict(z[0, -4:])
-        error = max(
-            _error(prediction.logits, logits[0, -4:].detach()), _error(prediction.scores(token)[:, 0], truth[0, -4:])
-        )
-        limit = _LIMITS[self.dtype]
-        if not error <= limit:
-            raise ModelError(
-                f"{self._label()} has an output head this package does not know: its logits or their gradients differ "
-                f"by {error:.1g} from final norm, scale, soft-capping and unembedding (limit {limit:g})."
-            )
-        return error, logits.detach()
-
     def _label(self) -> str:
         kind = type(self.model).__name__
         return kind if kind == self.name else f"{self.name} ({kind})"
@@ -521,6 +426,102 @@ class SplitModel:
                 f"sequences must have at most {self.max_positions} tokens, got {longest}: {self.name} has no positions "
                 "beyond. Shorten them (--max-seq-len)."
             )
+
+
+def _self_check(split: SplitModel) -> SelfCheck:
+    """Compare scores, logits and head of a model just loaded with what autograd and the model itself give."""
+    start = time.perf_counter()
+    limit = _LIMITS[split.dtype]
+    seq_len = 48
+    if split.sliding_window and split.sliding_window <= 1024:
+        seq_len = max(seq_len, split.sliding_window + 16)
+    seq_len = min(seq_len, split.max_positions or seq_len)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(split.head.vocab_size, (1, seq_len), generator=generator).to(split.device)
+    # Early, middle and late, and never the last alone: there a model that mixes positions agrees as well.
+    at = torch.tensor(sorted({min(1, seq_len - 1), seq_len // 2, max(0, seq_len - 2)}), device=split.device)
+    encoded = split.encode(ids[:, : min(seq_len, 8)]) if split.is_encoder_decoder else {}
+    each = {name: value.expand(len(at), *value.shape[1:]) for name, value in encoded.items()}
+    with full_precision():
+        alone = split.alone_tape(ids.expand(len(at), -1), each, [0], at)
+        head_error, logits = _check_head(split, ids, encoded)
+        target = logits[0, at].argmin(-1, keepdim=True)  # an unlikely token: its score is far from zero
+        cotangent = split.head.predict(alone.z).scores(target)[:, 0]
+        truth = alone.pull(cotangent)[0]
+        scores = replayed = logits_error = 0.0
+        if split.gradients == "own_position":
+            row = torch.zeros_like(at)
+            try:
+                own = split.own_tape(ids, encoded, [0], (row, at))
+                scores = _error(own.pull(cotangent)[0], truth)
+                context, z = split.record(ids, encoded)
+                columns = torch.arange(len(at), device=split.device)
+                tape = split.replay_tape(ids[:, at], at[None], context, encoded, [0], (row, columns))
+                replayed = _error(tape.pull(cotangent)[0], truth)
+                logits_error = _error(split.head.predict(z[0]).logits, logits[0])
+            except (RuntimeError, NotImplementedError, KeyError, IndexError, TypeError) as error:
+                raise ModelError(
+                    f"{split._label()} does not run on own-position attention ({type(error).__name__}: {error}). "
+                    "Pass gradients='per_position' (--gradients per_position): slower, right for any causal model."
+                ) from error
+    worst = max(scores, replayed)
+    if not worst <= limit:
+        raise ModelError(
+            f"{split._label()} mixes positions outside transformers' attention interface: own-position scores are off "
+            f"by {worst:.1g} relative to one-position autograd (limit {limit:g}). Pass gradients='per_position' "
+            "(--gradients per_position): slower, right for any causal model."
+        )
+    if not logits_error <= limit:
+        raise ModelError(
+            f"{split._label()} attends in a way this package does not know: its logits differ by {logits_error:.1g} from "
+            f"those of its own attention (limit {limit:g}). Pass gradients='per_position' "
+            "(--gradients per_position): slower, right for any causal model."
+        )
+    seconds = time.perf_counter() - start
+    positions = tuple(at.tolist())
+    return SelfCheck(scores, replayed, logits_error, head_error, limit, positions, seq_len, seconds)
+
+
+def _check_head(split: SplitModel, ids: Tensor, encoded: Mapping[str, Tensor]) -> tuple[float, Tensor]:
+    """Relative error of the head's logits and pull-back at the last positions, and the model's own logits."""
+    with torch.no_grad():
+        _, z = split._run(ids, encoded, ())
+    kept: dict[str, Tensor] = {}
+
+    def leaf(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        kept["z"] = z.detach().requires_grad_()
+        if isinstance(output, tuple):
+            return (kept["z"], *output[1:])
+        output[0 if not hasattr(output, "last_hidden_state") else "last_hidden_state"] = kept["z"]
+        return output
+
+    handle = split.decoder.register_forward_hook(leaf)
+    try:
+        with torch.enable_grad():
+            if split.is_encoder_decoder:
+                hidden = (encoded["encoder_hidden_states"],)
+                out = split.model(
+                    encoder_outputs=hidden, attention_mask=encoded["encoder_attention_mask"], decoder_input_ids=ids
+                )
+            else:
+                out = split.model(input_ids=ids, use_cache=False)
+            logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
+            few = logits[0, -4:].log_softmax(-1)
+            token = few.argmin(-1, keepdim=True)
+            (truth,) = torch.autograd.grad(few.gather(1, token).sum(), kept["z"])
+    finally:
+        handle.remove()
+    prediction = split.head.predict(z[0, -4:])
+    error = max(
+        _error(prediction.logits, logits[0, -4:].detach()), _error(prediction.scores(token)[:, 0], truth[0, -4:])
+    )
+    limit = _LIMITS[split.dtype]
+    if not error <= limit:
+        raise ModelError(
+            f"{split._label()} has an output head this package does not know: its logits or their gradients differ "
+            f"by {error:.1g} from final norm, scale, soft-capping and unembedding (limit {limit:g})."
+        )
+    return error, logits.detach()
 
 
 def load(model: str | Path | SplitModel) -> SplitModel:
