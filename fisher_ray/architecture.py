@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,26 @@ class ModelFacts:
             return cls.of(config)
 
 
+def weights_digest(name: str, revision: str | None = None) -> str:
+    """What identifies a model's weights and tokenizer: a hub model's commit, else a sha256 over a local one's files.
+
+    Of weight files the digest takes names, sizes and 64 KiB at 64 places, so that a large model costs no full read.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        with _load_errors(name):
+            return str(AutoConfig.from_pretrained(name, revision=revision)._commit_hash)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".txt")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as raw:
+            for start in range(0, max(size, 1), max(1 << 16, size // 64)):
+                raw.seek(start)
+                digest.update(raw.read(1 << 16))
+    return digest.hexdigest()
+
+
 def load_pretrained(
     name: str, dtype: str | torch.dtype | None, revision: str | None, trust_remote_code: bool
 ) -> tuple[Any, Any]:
@@ -67,6 +88,8 @@ def load_pretrained(
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     weights = DTYPES[dtype] if isinstance(dtype, str) else dtype or torch.float32
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if weights == torch.float64:
+        common["experts_implementation"] = "eager"  # grouped products of experts know no float64
     with _load_errors(name):
         config = AutoConfig.from_pretrained(name, **common)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -52,6 +52,7 @@ class _Layer:
     value: Float[Tensor, "batch kv_heads seq value_dim"]
     mask: Bool[Tensor, "#batch #heads seq seq"] | None
     bias: Float[Tensor, "#batch heads seq seq"] | None
+    broken: Bool[Tensor, "batch 1 1 seq"] | None
 
 
 @dataclass
@@ -126,6 +127,7 @@ def _attention(
         return _transposed(_weighted(probs, value)), None
 
     own_key, own_value, where = key, value, None
+    broken = _broken(key, value)
     if mode.name == "replay":
         assert mode.context is not None and mode.positions is not None
         try:
@@ -133,13 +135,15 @@ def _attention(
         except KeyError:
             raise RuntimeError(f"{type(module).__name__} attends in replay but did not in recording") from None
         where = mode.positions
-        key, value = layer.key, layer.value
+        key, value, broken = layer.key, layer.value, layer.broken
         attention_mask, position_bias = _rows(layer.mask, where), _rows(layer.bias, where)
     else:
         attention_mask = _visible(query, key, attention_mask, causal)
+        if broken is not None:
+            key, value = (x.masked_fill(broken.mT, 0.0) for x in (key, value))
         if mode.name == "record":
             assert mode.context is not None
-            mode.context.layers[module] = _Layer(key, value, attention_mask, position_bias)
+            mode.context.layers[module] = _Layer(key, value, attention_mask, position_bias, broken)
     out = _OwnPosition.apply(
         query,
         own_key,
@@ -153,7 +157,22 @@ def _attention(
         scale,
         softcap,
     )
+    if broken is not None:
+        seen = attention_mask & broken if attention_mask is not None else broken
+        if where is not None:
+            seen = seen.expand(-1, -1, query.shape[2], -1).scatter(-1, where[:, None, :, None], False)
+        out = out.masked_fill(seen.any(-1, keepdim=True), torch.nan)
     return _transposed(out), None
+
+
+def _broken(key: Tensor, value: Tensor) -> Bool[Tensor, "batch 1 1 keys"] | None:
+    """Positions whose key or value is not finite, if there are any.
+
+    A weight of zero times NaN is NaN, so they would reach the queries before them, which do not see them.
+    """
+    if bool((key.float().sum() + value.float().sum()).isfinite()):
+        return None
+    return ~(key.isfinite().all(-1) & value.isfinite().all(-1)).all(1)[:, None, None]
 
 
 _Own = tuple[Tensor | None, Tensor | None]  # the queries' own keys, and their positions in the context

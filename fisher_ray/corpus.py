@@ -126,11 +126,8 @@ def find_ranges(corpus: Sequence[str], layout: Layout, target: int) -> list[Sour
         raise CorpusError(
             f"no files in {', '.join(corpus)}. Expected {', '.join(_FORMATS)}, text and jsonl also .gz or .zst."
         )
-    root = (
-        posixpath.commonpath([posixpath.dirname(path) for path in paths])
-        if len(paths) > 1
-        else posixpath.dirname(paths[0])
-    )
+    folders = [posixpath.dirname(path).split("/") for path in paths]
+    root = "/".join(posixpath.commonprefix(folders))
     ranges: list[SourceRange] = []
     for path in dict.fromkeys(paths):
         ranges.extend(_split(path, path[len(root) :].lstrip("/"), layout, target))
@@ -202,15 +199,13 @@ def windows(
 def _expand(uri: str) -> list[str]:
     try:
         fs, path = fsspec.core.url_to_fs(uri)
-        if any(c in path for c in "*?["):
-            found = sorted(p for p in fs.glob(path) if fs.isfile(p) and _known(p))
-        elif fs.isdir(path):
-            found = sorted(
-                p for p in fs.find(path) if _known(p) and not posixpath.basename(p).startswith(("cache-", "."))
-            )
-        elif fs.exists(path):
+        if fs.isdir(path):
+            found = sorted(p for p in fs.find(path) if _wanted(p))
+        elif fs.isfile(path):
             _format(path)
             found = [path]
+        elif any(c in path for c in "*?["):
+            found = sorted(p for p in fs.glob(path) if fs.isfile(p) and _wanted(p))
         else:
             raise CorpusError(
                 f"corpus not found: {uri}. Expected a file, a folder or a glob; quote globs in the shell."
@@ -227,6 +222,11 @@ def _known(path: str) -> bool:
     if suffix in _CODECS:
         return _FORMATS.get(posixpath.splitext(stem)[1]) in ("text", "jsonl")
     return suffix in _FORMATS
+
+
+def _wanted(path: str) -> bool:
+    """Whether a file found in a folder is part of the corpus: hidden ones and datasets' caches are not."""
+    return _known(path) and not posixpath.basename(path).startswith(("cache-", "."))
 
 
 def _format(path: str) -> tuple[str, str | None]:
@@ -285,7 +285,7 @@ def _sniff(source: SourceRange, layout: Layout, kind: str, codec: str | None) ->
     """Refuse a file whose beginning is not what its ending claims, before anything is computed."""
     head = _stream(source.path, codec).read(_SNIFFED)
     text = _decode(head[: head.rfind(b"\n") + 1] if len(head) == _SNIFFED else head, source.path, 0)
-    if kind == "jsonl" and (first := next((line for line in text.splitlines() if line.strip()), None)):
+    if kind == "jsonl" and (first := next((line for line in text.split("\n") if line.strip()), None)):
         _json_row(first.encode(), source.path, 0, layout)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from fisher_ray.architecture import DTYPES, ModelFacts
+from fisher_ray.architecture import DTYPES, ModelFacts, weights_digest
 from fisher_ray.corpus import Layout, SourceRange, Unit, find_ranges, take
 from fisher_ray.estimators import Estimator, Exact, Sampled, check_tempering
 from fisher_ray.scores import TokenSource
@@ -286,7 +286,13 @@ def make_plan(config: RunConfig) -> Plan:
     plan = Plan(config, facts, tasks)
     settings = {key: value for key, value in config.asdict().items() if key not in _EXECUTION | {"corpus"}}
     sources = hashlib.sha256(json.dumps(plan.table().drop_columns("path").to_pylist()).encode()).hexdigest()
-    fixed = {**settings, "layers": layers, "corpus": sources, "result_version": RESULT_VERSION}
+    fixed = {
+        **settings,
+        "layers": layers,
+        "corpus": sources,
+        "weights": weights_digest(config.model, config.revision),
+        "result_version": RESULT_VERSION,
+    }
     return Plan(config, facts, tasks, fixed)
 
 

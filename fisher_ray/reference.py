@@ -136,6 +136,8 @@ def calculate_fisher(
         ValueError: a row of bare ids begins or ends with the tokenizer's pad token and no mask says whether it is real.
     """
     split = load(model_name)
+    if num_samples is None and (top_p != 1.0 or temperature != 1.0):
+        raise ValueError("top_p and temperature belong to sampled scores; give num_samples as well.")
     ids, mask = _token_batch(split, batch_tokens, attention_mask)
     scores = score_factors(
         split,
@@ -180,7 +182,7 @@ def _token_batch(
         return _token_batch(
             split, torch.as_tensor(tokens["input_ids"]), None if found is None else torch.as_tensor(found)
         )
-    if isinstance(tokens, str) or not all(isinstance(text, str) for text in tokens):
+    if isinstance(tokens, str) or not tokens or not all(isinstance(text, str) for text in tokens):
         raise ValueError("batch_tokens must be token ids [batch, seq], a tokenizer's output or a list of texts.")
     if split.tokenizer is None:
         raise ValueError(f"{split.name} has no tokenizer; pass token ids in place of texts.")

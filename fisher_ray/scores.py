@@ -82,7 +82,7 @@ def score_factors(
     token_temperature: float = 1.0,
     keys: Sequence[str | int] | None = None,
     encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
-    encoder_attention_mask: Int[Tensor, "batch enc_seq"] | None = None,
+    encoder_attention_mask: Int[Tensor, "batch enc_seq"] | Bool[Tensor, "batch enc_seq"] | None = None,
     seed: int = 0,
     memory_budget: int | None = None,
 ) -> Scores:
@@ -186,7 +186,7 @@ def iter_scores(
     token_temperature: float = 1.0,
     keys: Sequence[str | int] | None = None,
     encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
-    encoder_attention_mask: Int[Tensor, "batch enc_seq"] | None = None,
+    encoder_attention_mask: Int[Tensor, "batch enc_seq"] | Bool[Tensor, "batch enc_seq"] | None = None,
     seed: int = 0,
     memory_budget: int | None = None,
 ) -> Iterator[Scores]:
@@ -202,6 +202,10 @@ def iter_scores(
     if model.is_encoder_decoder != (encoder_input_ids is not None):
         expected = "needs" if model.is_encoder_decoder else "takes no"
         raise ValueError(f"{model.name} {expected} encoder_input_ids; it is {type(model.model).__name__}.")
+    if encoder_input_ids is not None:
+        _check_encoder(model, len(rows), encoder_input_ids, encoder_attention_mask)
+    elif encoder_attention_mask is not None:
+        raise ValueError("encoder_attention_mask is given without encoder_input_ids.")
     if keys is not None and len(keys) != len(rows):
         raise ValueError(f"keys must name each of the {len(rows)} sequences, got {len(keys)}.")
     pass_ = _Pass(
@@ -256,6 +260,17 @@ def _real_tokens(model: SplitModel, input_ids: Tensor, attention_mask: Tensor | 
             rows.append(input_ids[i, real[0] : real[-1] + 1])
     model.check_ids(torch.cat(rows), max(map(len, rows)))
     return [row.to(model.device, torch.int64) for row in rows]
+
+
+def _check_encoder(model: SplitModel, batch: int, ids: Tensor, mask: Tensor | None) -> None:
+    if ids.ndim != 2 or len(ids) != batch or ids.numel() == 0:
+        raise ValueError(f"encoder_input_ids must be [{batch}, enc_seq], one row a sequence, got {list(ids.shape)}.")
+    model.check_ids(ids, 1)
+    if mask is not None and (mask.shape != ids.shape or not bool(mask.bool().any(1).all())):
+        raise ValueError(
+            f"encoder_attention_mask must have the shape of encoder_input_ids, {list(ids.shape)}, and a real token in each "
+            f"row; got {list(mask.shape)}."
+        )
 
 
 def _chosen_positions(
@@ -449,9 +464,12 @@ class _Pass:
         )
 
     def _padded(self, rows: list[int]) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, " batch"]]:
-        """Sequences padded on the right, where causality hides the padding, and their lengths."""
+        """Sequences padded on the right, where causality hides the padding, and their lengths.
+
+        The padding repeats a sequence's first token: another one's activations might not be finite.
+        """
         lengths = [len(self.rows[i]) for i in rows]
-        tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64, device=self.model.device)
+        tokens = torch.stack([self.rows[i][:1].expand(max(lengths)) for i in rows])
         for i, row in enumerate(rows):
             tokens[i, : lengths[i]] = self.rows[row]
         return tokens, torch.tensor(lengths, device=self.model.device)
@@ -479,13 +497,18 @@ class _Pass:
         flat_row, flat_position = row.repeat_interleave(repeats), position.repeat_interleave(repeats)
         flat_fed = fed.flatten().repeat_interleave(copies)
         if context is None:
-            own = tokens[flat_row, : int(position.max()) + 1].clone()
+            own = tokens[flat_row, : int(position.max()) + 1]
+            later = torch.arange(own.shape[1], device=own.device) > flat_position[:, None]
+            own = own.where(~later, own[:, :1])
             own[torch.arange(len(own), device=own.device), flat_position] = flat_fed
             each = {name: value[flat_row] for name, value in encoded.items()}
             return model.alone_tape(own, each, self.layers, flat_position), fed, copies
         column = torch.cat([torch.arange(len(wanted) * repeats, device=row.device) for wanted in batch.positions])
         shape = (len(tokens), int(column.max()) + 1)
-        query_token, query_position = (torch.zeros(shape, dtype=torch.int64, device=row.device) for _ in range(2))
+        query_token, query_position = (
+            tokens[:, :1].repeat(1, shape[1]),
+            torch.zeros_like(tokens[:, :1]).repeat(1, shape[1]),
+        )
         query_token[flat_row, column], query_position[flat_row, column] = flat_fed, flat_position
         where = (flat_row, column)
         return model.replay_tape(query_token, query_position, context, encoded, self.layers, where), fed, copies

@@ -47,6 +47,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             eos_token_id=1,
         )
     ),
+    "untied": lambda: tf.GPT2LMHeadModel(
+        tf.GPT2Config(
+            n_embd=D_MODEL, n_layer=LAYERS, n_head=2, n_positions=MAX_POSITIONS, vocab_size=VOCAB, bos_token_id=0,
+            eos_token_id=1, tie_word_embeddings=False,
+        )
+    ),
     "bloom": lambda: tf.BloomForCausalLM(
         tf.BloomConfig(vocab_size=VOCAB, hidden_size=D_MODEL, n_layer=LAYERS, n_head=2, bos_token_id=0, eos_token_id=1)
     ),
@@ -123,6 +129,11 @@ def cluster() -> Iterator[None]:
     yield
     if started:
         ray.shutdown()
+
+
+def address() -> str:
+    """Of that cluster, for other processes to join."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------

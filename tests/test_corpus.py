@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import jobs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import jobs
 from fisher_ray.corpus import CorpusError, Document, Layout, SourceRange, find_ranges, read_documents, take, windows
 from fisher_ray.plan import ConfigError, Positions
 

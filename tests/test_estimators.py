@@ -9,14 +9,22 @@ import pytest
 import torch
 import transformers as tf
 from conftest import Models
-from families import build
+from families import FAMILIES, build
 from torch import Tensor, nn
 
-from fisher_ray import Exact, Sampled, Scores, SplitModel, UpperLayersModel, fim_expected_gradient_outerproduct, score_factors
+from fisher_ray import (
+    Exact,
+    Sampled,
+    Scores,
+    SplitModel,
+    UpperLayersModel,
+    fim_expected_gradient_outerproduct,
+    score_factors,
+)
 from fisher_ray.estimators import tempered
 from fisher_ray.head import Head, Prediction
 
-MATRICES = 1e-10
+MATRICES = 1e-10  # one layer off, or in other coordinates, .1 and more
 # Standard errors; a |z| this large comes once in 15,000 entries, and seeds are fixed.
 Z = 4.0
 
@@ -114,8 +122,6 @@ class Coordinates(nn.Module):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_matrices_change_as_a_metric_does_under_new_coordinates(name: str, models: Models):
     """h = A h' gives F' = A^T F A at every layer."""
-    from families import FAMILIES
-
     split = models(name)
     model = build(FAMILIES[name])
     generator = torch.Generator().manual_seed(5)
@@ -231,7 +237,8 @@ def test_sampled_is_unbiased(name: str, models: Models):
     assert 0.5 < z.square().mean() < 2.0  # the errors are of the size that sampling has, neither hidden nor shrunk
     # Each factor is the score of some token.
     every = truth.scores[1] / SAMPLES**0.5
-    assert torch.cdist(sampled.factors[1][0, :500], every).min(-1).values.max() < 1e-12 * every.norm(dim=-1).max() + 1e-9
+    distance = torch.cdist(sampled.factors[1][0, :500], every, compute_mode="donot_use_mm_for_euclid_dist").min(-1)
+    assert distance.values.max() < 1e-11 * every.norm(dim=-1).max()
     assert (sampled.kept_mass == 1).all()
 
 

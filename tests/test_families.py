@@ -12,9 +12,12 @@ from families import OTHERS, build
 
 from fisher_ray import Exact, ModelError, SplitModel, score_factors
 
+# Measured 1e-15. Without the path through a query's own value .36 to .95, without its own key .025 to .55, with a stream
+# hooked one block too low .29; the slope of attention's soft-capping alone is 3e-5 in this Gemma 2.
 SCORES = 1e-12
+# Without the encoder's mask .3 to .9.
 MATRICES = 1e-10
-# The library takes float32 softmaxes in a float64 model.
+# The library takes float32 softmaxes in a float64 model: 4e-7. Without sinks .15, without T5's position bias .07.
 LOGITS = 1e-5
 
 LENGTH = 12  # more than the sliding window of 5
@@ -126,7 +129,7 @@ def test_per_position_gradients_of_drawn_tokens_equal_brute_force(name: str, mod
         split, **batch.padded(["left"], LENGTH), layers=[1], positions=wanted, estimator=Exact(),
         token_source="sampled", num_token_draws=3,
     )  # fmt: skip
-    for n, (i, position) in enumerate((i, t) for i in range(2) for t in wanted[i]):
+    for n, (i, position) in enumerate((row, t) for row in range(2) for t in wanted[row]):
         truth = oracles.mean_matrix(split, batch.rows[i], position, scores.fed[n], 1)
         assert oracles.error(scores.matrices(1)[n], truth) < MATRICES
 
@@ -134,11 +137,16 @@ def test_per_position_gradients_of_drawn_tokens_equal_brute_force(name: str, mod
 def spy(split: SplitModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tapes that ran, in order."""
     ran: list[str] = []
-    for name in ("own_tape", "replay_tape", "alone_tape"):
 
-        def noted(*args, name=name, original=getattr(split, name), **kwargs):
+    def watch(name: str) -> None:
+        original = getattr(split, name)
+
+        def noted(*args, **kwargs):
             ran.append(name)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(split, name, noted)
+
+    for name in ("own_tape", "replay_tape", "alone_tape"):
+        watch(name)
     return ran

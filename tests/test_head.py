@@ -14,8 +14,11 @@ from torch import Tensor
 from fisher_ray import ModelError, SplitModel
 from fisher_ray.head import Head, psd_factor
 
+# Without the mean row .8 to 2; with the slope of soft-capping left out .002 to .1.
 TIGHT = 1e-12
+# With only the first chunk of the vocabulary .2.
 MOMENT = 1e-10
+# Measured below 3e-6; what the naive forms give is tabulated below.
 FLOAT32 = 2e-5
 
 LIKELY = 3
@@ -128,6 +131,7 @@ def peaked(head_: Head, target: float) -> Tensor:
 
 
 COMMON = 10.0  # as in trained models, rows lie far closer to each other than to zero
+
 
 # Largest relative error in float32, 600 tokens, heads without soft-capping:
 #

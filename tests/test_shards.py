@@ -12,16 +12,16 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import jobs
 import numpy as np
 import pytest
 import torch
 import yaml
-from jobs import gpt2  # noqa: F401
 
+import jobs
 from fisher_ray import cli
 from fisher_ray.plan import ConfigError, RunConfig, make_plan
 from fisher_ray.shards import Counts, Receipt, RunStore, StorageError, StoredFile, Sums
+from jobs import gpt2  # noqa: F401
 
 D = 7
 FLOAT32 = 5e-6  # products are in float32; a position left out shows as 1e-2 in the sum of F / tr F
@@ -114,7 +114,12 @@ def test_layers() -> None:
     assert [chosen(spec) for spec in ("all", "0-2", "3", "5,1", "4-5, 0,0")] == [
         [0, 1, 2, 3, 4, 5], [0, 1, 2], [3], [1, 5], [0, 4, 5]
     ]  # fmt: skip
-    for spec, message in [("6", r"must be in \[0, 5\], got 6"), ("3-9", "got 9"), ("2-1", "backwards"), ("x", "layers")]:
+    for spec, message in [
+        ("6", r"must be in \[0, 5\], got 6"),
+        ("3-9", "got 9"),
+        ("2-1", "backwards"),
+        ("x", "layers"),
+    ]:
         with pytest.raises(ConfigError, match=message):
             chosen(spec)
     for spec in ("", "-1", "1-", "1.5", "0,,1"):
@@ -126,7 +131,11 @@ def test_settings_come_back_from_a_file() -> None:
     config = RunConfig(
         model="m", corpus=("a", "b"), output="o", encoder_column="x", actors=3, gpus_per_actor=0.5, **CHANGES
     )
-    for dumped in (config.asdict(), yaml.safe_load(yaml.safe_dump(config.asdict())), json.loads(json.dumps(config.asdict()))):
+    for dumped in (
+        config.asdict(),
+        yaml.safe_load(yaml.safe_dump(config.asdict())),
+        json.loads(json.dumps(config.asdict())),
+    ):
         assert RunConfig.from_dict(dumped) == config
 
 
@@ -169,7 +178,9 @@ def test_sums_against_a_loop_in_float64(num_factors: int, num_draws: int) -> Non
     sums = filled([0, 2], (factors, activations))
     for i, layer in enumerate([0, 2]):
         fisher, normalised, second, mean = np.zeros((D, D)), np.zeros((D, D)), np.zeros((D, D)), np.zeros(D)
-        for g, h in zip(factors.double().numpy() * (layer + 1), activations.double().numpy() * (layer + 1), strict=True):
+        for g, h in zip(
+            factors.double().numpy() * (layer + 1), activations.double().numpy() * (layer + 1), strict=True
+        ):
             f = sum(np.outer(row, row) for row in g)
             fisher, second, mean = fisher + f, second + sum(np.outer(x, x) for x in h) / len(h), mean + h.mean(0)
             if f.trace() > 0:
@@ -190,7 +201,7 @@ def test_many_small_terms_are_not_lost_beside_a_large_one() -> None:
 
 
 def test_packed_sums_are_rounded_once() -> None:
-    sums = filled([0, 3], scores(40, 3))
+    sums = filled([0, 3], scores(40, 3), scores(41, 3, seed=1))
     back = Sums.from_bytes(sums.to_bytes())
     assert back.layers == [0, 3]
     for name in ("count", "traced", "activation"):
@@ -213,7 +224,9 @@ def test_merged_sums_are_sums_over_all() -> None:
         torch.testing.assert_close(getattr(merged, name), getattr(both, name), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("other", [Sums([0, 2], D), Sums([0], D), Sums([0, 1], D + 1)], ids=["layers", "fewer", "width"])
+@pytest.mark.parametrize(
+    "other", [Sums([0, 2], D), Sums([0], D), Sums([0, 1], D + 1)], ids=["layers", "fewer", "width"]
+)
 def test_sums_of_something_else_are_refused(other: Sums) -> None:
     with pytest.raises(StorageError, match="cannot be added"):
         Sums([0, 1], D).merge(other)

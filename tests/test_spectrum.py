@@ -98,7 +98,8 @@ def test_whitened_eigenvalues_do_not_see_coordinates() -> None:
     fisher, change, shift = psd(6), normal(D, D, seed=7), normal(D, seed=8)
     other = torch.linalg.solve(change, (h - shift).T).T
     got = [
-        whitened_eigenvalues(f, x.mean(0), x.T @ x / len(x)) for f, x in [(fisher, h), (change.T @ fisher @ change, other)]
+        whitened_eigenvalues(f, x.mean(0), x.T @ x / len(x))
+        for f, x in [(fisher, h), (change.T @ fisher @ change, other)]
     ]
     torch.testing.assert_close(got[0], got[1], rtol=1e-8, atol=0)
     plain = [torch.linalg.eigvalsh(f) for f in (fisher, change.T @ fisher @ change)]
