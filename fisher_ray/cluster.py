@@ -111,7 +111,7 @@ def run(config: RunConfig, progress: Callable[[Plan], AbstractContextManager[Pro
                 _map(plan, pool, done, tell)
             return _reduced(plan, store, pool, done, resumed)
     except BaseException:
-        if existing is None and not store.receipts(plan.fingerprint):
+        if existing is None and not any(r.counts.scored for r in store.receipts(plan.fingerprint).values()):
             store.discard()
         raise
 
@@ -263,7 +263,10 @@ def _reduced(plan: Plan, store: RunStore, pool: _Pool, done: dict[int, Receipt],
         )
     example = next(task for task in plan.tasks if done[task.id].counts.scored)
     receipts = [done[task.id] for task in plan.tasks]
-    rows = ray.get(pool.idle[-1].reduce.remote(receipts, example))
+    try:
+        rows = ray.get(pool.idle[-1].reduce.remote(receipts, example))
+    except RayTaskError as error:
+        raise error.cause from None
     halvings = sum(receipt.halvings for receipt in receipts)
     return Outcome(plan, store, rows, counts, halvings, resumed)
 

@@ -99,6 +99,7 @@ class Window:
         ids: tokens, the sink first where there is one.
         sink: 1 with a sink, else 0.
         scored: window positions to score, none of them the sink.
+        following: the document's next token, or None at its end.
     """
 
     document: int
@@ -106,6 +107,7 @@ class Window:
     ids: list[int]
     sink: int
     scored: list[int]
+    following: int | None
 
 
 def find_ranges(corpus: Sequence[str], layout: Layout, target: int) -> list[SourceRange]:
@@ -189,7 +191,8 @@ def windows(
         stop = min(start + room, len(ids))
         scored = [t - start + len(prefix) for t in range(first_new, stop) if t in wanted]
         if scored:
-            yield Window(document, start, [*prefix, *ids[start:stop]], len(prefix), scored)
+            following = ids[stop] if stop < len(ids) else None
+            yield Window(document, start, [*prefix, *ids[start:stop]], len(prefix), scored, following)
         first_new, start = stop, stop - stride
 
 
@@ -283,7 +286,10 @@ def _split(path: str, name: str, layout: Layout, target: int) -> Iterator[Source
 
 def _sniff(source: SourceRange, layout: Layout, kind: str, codec: str | None) -> None:
     """Refuse a file whose beginning is not what its ending claims, before anything is computed."""
-    head = _stream(source.path, codec).read(_SNIFFED)
+    try:
+        head = _stream(source.path, codec).read(_SNIFFED)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CorpusError(f"{source.path} cannot be decompressed: {error}") from error
     text = _decode(head[: head.rfind(b"\n") + 1] if len(head) == _SNIFFED else head, source.path, 0)
     if kind == "jsonl" and (first := next((line for line in text.split("\n") if line.strip()), None)):
         _json_row(first.encode(), source.path, 0, layout)
@@ -446,11 +452,13 @@ def _document(name: str, row: dict[str, Any], layout: Layout) -> Document:
     content = row[layout.column]
     if content is None:
         content = ""
-    listed = isinstance(content, list) and all(isinstance(i, int) for i in content)
+    listed = isinstance(content, list) and all(type(i) is int for i in content)
     if not isinstance(content, str) and not listed:
         raise CorpusError(
             f"{name}: column {layout.column!r} must hold text or a list of token ids, got {type(content).__name__}."
         )
+    if isinstance(content, str):
+        _check_unicode(name, content)
     encoder_text = None
     if layout.encoder_column is not None:
         encoder_text = row[layout.encoder_column]
@@ -458,8 +466,17 @@ def _document(name: str, row: dict[str, Any], layout: Layout) -> Document:
             raise CorpusError(
                 f"{name}: column {layout.encoder_column!r} must hold text, got {type(encoder_text).__name__}."
             )
+        _check_unicode(name, encoder_text)
     carried = tuple(None if row[column] is None else str(row[column]) for column in layout.carried)
     return Document(name, content, encoder_text, carried)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{name}: character {error.start} is half of a surrogate pair, not text.") from error
 
 
 def _decode(raw: bytes, path: str, offset: int) -> str:

@@ -10,7 +10,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
@@ -18,6 +19,7 @@ from fisher_ray.architecture import DTYPES, ModelFacts, weights_digest
 from fisher_ray.corpus import Layout, SourceRange, Unit, find_ranges, take
 from fisher_ray.estimators import Estimator, Exact, Sampled, check_tempering
 from fisher_ray.scores import TokenSource
+from fisher_ray.shards import POSITION_FIELDS
 from fisher_ray.split import Gradients
 
 # Raised whenever the same configuration would give other numbers.
@@ -151,6 +153,11 @@ class RunConfig:
             raise ConfigError(f"token_draws is for token_source sampled, got {self.token_draws} with observed tokens.")
         if self.gpus_per_actor is not None and self.gpus_per_actor < 0:
             raise ConfigError(f"gpus_per_actor must not be negative, got {self.gpus_per_actor}.")
+        taken = {name for name, _ in POSITION_FIELDS} & set(self.columns)
+        if taken:
+            raise ConfigError(
+                f"columns must not be named {', '.join(sorted(taken))}: the table of positions has such already."
+            )
         if not self.corpus:
             raise ConfigError("corpus must name at least one file, folder or glob.")
 
@@ -217,11 +224,26 @@ class RunConfig:
         missing = [name for name in ("model", "corpus", "output") if not values.get(name)]
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given (--{missing[0]}).")
-        try:
-            settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            return cls(**settings)
-        except TypeError as error:
-            raise ConfigError(f"a setting has the wrong type: {error}") from error
+        for name, hint in get_type_hints(cls).items():
+            if name in values and not _fits(values[name], hint):
+                expected = getattr(hint, "__name__", str(hint).replace("typing.", ""))
+                raise ConfigError(f"{name} must be {expected}, got {values[name]!r}.")
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**settings)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from a file is of the annotated type."""
+    origin = get_origin(hint)
+    if origin is UnionType:
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str)  # which of them is checked with the others' options
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 @dataclass(frozen=True)

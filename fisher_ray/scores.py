@@ -40,7 +40,7 @@ class Scores:
         token: [N], the observed token there.
         fed: [N, D], the tokens fed in: the observed one, or those drawn.
         entropy: [N], of p(. | h_t, x_<t), nats; the mean over D.
-        surprisal: [N], -log p of the observed next token, nats; the mean over D; NaN at the end of a sequence.
+        surprisal: [N], -log p of the observed next token, nats; the mean over D; NaN where there is none.
         kept_mass: [N], probability mass that the estimator's truncation kept; 1 without.
         invalid: (sequence, position) of rows left out because activations, p or scores were not finite.
         halvings: how often memory ran out and a micro-batch was cut in two.
@@ -83,6 +83,7 @@ def score_factors(
     keys: Sequence[str | int] | None = None,
     encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
     encoder_attention_mask: Int[Tensor, "batch enc_seq"] | Bool[Tensor, "batch enc_seq"] | None = None,
+    following: Sequence[int | None] | None = None,
     seed: int = 0,
     memory_budget: int | None = None,
 ) -> Scores:
@@ -107,6 +108,7 @@ def score_factors(
         keys: names of the sequences for the random draws; default: a hash of their ids.
         encoder_input_ids: tokens of the encoder, for an encoder-decoder.
         encoder_attention_mask: true at the encoder's real tokens.
+        following: the token after each sequence's last, or None; for the surprisal there.
         seed: of all draws.
         memory_budget: bytes that one micro-batch may take; default: 2 GiB, on a GPU half of its memory. Changing it may
             change rounding.
@@ -136,6 +138,7 @@ def score_factors(
             keys=keys,
             encoder_input_ids=encoder_input_ids,
             encoder_attention_mask=encoder_attention_mask,
+            following=following,
             seed=seed,
             memory_budget=memory_budget,
         )
@@ -187,6 +190,7 @@ def iter_scores(
     keys: Sequence[str | int] | None = None,
     encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
     encoder_attention_mask: Int[Tensor, "batch enc_seq"] | Bool[Tensor, "batch enc_seq"] | None = None,
+    following: Sequence[int | None] | None = None,
     seed: int = 0,
     memory_budget: int | None = None,
 ) -> Iterator[Scores]:
@@ -206,11 +210,13 @@ def iter_scores(
         _check_encoder(model, len(rows), encoder_input_ids, encoder_attention_mask)
     elif encoder_attention_mask is not None:
         raise ValueError("encoder_attention_mask is given without encoder_input_ids.")
-    if keys is not None and len(keys) != len(rows):
-        raise ValueError(f"keys must name each of the {len(rows)} sequences, got {len(keys)}.")
+    for name, given in (("keys", keys), ("following", following)):
+        if given is not None and len(given) != len(rows):
+            raise ValueError(f"{name} must have an entry for each of the {len(rows)} sequences, got {len(given)}.")
     pass_ = _Pass(
         model=model,
         rows=rows,
+        following=[-1 if token is None else token for token in following or [None] * len(rows)],
         layers=model.check_layers(layers),
         estimator=estimator,
         draws_tokens=token_source == "sampled",
@@ -322,6 +328,7 @@ class _Pass:
 
     model: SplitModel
     rows: list[Tensor]
+    following: list[int]
     layers: list[int]
     estimator: Estimator
     draws_tokens: bool
@@ -433,10 +440,11 @@ class _Pass:
             num_draws = fed.shape[1]
             # From here on a query is a (position, token draw); its copies on the tape follow each other.
             query_position = position.repeat_interleave(num_draws)
-            next_token = tokens[row, (position + 1).clamp(max=tokens.shape[1] - 1)].repeat_interleave(num_draws)
+            next_token = self._next(batch.rows, tokens, lengths)[row, position]
+            queried_next = next_token.clamp_min(0).repeat_interleave(num_draws)
             first_sample = (torch.arange(num_draws, device=device) * self.num_factors).repeat(len(row))
             draws = Draws(names.repeat_interleave(num_draws, 0), query_position, first_sample, "score")
-            cotangents, entropy, surprisal, kept = self._cotangents(tape.z[::copies], draws, next_token)
+            cotangents, entropy, surprisal, kept = self._cotangents(tape.z[::copies], draws, queried_next)
             factors = {
                 layer: self._averaged(g, num_draws) for layer, g in self._pulled(tape, cotangents, copies).items()
             }
@@ -458,7 +466,7 @@ class _Pass:
             token=tokens[row, position][valid],
             fed=fed[valid],
             entropy=entropy[valid],
-            surprisal=surprisal.masked_fill(position + 1 >= lengths[row], torch.nan)[valid],
+            surprisal=surprisal.masked_fill(next_token < 0, torch.nan)[valid],
             kept_mass=kept[valid],
             invalid=list(zip(sequence[~valid].tolist(), position[~valid].tolist(), strict=True)),
         )
@@ -473,6 +481,12 @@ class _Pass:
         for i, row in enumerate(rows):
             tokens[i, : lengths[i]] = self.rows[row]
         return tokens, torch.tensor(lengths, device=self.model.device)
+
+    def _next(self, rows: list[int], tokens: Tensor, lengths: Tensor) -> Int[Tensor, "batch seq"]:
+        """The token after each, -1 where there is none."""
+        after = tokens.roll(-1, 1)
+        last = torch.tensor([self.following[i] for i in rows], device=tokens.device)
+        return after.scatter(1, lengths[:, None] - 1, last[:, None])
 
     def _forward(
         self, batch: _Batch, tokens: Tensor, row: Tensor, position: Tensor, names: Tensor

@@ -221,16 +221,23 @@ class RunStore:
         except (ImportError, ValueError) as error:
             raise StorageError(f"cannot open {uri}: {error}") from error
         self.uri = self._fs.unstrip_protocol(self._root) if "://" in uri else str(Path(self._root))
+        self._made: str | None = None
         self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
 
     # ---- the run itself ----------------------------------------------------------------------------------------------
 
     def read_run(self) -> dict[str, Any] | None:
         """run.json, or None where there is no run; a directory with something else in it is refused."""
-        if self._exists("run.json"):
-            return json.loads(self.read("run.json"))
         if self._fs.isfile(self._root):
             raise StorageError(f"output {self.uri} is a file. Choose a directory that is new, empty or a run's own.")
+        if self._exists("run.json"):
+            try:
+                run = json.loads(self.read("run.json"))
+            except ValueError:
+                run = None
+            if isinstance(run, dict) and isinstance(run.get("result_fields"), dict):
+                return run
+            raise StorageError(f"run.json in {self.uri} was not written by a run of ours. Choose another directory.")
         if self._fs.isdir(self._root) and self._fs.ls(self._root, detail=False):
             raise StorageError(
                 f"output directory {self.uri} is not empty and holds no run of ours. Choose a new or empty one."
@@ -239,15 +246,24 @@ class RunStore:
 
     def create_run(self, description: dict[str, Any], plan: pa.Table) -> None:
         """Write plan and description of a new run; of two at once, one is refused."""
-        buffer = io.BytesIO()
-        pq.write_table(plan, buffer)
-        self.write("plan.parquet", buffer.getvalue())
-        if not self.create("run.json", _json_bytes(description)):
+        self._made = self._first_missing() if self._local else self._root
+        try:
+            self.write("plan.parquet", parquet_bytes(plan))
+            created = self.create("run.json", _json_bytes(description))
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to {self.uri}: {error}. Choose a directory that can be written."
+            ) from error
+        if not created:
             raise StorageError(f"another run was started in {self.uri} just now. Choose another directory.")
 
     def discard(self) -> None:
-        """Remove a run that produced nothing."""
-        self._fs.rm(self._root, recursive=True)
+        """Remove a run that :meth:`create_run` made and that produced nothing, with the folders made for it."""
+        if self._made is not None:
+            self._fs.rm(self._made, recursive=True)
+            return
+        for path in self._fs.ls(self._root, detail=False):
+            self._fs.rm(path, recursive=True)
 
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
@@ -334,6 +350,12 @@ class RunStore:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 Path(temporary).unlink()
+
+    def _first_missing(self) -> str | None:
+        """The topmost folder that creating the run directory will create; None where it exists."""
+        root = Path(self._root)
+        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+        return str(missing[-1]) if missing else None
 
     def _exists(self, path: str) -> bool:
         return bool(self._fs.exists(f"{self._root}/{path}"))

@@ -235,6 +235,7 @@ class Worker:
             token_top_p=config.token_top_p,
             token_temperature=config.token_temperature,
             keys=[f"{work.documents[window.document].id}@{window.start}" for window in some],
+            following=[window.following for window in some],
             seed=config.seed,
             memory_budget=config.memory_budget,
             **self._encoded(batch, work),

@@ -259,6 +259,7 @@ def test_only_what_is_missing_is_computed_again(
         assert (before == now) == (now["task"] not in missing)
     assert after.bits() == undisturbed.bits()
     assert after.table.equals(undisturbed.table)
+    assert len(list(after.folder.glob("sums/*.npz"))) == len(after.receipts) + len(missing)  # nothing else was computed
 
 
 def test_a_damaged_shard_is_never_averaged_in(

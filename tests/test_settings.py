@@ -81,6 +81,18 @@ def test_columns_of_the_corpus_go_along(gpt2: str, tmp_path: Path) -> None:  # n
     assert got == {("a.parquet:0", "a", "1"), ("a.parquet:1", None, "2")}
 
 
+def test_many_small_files_share_tasks(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    files = tmp_path / "files"
+    files.mkdir()
+    for i in range(20):
+        (files / f"{i:02}.txt").write_text(f"file number {i}\n\nand more\n")
+    stored, plan = jobs.run_here(jobs.settings(gpt2, files, tmp_path / "run", num_samples=1, layers="1"))
+    assert len(plan.tasks) == 1
+    first = {r["document"]: r["token"] for r in stored.rows(1) if r["position"] == 0}
+    assert [name.partition(":")[0] for name in first] == [f"{i:02}.txt" for i in range(20) for _ in range(2)]
+    assert stored.counts()["documents"] == 40
+
+
 # ---- which positions, which tokens -------------------------------------------------------------------------------------
 
 
