@@ -235,7 +235,7 @@ class RunStore:
                 run = json.loads(self.read("run.json"))
             except ValueError:
                 run = None
-            if isinstance(run, dict) and isinstance(run.get("result_fields"), dict):
+            if isinstance(run, dict) and "fingerprint" in run:
                 return run
             raise StorageError(f"run.json in {self.uri} was not written by a run of ours. Choose another directory.")
         if self._fs.isdir(self._root) and self._fs.ls(self._root, detail=False):

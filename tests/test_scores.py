@@ -415,7 +415,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "token top_p 0": (lambda: {"token_top_p": 0.0}, r"token_top_p must be in \(0, 1\], got 0.0"),
     "token top_p 1.5": (lambda: {"token_top_p": 1.5}, r"token_top_p must be in \(0, 1\], got 1.5"),
     "token temperature": (lambda: {"token_temperature": 0.0}, "token_temperature must be above 0 and finite"),
-    "keys": (lambda: {"keys": ["a"]}, "keys must name each of the 2 sequences, got 1"),
+    "keys": (lambda: {"keys": ["a"]}, "keys must have an entry for each of the 2 sequences, got 1"),
     "encoder superfluous": (lambda: {"encoder_input_ids": IDS}, "takes no encoder_input_ids"),
 }
 

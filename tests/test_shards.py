@@ -313,11 +313,12 @@ def test_a_second_attempt_does_not_replace_the_first(store: RunStore) -> None:
 
 
 def test_a_run_is_created_once(store: RunStore, gpt2: str, corpus: Path) -> None:  # noqa: F811
+    description = {"schema": "run.1", "fingerprint": "this", "result_fields": {"seed": 0}}
     plan = make_plan(jobs.settings(gpt2, corpus, "run"))
     assert store.read_run() is None
-    store.create_run({"a": 1}, plan.table())
-    assert store.read_run() == {"a": 1}
+    store.create_run(description, plan.table())
+    assert store.read_run() == description
     with pytest.raises(StorageError, match="another run"):
-        store.create_run({"a": 2}, plan.table())
+        store.create_run({**description, "fingerprint": "another"}, plan.table())
     store.discard()
     assert store.read_run() is None
