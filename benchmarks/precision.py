@@ -33,7 +33,9 @@ def main() -> None:
     longest = min(reference.max_positions or 256, 256)
     (source, *_) = find_ranges([args.corpus], Layout(), 1 << 30)
     texts = [document.content for document in read_documents(source, Layout()) if isinstance(document.content, str)]
-    sequences = [[reference.tokenizer.bos_token_id, *reference.tokenizer(text)["input_ids"]][:longest] for text in texts]
+    sequences = [
+        [reference.tokenizer.bos_token_id, *reference.tokenizer(text)["input_ids"]][:longest] for text in texts
+    ]
     ids, mask = _padded(sequences[: args.documents])
     everything = list(range(reference.num_layers + 1))
 

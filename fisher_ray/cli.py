@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 import yaml
@@ -28,9 +28,16 @@ COMPLETE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 _LOG_EVERY = 15.0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other failure does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"error: {message}. See {self.prog} --help.\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """``fisher-ray``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="fisher-ray", description="Fisher matrices of language-model activations.")
+    parser = _Parser(prog="fisher-ray", description="Fisher matrices of language-model activations.")
     parser.add_argument("--version", action="version", version=f"fisher-ray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands.add_parser("run", help="corpus -> Fisher matrices of every layer, on Ray"))
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reference_main(argv: Sequence[str] | None = None) -> int:
     """The published toolkit's script: its flags, on this engine; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Fisher matrices of one layer, with the flags of the published toolkit's script. With --token_source "
         "observed, --num_samples scores are sampled at each position; with sampled, --num_samples tokens are drawn from the "
         "model at each position and the exact matrices there averaged, and --temperature and --top_p belong to those draws."
@@ -167,7 +174,8 @@ def _guarded(make_config: Callable[[], RunConfig]) -> int:
     console, errors = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for library in ("ray", "huggingface_hub"):  # their retries and notes would bury the one line that matters
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         outcome = run(make_config(), lambda plan: _progress(console, plan))
         _show(console, outcome)

@@ -186,6 +186,13 @@ def test_config_files(
     assert message in refused(place, capsys, config=place.file("run.yaml", content), **actors)
 
 
+@pytest.mark.parametrize("flags", [["--estimator", "guessed"], ["--nonsense"], ["--seed", "one"]])
+def test_flags_that_cannot_be(flags: list[str], place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*place.argv(), *flags])
+    assert flags[-1] in the_error(int(str(stop.value.code)), capsys.readouterr().err)
+
+
 def test_a_directory_that_is_not_ours(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     place.file("thesis/chapter.tex", "all of it")
     assert "is not empty and holds no run of ours" in refused(place, capsys, output=place.folder / "thesis")

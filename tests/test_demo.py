@@ -38,7 +38,9 @@ def test_model_has_learned_the_corpus(trained: SplitModel) -> None:
 @pytest.mark.parametrize("layer", [0, 3, 6])
 def test_kl_is_the_quadratic_form(trained: SplitModel, layer: int) -> None:
     """KL(p(h) || p(h + v)) = v^T F v / 2 within 1 % for small random v; at the wrong layer or position it is off by O(1)."""
-    ids = torch.tensor([trained.tokenizer("<|endoftext|>Ada had 12 coins and lost 5 of them, so now she had")["input_ids"]])
+    ids = torch.tensor(
+        [trained.tokenizer("<|endoftext|>Ada had 12 coins and lost 5 of them, so now she had")["input_ids"]]
+    )
     scores = score_factors(trained, ids, layers=[layer], estimator=Exact())
     context = trained.lower(ids, {}, [layer])[layer]
     generator = torch.Generator().manual_seed(layer)
