@@ -194,7 +194,7 @@ def _guarded(make_config: Callable[[], RunConfig]) -> int:
 @contextmanager
 def _progress(console: Console, plan: Plan) -> Iterator[Callable[[int, Counts], None]]:
     """A bar with ETA on a terminal, a plain line now and then elsewhere."""
-    total = sum(source.weight for task in plan.tasks for source in task.ranges)
+    total = sum(task.weight for task in plan.tasks)
     start = last = time.monotonic()
     if console.is_terminal:
         columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -217,17 +217,18 @@ def _pool_size(config: RunConfig, tasks: int) -> tuple[int, float]:
 def _map(plan: Plan, pool: _Pool, done: dict[int, Receipt], progress: Progress) -> None:
     """Compute the tasks that are not done, adding their receipts to ``done``."""
     queue = deque(task for task in plan.tasks if task.id not in done)
-    weights = {task.id: sum(source.weight for source in task.ranges) for task in plan.tasks}
     attempts: dict[int, int] = {}
-
+    weight = sum(task.weight for task in plan.tasks if task.id in done)
+    counts = _total(done)
     while queue or pool.busy:
-        progress(sum(weights[task] for task in done), _total(done))
+        progress(weight, counts)
         while queue and pool.idle:
             pool.submit(queue.popleft())
         (ready,), _ = ray.wait(list(pool.busy), num_returns=1)
         actor, task = pool.busy.pop(ready)
         try:
-            done[task.id] = ray.get(ready)
+            receipt = done[task.id] = ray.get(ready)
+            weight, counts = weight + task.weight, counts + receipt.counts
             pool.idle.append(actor)
         except RayTaskError as error:
             cause = error.cause
@@ -246,7 +247,7 @@ def _map(plan: Plan, pool: _Pool, done: dict[int, Receipt], progress: Progress) 
                 ) from error
             pool.replace()
             queue.append(task)
-    progress(sum(weights.values()), _total(done))
+    progress(weight, counts)
 
 
 def _total(done: dict[int, Receipt]) -> Counts:
@@ -267,6 +268,8 @@ def _reduced(plan: Plan, store: RunStore, pool: _Pool, done: dict[int, Receipt],
         rows = ray.get(pool.idle[-1].reduce.remote(receipts, example))
     except RayTaskError as error:
         raise error.cause from None
+    except RayActorError as error:
+        raise RunError("the worker that reduced the run died; the same command reduces again.") from error
     halvings = sum(receipt.halvings for receipt in receipts)
     return Outcome(plan, store, rows, counts, halvings, resumed)
 

@@ -253,6 +253,11 @@ class Task:
     id: int
     ranges: tuple[SourceRange, ...]
 
+    @property
+    def weight(self) -> int:
+        """Bytes that reading and computing are expected to cost by."""
+        return sum(source.weight for source in self.ranges)
+
 
 @dataclass(frozen=True)
 class Plan:
