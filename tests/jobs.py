@@ -208,7 +208,11 @@ def descendants(pid: int) -> list[int]:
 def command(*argv: str, task_bytes: int | None = None, **variables: str) -> subprocess.Popen[str]:
     """``fisher-ray argv`` in a process of its own, in a process group of its own as under a shell."""
     small = "" if task_bytes is None else f"import fisher_ray.plan; fisher_ray.plan._TASK_BYTES = {task_bytes}; "
-    return python("-c", f"{small}import sys; from fisher_ray.cli import main; sys.exit(main())", *argv, **variables)
+    # A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    return python(
+        "-c", f"{heard}{small}import sys; from fisher_ray.cli import main; sys.exit(main())", *argv, **variables
+    )
 
 
 def python(*argv: str, **variables: str) -> subprocess.Popen[str]:
