@@ -22,8 +22,6 @@ from fisher_ray.head import Prediction
 class Exact:
     """No sampling error: the cotangents are a factor of M itself, min(vocab_size, d_z) of them."""
 
-    name = "exact"
-
     def num_factors(self, vocab_size: int, d_z: int) -> int:
         """R, cotangents a position."""
         return min(vocab_size, d_z)
@@ -50,8 +48,6 @@ class Sampled:
     num_samples: int
     top_p: float = 1.0
     temperature: float = 1.0
-
-    name = "sampled"
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

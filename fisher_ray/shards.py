@@ -331,10 +331,6 @@ class RunStore:
                 return False
             return True
 
-    def local_path(self, path: str) -> str | None:
-        """Where a file lies on this machine's disk, if it does."""
-        return f"{self._root}/{path}" if self._local else None
-
     @contextlib.contextmanager
     def _temporary(self, path: str, raw: bytes) -> Iterator[str]:
         folder = Path(f"{self._root}/{path}").parent
