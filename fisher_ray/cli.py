@@ -1,31 +1,41 @@
-"""The command line: ``fisher-ray run``, and the published toolkit's script on the same engine."""
+"""The command line: ``fisher-ray``, and the published toolkit's script on the same engine."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
 
 from fisher_ray import __version__
-from fisher_ray.cluster import Outcome, RunError, run
-from fisher_ray.plan import ConfigError, Plan, RunConfig
-from fisher_ray.report import layer_table, spectra_png
-from fisher_ray.shards import Counts, StorageError
+from fisher_ray.cluster import RayPool, submit
+from fisher_ray.cost import HARDWARE, Hardware
+from fisher_ray.driver import LocalPool, Outcome, Progress, RunError, StoppedError, run
+from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
+from fisher_ray.report import layer_table
+from fisher_ray.shards import Lease, RefusedError, RunStore
+from fisher_ray.storage import DamagedError, StorageError
+from fisher_ray.sweep import read_sweep, run_sweep
 
-# Exit codes.
-COMPLETE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
+# Exit codes. DAMAGED is that of verify.
+COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3, 4, 5, 130
 
 _LOG_EVERY = 15.0
+_NAMED = 20  # tasks, files or problems that are listed one by one
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,10 +50,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="fisher-ray", description="Fisher matrices of language-model activations.")
     parser.add_argument("--version", action="version", version=f"fisher-ray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_run(commands.add_parser("run", help="corpus -> Fisher matrices of every layer, on Ray"))
+
+    running = commands.add_parser("run", help="corpus -> Fisher matrices of every layer, on Ray")
+    _add_run(running)
+    running.set_defaults(act=lambda given: _run(_config(given)))
+
+    planning = commands.add_parser("plan", help="what a run would cost; takes the flags of run and computes nothing")
+    _add_run(planning)
+    planning.add_argument("--gpu", default=None, help="hardware to reckon with: h100, h200, a100, a10g, l4, cpu (all)")
+    planning.add_argument("--tflops", type=float, help="a measured rate in place of the assumed one, per actor")
+    planning.add_argument("--json", action="store_true", help="for machines")
+    planning.set_defaults(act=_plan)
+
+    status = commands.add_parser("status", help="how far a run is, from its directory alone")
+    status.add_argument("run")
+    status.add_argument("--json", action="store_true", help="for machines")
+    status.set_defaults(act=_status)
+
+    verify = commands.add_parser("verify", help="read everything back and name what is not as it was written")
+    verify.add_argument("run")
+    verify.set_defaults(act=_verify)
+
+    clean = commands.add_parser("clean", help="list what killed attempts left behind, or remove it")
+    clean.add_argument("run")
+    clean.add_argument("--remove", action="store_true", help="remove it; without, only list")
+    clean.set_defaults(act=_clean)
+
+    sending = commands.add_parser(
+        "submit", help="send a command to a Ray cluster as a job, follow it, return its exit code"
+    )
+    sending.add_argument("--address", help="of the job server (RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)")
+    sending.add_argument("--working-dir", default=".", help="sent along (.)")
+    sending.add_argument("--stop-seconds", type=int, default=60, help="given to the job between stop and kill (60)")
+    sending.add_argument(
+        "job", nargs=argparse.REMAINDER, help="run, sweep ... with their flags, or a script: jobs/sweep.py"
+    )
+    sending.set_defaults(act=_submit)
+
+    sweeping = commands.add_parser("sweep", help="many runs from one file, with a table of them all")
+    _add_sweep(sweeping)
+    sweeping.set_defaults(act=_sweep)
+
     given = vars(parser.parse_args(argv))
     given.pop("command")
-    return _guarded(lambda: _config(given))
+    return _guarded(lambda: given.pop("act")(given))
+
+
+def sweep_main(argv: Sequence[str] | None = None) -> int:
+    """``jobs/sweep.py``; returns the exit code."""
+    parser = _Parser(description="Many runs from one file, with a table of them all.")
+    _add_sweep(parser)
+    given = vars(parser.parse_args(argv))
+    return _guarded(lambda: _sweep(given))
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG.yaml", help="common settings, and a product or a list of points"
+    )
 
 
 def reference_main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +135,7 @@ def reference_main(argv: Sequence[str] | None = None) -> int:
     add("--estimator", choices=("exact", "sampled"), help="sampled, or exact with --token_source sampled")
     add("--token_source", choices=("observed", "sampled"), default="observed", help="token at each position (observed)")
     given = parser.parse_args(argv)
-    return _guarded(lambda: _reference_config(given))
+    return _guarded(lambda: _run(_reference_config(given)))
 
 
 def _reference_config(given: argparse.Namespace) -> RunConfig:
@@ -129,6 +193,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument("--unit", choices=("paragraph", "file"), help="what a document of a text file is (paragraph)")
     corpus.add_argument("--encoder-column", help="text of the encoder, for encoder-decoders")
     corpus.add_argument("--columns", nargs="+", help="columns to carry into the table of positions")
+    corpus.add_argument(
+        "--group-by", help="position, token or a column: a mean for each bucket, frequent token or value as well"
+    )
+    corpus.add_argument("--num-groups", type=int, help="frequent tokens, or values of the column at most (32)")
     corpus.add_argument("--max-docs", type=int, help="documents to take (all)")
     corpus.add_argument("--max-seq-len", type=int, help="tokens a window (the model's positions, at most 512)")
     corpus.add_argument("--stride", type=int, help="tokens that windows overlap by (a quarter of the window)")
@@ -137,9 +205,18 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--save", choices=("summary", "factors", "matrices"), help="what to keep for each position (summary)"
     )
-    out.add_argument("--actors", type=int, help="workers (all the cluster has room for)")
-    out.add_argument("--gpus-per-actor", type=float, help="(1 where there are GPUs)")
+    out.add_argument(
+        "--executor", choices=("ray", "local"), help="local: one worker in this process, without Ray (ray)"
+    )
+    out.add_argument("--min-actors", type=int, help="workers to ask for at least (1)")
+    out.add_argument(
+        "--max-actors", type=int, help="workers to ask for at most, also of nodes to come (what has room now)"
+    )
+    out.add_argument(
+        "--gpus-per-actor", type=float, help="a fraction, one, or several for a large model (1 if there are any)"
+    )
     out.add_argument("--cpus-per-actor", type=int, help="cores and threads of a worker (1)")
+    out.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where a worker has a GPU)")
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="of the weights (float32)")
     out.add_argument(
         "--gradients", choices=("own_position", "per_position"), help="per_position: any causal model, slower"
@@ -147,13 +224,26 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--batch-tokens", type=int, help="tokens that go through the model together (4096)")
     out.add_argument("--memory-budget", type=int, help="bytes of a micro-batch (2 GiB, or half of the GPU)")
     out.add_argument("--revision", help="of the model on the hub")
+    again = parser.add_argument_group("failures")
+    again.add_argument("--max-attempts", type=int, help="failures of a task before it is given up (3)")
+    again.add_argument("--task-timeout", type=float, help="seconds until a task counts as hung (30 times the usual)")
+    again.add_argument(
+        "--retry-quarantined", action="store_true", default=None, help="try again the tasks that were given up before"
+    )
+    again.add_argument(
+        "--no-verify",
+        dest="verify_done",
+        action="store_false",
+        default=None,
+        help="trust what is done without reading it back",
+    )
     out.add_argument(
         "--trust-remote-code", action="store_true", default=None, help="run code that comes with the model"
     )
 
 
 def _config(given: dict[str, Any]) -> RunConfig:
-    """Settings from the config file, overridden by the flags given."""
+    """Settings from the config file, or from the run.json of a run, overridden by the flags given."""
     path = given.pop("config")
     values: dict[str, Any] = {}
     if path is not None:
@@ -163,72 +253,297 @@ def _config(given: dict[str, Any]) -> RunConfig:
             raise ConfigError(f"cannot read the config file {path}: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path} must hold settings by name, got {type(values).__name__}.")
-        values = {str(key).replace("-", "_"): value for key, value in values.items()}
-        if isinstance(values.get("layers"), int):
-            values["layers"] = str(values["layers"])
+        if "fingerprint" in values:
+            values = values["config"]
     return RunConfig.from_dict({**values, **{key: value for key, value in given.items() if value is not None}})
 
 
-def _guarded(make_config: Callable[[], RunConfig]) -> int:
-    """Run, print what it gave, and turn every failure into one line and an exit code."""
-    console, errors = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+# ---- commands ------------------------------------------------------------------------------------------------------------
+
+
+def _guarded(act: Callable[[], int]) -> int:
+    """Turn every failure into one line and an exit code."""
+    errors = Console(stderr=True)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for library in ("ray", "huggingface_hub"):  # their retries and notes would bury the one line that matters
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        outcome = run(make_config(), lambda plan: _progress(console, plan))
-        _show(console, outcome)
-    except KeyboardInterrupt:
+        return act()
+    except (KeyboardInterrupt, StoppedError):
         errors.print("stopped; what is done is kept, and the same command goes on.", style="yellow")
         return STOPPED
-    except (StorageError, RunError, MemoryError) as error:
+    except (RefusedError, StorageError, RunError, MemoryError, ValueError) as error:
+        # ValueError: ConfigError, CorpusError, ModelError, and the estimators' own.
         errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return BAD_INPUT if isinstance(error, StorageError) else FAILED
-    except ValueError as error:  # ConfigError, CorpusError, ModelError, and the estimators' own
-        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return BAD_INPUT
-    return COMPLETE
+        if isinstance(error, RefusedError):
+            return REFUSED
+        return FAILED if isinstance(error, RunError | MemoryError) else BAD_INPUT
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _run(config: RunConfig) -> int:
+    console = _console()
+    outcome = run(config, LocalPool if config.executor == "local" else RayPool, lambda plan: _progress(console))
+    _show(console, outcome)
+    return QUARANTINED if outcome.quarantined else COMPLETE
 
 
 @contextmanager
-def _progress(console: Console, plan: Plan) -> Iterator[Callable[[int, Counts], None]]:
+def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
     """A bar with ETA on a terminal, a plain line now and then elsewhere."""
-    total = sum(task.weight for task in plan.tasks)
-    start = last = time.monotonic()
     if console.is_terminal:
-        columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[scored]:,} positions"), console=console) as bar:
-            shown = bar.add_task("", total=total, scored=0)
-            yield lambda weight, counts: bar.update(shown, completed=weight, scored=counts.scored)
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        more = TextColumn("{task.fields[line]}")
+        with Bar(*columns, TimeRemainingColumn(), more, console=console) as bar:
+            shown = bar.add_task("starting", total=None, line="")
+            yield lambda p: bar.update(
+                shown, description=p.state, completed=p.weight, total=p.total_weight, line=_line(p)
+            )
         return
+    last: tuple[float, str] = (float("-inf"), "")
 
-    def log(weight: int, counts: Counts) -> None:
+    def log(progress: Progress) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _LOG_EVERY or weight >= total:
-            last = now
-            left = (now - start) * (total - weight) / max(weight, 1)
-            console.print(f"{weight / total:.0%} of the corpus, {counts.scored:,} positions, {left:.0f} s left")
+        if now - last[0] >= _LOG_EVERY or (progress.state != last[1] and progress.state != "computing"):
+            last = (now, progress.state)
+            console.print(f"{progress.state}: {_line(progress)}", soft_wrap=True, highlight=False)
 
     yield log
 
 
+def _line(p: Progress) -> str:
+    left = "" if p.seconds_left is None else f", {_clock(p.seconds_left)} left"
+    return (
+        f"{p.tasks_done:,}/{p.tasks:,} tasks, {p.tokens_per_second:,.0f} tokens/s{left}, actors {p.actors_alive} alive "
+        f"{p.actors_pending} pending, {p.retried} retried, {p.quarantined} quarantined"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
 def _show(console: Console, outcome: Outcome) -> None:
-    outcome.store.write("reduced/spectra.png", spectra_png(outcome.plan, outcome.store, outcome.rows))
-    counts = outcome.counts
+    counts, uri = outcome.counts, outcome.store.uri
     console.print(
         f"{counts.documents:,} documents ({counts.empty:,} empty), {counts.tokens:,} tokens = {counts.scored:,} scored "
         f"+ {counts.skipped:,} skipped + {counts.invalid:,} invalid"
     )
     if outcome.resumed:
-        console.print(f"{outcome.resumed} of {len(outcome.plan.tasks)} tasks were done before")
-    if outcome.halvings:
-        console.print(f"memory ran out {outcome.halvings} times; micro-batches were halved, which may change rounding")
-    console.print(layer_table(outcome.rows))
-    console.print(f"matrices and spectra: {outcome.store.uri}/reduced/layer_*/*.npy", soft_wrap=True)
-    console.print(f"positions:            {outcome.store.uri}/positions/*.parquet", soft_wrap=True)
-    console.print(f"picture:              {outcome.store.uri}/reduced/spectra.png", soft_wrap=True)
+        repaired = f", {outcome.damaged} of them damaged and computed again" if outcome.damaged else ""
+        console.print(f"{outcome.resumed} of {outcome.tasks} tasks were done before{repaired}")
+    if counts.halvings:
+        console.print(f"memory ran out {counts.halvings} times; micro-batches were halved, which may change rounding")
+    console.print(layer_table([row for row in outcome.rows if row["group"] is None]))
+    groups = {row["group"] for row in outcome.rows} - {None}
+    if groups:
+        console.print(
+            f"groups:               {len(groups)}, each in {uri}/reduced/layer_*/group_*/*.npy", soft_wrap=True
+        )
+    console.print(f"matrices and spectra: {uri}/reduced/layer_*/*.npy", soft_wrap=True)
+    console.print(f"positions:            {uri}/positions/*.parquet", soft_wrap=True)
+    console.print(f"picture:              {uri}/reduced/spectra.png", soft_wrap=True)
+    if outcome.quarantined:
+        errors = Console(stderr=True)
+        for line in list(outcome.quarantined.values())[:_NAMED]:
+            errors.print(f"given up: {line}", style="red", markup=False, soft_wrap=True)
+        errors.print(
+            f"error: {len(outcome.quarantined)} of {outcome.tasks} tasks were given up, and the means are without them; "
+            f"{uri}/quarantine says why. Once the cause is gone, the same command with --retry-quarantined completes the run.",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _opened(uri: str) -> tuple[RunStore, dict[str, Any]]:
+    store = RunStore(uri)
+    run = store.read_run()
+    if run is None:
+        raise ConfigError(f"{uri} holds no run. Expected the directory given as --output.")
+    return store, run
+
+
+def _plan(given: dict[str, Any]) -> int:
+    names, tflops, as_json = given.pop("gpu"), given.pop("tflops"), given.pop("json")
+    plan = make_plan(_config(given))
+    plan = plan.on(
+        plan.config.device or ("cuda" if plan.config.gpus_per_actor or names not in (None, "cpu") else "cpu")
+    )
+    tasks = plan.make_tasks()
+    amount, cost = reckon(plan, tasks), plan.cost
+    gpus = max(1, int(plan.config.gpus_per_actor or 1))
+    hardware = [_hardware(name.strip(), tflops) for name in (names or ",".join(HARDWARE)).split(",")]
+    exact = amount.sampled == len(tasks)
+    stored = {
+        save: len(tasks) * cost.sums_bytes + amount.scored * replace(cost, save=save).position_bytes
+        for save in ("summary", "factors", "matrices")
+    }
+    machines = [
+        {
+            "hardware": machine.name,
+            "fits": cost.fits(machine, gpus),
+            "hours": cost.gpu_hours(amount.window_tokens, machine) * gpus,
+            "micro_batch": cost.micro_batch(gpus * machine.memory),
+        }
+        for machine in hardware
+    ]
+    facts = {
+        "tasks": len(tasks),
+        **asdict(amount),
+        "exact": exact,
+        "flop": amount.window_tokens * cost.flop_per_token,
+        "memory": {"weights": cost.weight_bytes, "sums": cost.sums_memory, "smallest": cost.memory(1)},
+        "storage": stored | {"reduction": cost.reduced_bytes(len(tasks))},
+        "hardware": machines,
+    }
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _show_plan(_console(), plan, facts)
+    refused = [machine["fits"] for machine in machines if machine["fits"]]
+    if len(refused) == len(machines):
+        raise ConfigError(str(refused[-1]))
+    return COMPLETE
+
+
+def _hardware(name: str, tflops: float | None) -> Hardware:
+    if name not in HARDWARE:
+        raise ConfigError(f"gpu must be of {', '.join(HARDWARE)}, got {name!r}.")
+    return HARDWARE[name] if tflops is None else HARDWARE[name].measured(tflops)
+
+
+def _show_plan(console: Console, plan: Plan, facts: dict[str, Any]) -> None:
+    what = "exact" if facts["exact"] else f"estimated from {facts['sampled']} tasks"
+    memory, storage = facts["memory"], facts["storage"]
+    for line in (
+        f"tasks:    {facts['tasks']:,}",
+        f"tokens:   {facts['tokens']:,} in {facts['documents']:,} documents, {facts['scored']:,} scored, "
+        f"{facts['window_tokens']:,} through the model ({what})",
+        f"compute:  {facts['flop']:.3g} flop in matrix products, for {len(plan.layers)} streams",
+        f"memory:   {_size(memory['weights'])} of weights, {_size(memory['sums'])} of sums; {_size(memory['smallest'])} with "
+        "a single position",
+        f"storage:  {_size(storage[plan.config.save])} from tasks and {_size(storage['reduction'])} from the reduction; "
+        + ", ".join(f"{_size(storage[save])} with --save {save}" for save in ("summary", "factors", "matrices")),
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    for name in ("hardware", "device hours", "micro-batch", ""):
+        table.add_column(name, justify="left" if name in ("hardware", "") else "right", overflow="fold")
+    for machine in facts["hardware"]:
+        hours = "-" if machine["fits"] else f"{machine['hours']:.3g}"
+        batch = "-" if machine["fits"] else f"{machine['micro_batch']:,} positions"
+        table.add_row(machine["hardware"], hours, batch, machine["fits"] or "fits")
+    console.print(table)
+    console.print("Hours are at assumed shares of the peak; --tflops takes a measured rate.", highlight=False)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:,.3g} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def _status(given: dict[str, Any]) -> int:
+    store, run = _opened(given["run"])
+    try:
+        progress: dict[str, Any] = store.read_sealed("progress.json")
+    except FileNotFoundError:
+        progress = {"state": "starting"}
+    quarantine = [store.read_sealed(path)["error"] for path in store.list("quarantine")]
+    done = len(store.names("done"))
+    holders = [store.read_sealed(path) for path in store.list("lease")][-1:]
+    facts = {
+        **progress,
+        "tasks_done": done,
+        "tasks": run["tasks"],
+        "quarantine": quarantine,
+        "driver": f"process {holders[0]['pid']} on {holders[0]['host']}" if holders else None,
+        "seconds_since_written": round(time.time() - progress["written"], 1) if "written" in progress else None,
+    }
+    if given["json"]:
+        print(json.dumps(facts))
+        return COMPLETE
+    console = _console()
+    heard = facts["seconds_since_written"]
+    ago = "" if heard is None else f", {_clock(heard)} ago"
+    console.print(f"{store.uri}: {facts['state']}{ago}", soft_wrap=True, highlight=False)
+    console.print(f"tasks:  {done:,} of {run['tasks']:,} done, {len(quarantine)} quarantined", highlight=False)
+    if "counts" in facts:
+        speed = f", {facts['tokens_per_second']:,.0f} a second" if holders else ""
+        left = facts["seconds_left"]
+        left = f", {_clock(left)} left" if holders and left is not None else ""
+        console.print(f"tokens: {facts['counts']['tokens']:,}{speed}{left}", highlight=False)
+        actors = f", actors {facts['actors_alive']} alive {facts['actors_pending']} pending" if holders else ""
+        console.print(f"driver: {facts['driver'] or 'none'}{actors}", highlight=False)
+    for line in quarantine[:_NAMED]:
+        console.print(f"given up: {line}", markup=False, highlight=False, soft_wrap=True)
+    return COMPLETE
+
+
+def _verify(given: dict[str, Any]) -> int:
+    console = _console()
+    try:
+        store, run = _opened(given["run"])
+    except DamagedError as error:
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return DAMAGED
+    found = 0
+    for problem in store.verify(run):
+        found += 1
+        console.print(f"{problem.path} {problem.what}", markup=False, highlight=False, soft_wrap=True)
+    if found:
+        console.print(f"{found} problems. The command that made the run finds and mends them when it is given again.")
+        return DAMAGED
+    console.print(f"{store.uri}: {run['tasks']:,} tasks, everything as it was written", soft_wrap=True, highlight=False)
+    return COMPLETE
+
+
+def _clean(given: dict[str, Any]) -> int:
+    store, _ = _opened(given["run"])
+    console = _console()
+    lease = Lease(store)  # nobody may be writing what looks like an orphan
+    try:
+        orphans = store.orphans()
+        for path in orphans:
+            console.print(path, markup=False, highlight=False, soft_wrap=True)
+            if given["remove"]:
+                store.remove(path)
+    finally:
+        lease.release()
+    said = "removed" if given["remove"] else "would be removed; --remove does it"
+    console.print(f"{len(orphans)} files that no receipt names {said}")
+    return COMPLETE
+
+
+def _submit(given: dict[str, Any]) -> int:
+    job = given["job"][1:] if given["job"][:1] == ["--"] else given["job"]
+    if not job:
+        raise ConfigError("submit needs a command: fisher-ray submit -- run --model ... ")
+    entry = ["python", *([] if job[0].endswith(".py") else ["-m", "fisher_ray.cli"]), *job]
+    env = {"RAY_JOB_STOP_WAIT_TIME_S": str(given["stop_seconds"])}
+
+    def say(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    status, code = submit(shlex.join(entry), given["address"], given["working_dir"], env, say)
+    if status == "SUCCEEDED":
+        return COMPLETE
+    Console(stderr=True).print(f"job {status.lower()}", style="yellow")
+    return STOPPED if status == "STOPPED" else code or FAILED
+
+
+def _sweep(given: dict[str, Any]) -> int:
+    return run_sweep(read_sweep(given["config"]), _console())
 
 
 if __name__ == "__main__":

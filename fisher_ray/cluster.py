@@ -1,283 +1,364 @@
-"""Tasks on Ray actors: the only module that imports Ray.
-
-The driver hands out tasks and collects receipts; matrices go from actor to storage and never through the driver. What is
-done is known from storage alone, so the same command after any interruption computes only what is missing.
-"""
+"""Workers as Ray actors, and jobs on Ray clusters: the only module that imports Ray."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
+import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
+from ray.job_submission import JobSubmissionClient
+from ray.util import metrics
 
-from fisher_ray.architecture import ModelError
-from fisher_ray.corpus import CorpusError
-from fisher_ray.plan import ConfigError, Plan, RunConfig, Task, make_plan
-from fisher_ray.reduce import read_array, reduce_shards, write_summary
-from fisher_ray.shards import Counts, Receipt, RunStore, StorageError
-from fisher_ray.worker import Worker
+from fisher_ray.driver import Call, Failure, Progress, Servant
+from fisher_ray.plan import ConfigError, Device, Plan, RunConfig
+from fisher_ray.shards import Receipt
 
-# A worker that dies takes its task along; a task that killed this many is not tried again.
-_MAX_ATTEMPTS = 3
-
-# No other attempt would end otherwise.
-_FINAL = (CorpusError, ModelError, StorageError, MemoryError, ValueError)
-
-
-class RunError(RuntimeError):
-    """A run that could not finish; what is done stays done."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run.
-
-    Attributes:
-        rows: the summary, one row a layer.
-        counts: what became of the corpus's tokens.
-        halvings: micro-batches halved for want of memory.
-        resumed: tasks that were done before.
-    """
-
-    plan: Plan
-    store: RunStore
-    rows: list[dict[str, Any]]
-    counts: Counts
-    halvings: int
-    resumed: int
+# Workers that die while they load their model, one after the other, before any has loaded it.
+_MAX_LOADS = 3
+_LOOK_EVERY = 1.0
 
 
 class _Actor:
-    """A worker in a process of its own. The model is loaded by the first call, so that its errors arrive whole."""
+    """A :class:`Servant` in a process of its own, that counts what it does."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.store = plan, RunStore(plan.config.output)
-        self.worker: Worker | None = None
+        self._servant = Servant(plan)
+        run = {"run": plan.config.output}
+        self._counters = {
+            name: metrics.Counter(f"fisher_ray_{name}", description=what, tag_keys=("run",))
+            for name, what in (
+                ("tokens", "tokens of the corpus read"),
+                ("positions", "positions scored"),
+                ("invalid", "positions whose activations or scores were not finite"),
+                ("halvings", "micro-batches halved for want of memory"),
+            )
+        }
+        self._seconds = metrics.Histogram(
+            "fisher_ray_task_seconds",
+            description="time of a task by stage",
+            boundaries=[0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000],
+            tag_keys=("run", "stage"),
+        )
+        for metric in (*self._counters.values(), self._seconds):
+            metric.set_default_tags(run)
 
-    def _held(self) -> Worker:
-        if self.worker is None:
-            self.worker = Worker(self.plan, self.store)
-        return self.worker
+    def ready(self) -> Failure | str:
+        """The node's id, once the model is loaded."""
+        try:
+            self._servant.load()
+        except Exception as error:
+            return Failure.of(error)
+        return str(ray.get_runtime_context().get_node_id())
 
-    def compute(self, task: Task) -> Receipt:
-        return self._held().compute(task)
-
-    def reduce(self, receipts: list[Receipt], example: Task) -> list[dict[str, Any]]:
-        rows = reduce_shards(self.plan, self.store, receipts)
-        directions = {layer: read_array(self.store, layer, "eigenvectors")[:, 0].copy() for layer in self.plan.layers}
-        moved = self._held().moved_tokens(example, directions)
-        for row in rows:
-            row["raised"], row["lowered"] = moved[row["layer"]]
-        write_summary(self.store, rows, receipts)
-        return rows
-
-
-Progress = Callable[[int, Counts], None]
+    def answer(self, call: Call) -> Any:
+        result = self._servant.answer(call)
+        if isinstance(result, Receipt):
+            counts = result.counts
+            values = {"tokens": counts.tokens, "positions": counts.scored, "invalid": counts.invalid}
+            for name, value in {**values, "halvings": counts.halvings}.items():
+                if value:
+                    self._counters[name].inc(value)
+            for stage, seconds in result.seconds.items():
+                self._seconds.observe(seconds, tags={"stage": stage})
+        return result
 
 
-def run(config: RunConfig, progress: Callable[[Plan], AbstractContextManager[Progress]]) -> Outcome:
-    """Plan, compute and reduce a run, or go on with one that was interrupted.
+@dataclass(eq=False)
+class _Member:
+    """An actor and what it is doing."""
 
-    Args:
-        config: what to run.
-        progress: given the plan, a context whose value is told (weight of the tasks done, counts) whenever a task is.
+    actor: Any
+    node: str | None = None
+    calls: set[Any] = field(default_factory=set)
+    alone: bool = False
+    dead: bool = False
 
-    Raises:
-        ModelError, ConfigError, CorpusError, StorageError: input that cannot be; nothing is left behind where nothing was
-            there before and no task was done.
-        RunError: a task failed for good, or nothing could be scored.
+
+class RayPool:
+    """Actors on a Ray cluster, joined where one is given and else started in this process and stopped at the end.
+
+    The pool asks for as many actors as there is work for, at most ``max_actors``: those that wait for a node are what an
+    autoscaler sees as demand. Idle ones are dropped when the work runs out, so that nodes can leave.
     """
-    plan = make_plan(config)
-    store = RunStore(config.output)
-    existing = store.read_run()
-    if existing is None:
-        store.create_run(_description(plan), plan.table())
-    else:
-        _check_same(plan, existing, store)
-    done = store.receipts(plan.fingerprint)
-    resumed = len(done)
-    try:
-        with _Ray():
-            pool = _Pool(plan, len(plan.tasks) - resumed)
-            with progress(plan) as tell:
-                _map(plan, pool, done, tell)
-            return _reduced(plan, store, pool, done, resumed)
-    except BaseException:
-        if existing is None and not any(r.counts.scored for r in store.receipts(plan.fingerprint).values()):
-            store.discard()
-        raise
+
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._members: set[_Member] = set()
+        self._refs: dict[Any, _Member] = {}
+        self._loading: dict[Any, _Member] = {}
+        self._idle: deque[_Member] = deque()
+        self._busy: deque[_Member] = deque()
+        self._looked = 0.0
+        self._failed_loads = 0
+        self._spread = True
+
+    def __enter__(self) -> RayPool:
+        self._context = joined()
+        self._context.__enter__()
+        try:
+            gpus = self._config.gpus_per_actor
+            if gpus is None:
+                has_gpus = ray.cluster_resources().get("GPU", 0) >= 1
+                gpus = 1.0 if has_gpus and self._config.device != "cpu" else 0.0
+            self._gpus = gpus
+            self.device: Device = self._config.device or ("cuda" if gpus else "cpu")
+            if self._config.max_actors is None and not self._room():
+                have = ray.cluster_resources()
+                raise ConfigError(
+                    f"an actor needs {self._config.cpus_per_actor} CPUs and {gpus:g} GPUs; the cluster has "
+                    f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}. Ask for fewer (--cpus-per-actor, --gpus-per-actor), "
+                    "or for --max-actors on a cluster that grows with demand."
+                )
+        except BaseException:
+            self._context.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for member in list(self._members):
+            self._drop(member)
+        self._context.__exit__(None, None, None)
+
+    @property
+    def alive(self) -> int:
+        return len(self._members) - len(self._loading)
+
+    @property
+    def pending(self) -> int:
+        return len(self._loading)
+
+    def open(self, plan: Plan) -> None:
+        # Ray restarts nothing by itself: the driver counts what fails.
+        options: dict[str, Any] = {
+            "num_cpus": self._config.cpus_per_actor,
+            "num_gpus": self._gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": 2,
+        }
+        self._class = ray.remote(**options)(_Actor)
+        self._plan = ray.put(plan)
+        self._gauges = {
+            name: metrics.Gauge(f"fisher_ray_{name}", description=name.replace("_", " "), tag_keys=("run",))
+            for name in _GAUGES
+        }
+        for gauge in self._gauges.values():
+            gauge.set_default_tags({"run": plan.config.output})
+
+    def resize(self, wanted: int) -> None:
+        # A second call on a worker hides reading and writing; where others would stand idle it only delays the end.
+        self._spread = wanted > len(self._members)
+        if time.monotonic() - self._looked < _LOOK_EVERY:
+            return
+        self._looked = time.monotonic()
+        most = self._config.max_actors or max(1, self._room())
+        target = min(max(wanted, min(self._config.min_actors, wanted)), most)
+        for _ in range(target - len(self._members)):
+            self._start()
+        surplus = len(self._members) - max(target, 1)
+        for member in [*self._loading.values(), *self._idle][: max(0, surplus)]:
+            self._drop(member)
+
+    def room(self, alone: bool, avoid: Collection[Any]) -> _Member | None:
+        for queue in (self._idle,) if alone or not self._spread else (self._idle, self._busy):
+            for _ in range(len(queue)):
+                member = queue.popleft()
+                if member.dead:
+                    continue
+                queue.append(member)
+                if member not in avoid:
+                    return member
+        return None
+
+    def submit(self, worker: _Member, call: Call, alone: bool) -> Any:
+        ref = worker.actor.answer.remote(call)
+        self._refs[ref] = worker
+        worker.calls.add(ref)
+        worker.alone = alone
+        self._place(worker)
+        return ref
+
+    def wait(self, timeout: float) -> list[tuple[Any, Any]]:
+        refs = [*self._refs, *self._loading]
+        if not refs:
+            time.sleep(min(timeout, 0.2))
+            return []
+        ready, rest = ray.wait(refs, num_returns=1, timeout=timeout)
+        if ready and rest:
+            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        ended: list[tuple[Any, Any]] = []
+        for ref in ready:
+            if ref in self._loading:
+                ended += self._loaded(ref)
+                continue
+            member = self._refs.pop(ref)
+            member.calls.discard(ref)
+            member.alone = False
+            try:
+                ended.append((ref, ray.get(ref)))
+                self._place(member)
+            except RayError as error:
+                ended.append((ref, self._died(member, error)))
+        return ended
+
+    def kill(self, worker: _Member) -> None:
+        self._drop(worker)
+
+    def report(self, progress: Progress) -> None:
+        for name, gauge in self._gauges.items():
+            gauge.set(getattr(progress, _GAUGES[name]))
+
+    # ---- members -----------------------------------------------------------------------------------------------------
+
+    def _room(self) -> int:
+        """Actors that the cluster's nodes have place for, whoever uses them now."""
+        resources = ray.cluster_resources()
+        rooms = [resources.get("CPU", 0) // self._config.cpus_per_actor]
+        if self._gpus:
+            rooms.append(resources.get("GPU", 0) // self._gpus)
+        return int(min(rooms))
+
+    def _start(self) -> None:
+        member = _Member(self._class.remote(self._plan))
+        self._members.add(member)
+        self._loading[member.actor.ready.remote()] = member
+
+    def _loaded(self, ref: Any) -> list[tuple[Any, Any]]:
+        member = self._loading.pop(ref)
+        try:
+            answer = ray.get(ref)
+        except RayError as error:
+            self._died(member, error)
+            self._failed_loads += 1
+            if self.alive or self._failed_loads < _MAX_LOADS:
+                return []
+            why = "workers die while they load the model; were the machines out of memory?"
+            return [(None, Failure("fatal", f"{why} Ray says: {' '.join(str(error).split())[:300]}"))]
+        if isinstance(answer, Failure):
+            self._drop(member)
+            return [(None, answer)]
+        member.node, self._failed_loads = answer, 0
+        self._place(member)
+        return []
+
+    def _place(self, member: _Member) -> None:
+        """Put a member where it will be found: among the idle, or those that take a second call."""
+        for queue in (self._idle, self._busy):
+            with contextlib.suppress(ValueError):
+                queue.remove(member)
+        if member.dead or member.alone or len(member.calls) > 1:
+            return
+        (self._busy if member.calls else self._idle).append(member)
+
+    def _drop(self, member: _Member) -> None:
+        member.dead = True
+        self._members.discard(member)
+        for ref in [ref for ref, loading in self._loading.items() if loading is member]:
+            del self._loading[ref]
+        self._place(member)
+        with contextlib.suppress(RayError):
+            ray.kill(member.actor)
+
+    def _died(self, member: _Member, error: RayError) -> Failure:
+        self._drop(member)
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        lost = member.node is not None and member.node not in alive
+        return Failure("lost" if lost else "died", " ".join(str(error).split())[:300])
 
 
-def _description(plan: Plan) -> dict[str, Any]:
-    return {
-        "schema": "run.1",
-        "config": plan.config.asdict(),
-        "fingerprint": plan.fingerprint,
-        "result_fields": plan.result_fields,
-        "layers": plan.layers,
-        "tasks": len(plan.tasks),
-        "estimand": _estimand(plan.config),
-    }
+# Names of the driver's metrics, and of what they show.
+_GAUGES = {
+    "tasks_done": "tasks_done",
+    "tasks_total": "tasks",
+    "tasks_quarantined": "quarantined",
+    "tasks_retried": "retried",
+    "actors_alive": "actors_alive",
+    "actors_pending": "actors_pending",
+}
 
 
-def _estimand(config: RunConfig) -> str:
-    """What the mean matrix is an estimate of, in words."""
-    if config.estimator == "exact":
-        what = "the Fisher matrix, without sampling error"
-    elif config.top_p == 1.0 and config.temperature == 1.0:
-        what = "the Fisher matrix, unbiased"
-    else:
-        what = f"not the Fisher matrix: the second moment of scores at tokens drawn with top_p {config.top_p} and temperature "
-        what += str(config.temperature)
-    where = (
-        "at the corpus's tokens" if config.token_source == "observed" else "averaged over tokens drawn from the model"
-    )
-    return f"{what}, {where}"
+@contextlib.contextmanager
+def joined() -> Iterator[str]:
+    """Ray: joined where RAY_ADDRESS names a cluster, else started in this process; what was started is stopped.
 
-
-def _check_same(plan: Plan, existing: dict[str, Any], store: RunStore) -> None:
-    if existing.get("fingerprint") == plan.fingerprint:
-        return
-    before, now = existing.get("result_fields", {}), plan.result_fields
-    different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    named = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in different)
-    raise StorageError(f"{store.uri} holds another run: {named}. Choose another output directory or the same settings.")
-
-
-class _Ray:
-    """Ray, joined where a cluster is given and else started in this process; what was started is stopped."""
-
-    def __enter__(self) -> None:
-        self.started = not ray.is_initialized()
-        if self.started:
-            given = os.environ.get("RAY_ADDRESS")
-            local: dict[str, Any] = {} if given else {"include_dashboard": False}
+    Yields:
+        the address, for other processes.
+    """
+    started = not ray.is_initialized()
+    if started:
+        given = os.environ.get("RAY_ADDRESS")
+        local: dict[str, Any] = {} if given else {"include_dashboard": False}
+        try:
             ray.init(address=given, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **local)
-
-    def __exit__(self, *_: object) -> None:
-        if self.started:
+        except ConnectionError as error:
+            raise ConfigError(f"no Ray cluster answers at {given}: {' '.join(str(error).split())[:200]}") from error
+    try:
+        yield str(ray.get_runtime_context().gcs_address)
+    finally:
+        if started:
             ray.shutdown()
 
 
-class _Pool:
-    """Actors, each with the task it works on."""
+def submit(
+    entrypoint: str, address: str | None, working_dir: str, env: Mapping[str, str], say: Callable[[str], None]
+) -> tuple[str, int | None]:
+    """Submit a job and follow its log to the end.
 
-    def __init__(self, plan: Plan, tasks: int):
-        size, gpus = _pool_size(plan.config, tasks)
-        self._class = ray.remote(num_cpus=plan.config.cpus_per_actor, num_gpus=gpus)(_Actor)
-        self._plan = ray.put(_for_workers(plan))
-        self.idle = [self._class.remote(self._plan) for _ in range(size)]
-        self.busy: dict[Any, tuple[Any, Task]] = {}
+    Args:
+        entrypoint: the shell command.
+        address: of the cluster's job server; default RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265.
+        working_dir: sent along.
+        env: variables of the job.
+        say: called with pieces of the log.
 
-    def submit(self, task: Task) -> None:
-        actor = self.idle.pop()
-        self.busy[actor.compute.remote(task)] = (actor, task)
+    Returns:
+        SUCCEEDED, STOPPED or FAILED, and the exit code of the job's own process where it has one. Ray's own command gives 0
+        for a stopped job and 1 for every failed one.
 
-    def replace(self) -> None:
-        self.idle.append(self._class.remote(self._plan))
-
-
-def _for_workers(plan: Plan) -> Plan:
-    """A plan as workers need it: tasks travel one by one, and a worker's current directory may be another."""
-    model = Path(plan.config.model)
-    config = replace(
-        plan.config,
-        model=str(model.resolve()) if model.exists() else plan.config.model,
-        output=RunStore(plan.config.output).uri,
-    )
-    return Plan(config, plan.facts, (), plan.result_fields)
-
-
-def _pool_size(config: RunConfig, tasks: int) -> tuple[int, float]:
-    """(actors, GPUs an actor): as asked for, else one an accelerator, else as many as the cores allow."""
-    resources = ray.cluster_resources()
-    gpus = config.gpus_per_actor
-    if gpus is None:
-        gpus = 1.0 if resources.get("GPU", 0) >= 1 else 0.0
-    room = int(resources.get("CPU", 0) // config.cpus_per_actor)
-    if gpus:
-        room = min(room, int(resources.get("GPU", 0) // gpus))
-    if room < 1:
-        raise ConfigError(
-            f"an actor needs {config.cpus_per_actor} CPUs and {gpus:g} GPUs; the cluster has "
-            f"{resources.get('CPU', 0):g} and {resources.get('GPU', 0):g}. "
-            "Ask for fewer (--cpus-per-actor, --gpus-per-actor)."
-        )
-    return max(1, min(config.actors or room, room, tasks)), gpus
-
-
-def _map(plan: Plan, pool: _Pool, done: dict[int, Receipt], progress: Progress) -> None:
-    """Compute the tasks that are not done, adding their receipts to ``done``."""
-    queue = deque(task for task in plan.tasks if task.id not in done)
-    attempts: dict[int, int] = {}
-    weight = sum(task.weight for task in plan.tasks if task.id in done)
-    counts = _total(done)
-    while queue or pool.busy:
-        progress(weight, counts)
-        while queue and pool.idle:
-            pool.submit(queue.popleft())
-        (ready,), _ = ray.wait(list(pool.busy), num_returns=1)
-        actor, task = pool.busy.pop(ready)
-        try:
-            receipt = done[task.id] = ray.get(ready)
-            weight, counts = weight + task.weight, counts + receipt.counts
-            pool.idle.append(actor)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, CorpusError | ModelError | StorageError):
-                raise cause from None
-            attempts[task.id] = attempts.get(task.id, 0) + 1
-            if isinstance(cause, _FINAL) or attempts[task.id] >= _MAX_ATTEMPTS:
-                raise _failed(task, f"{type(cause).__name__}: {cause}", attempts[task.id]) from error
-            pool.idle.append(actor)
-            queue.append(task)
-        except RayActorError as error:
-            attempts[task.id] = attempts.get(task.id, 0) + 1
-            if attempts[task.id] >= _MAX_ATTEMPTS:
-                raise _failed(
-                    task, "its worker died each time; was the machine out of memory?", _MAX_ATTEMPTS
-                ) from error
-            pool.replace()
-            queue.append(task)
-    progress(weight, counts)
-
-
-def _total(done: dict[int, Receipt]) -> Counts:
-    return sum((receipt.counts for receipt in done.values()), Counts())
-
-
-def _reduced(plan: Plan, store: RunStore, pool: _Pool, done: dict[int, Receipt], resumed: int) -> Outcome:
-    """Reduce on one of the actors, where the model is at hand to say which tokens the directions move."""
-    counts = _total(done)
-    if counts.scored == 0:
-        raise RunError(
-            f"nothing to score: {counts.documents} documents with {counts.tokens} tokens, {counts.empty} of them empty, "
-            f"{counts.skipped} tokens skipped, {counts.invalid} invalid. Check the corpus and --positions."
-        )
-    example = next(task for task in plan.tasks if done[task.id].counts.scored)
-    receipts = [done[task.id] for task in plan.tasks]
+    Raises:
+        ConfigError: no job server answers.
+    """
     try:
-        rows = ray.get(pool.idle[-1].reduce.remote(receipts, example))
-    except RayTaskError as error:
-        raise error.cause from None
-    except RayActorError as error:
-        raise RunError("the worker that reduced the run died; the same command reduces again.") from error
-    halvings = sum(receipt.halvings for receipt in receipts)
-    return Outcome(plan, store, rows, counts, halvings, resumed)
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"no Ray job server answers: {' '.join(str(error).split())[:200]}") from error
+    job = _submitted(client, entrypoint, {"working_dir": working_dir, "env_vars": dict(env)})
+    say(f"job {job}: {entrypoint}\n")
+
+    said = 0
+
+    async def follow() -> None:
+        nonlocal said
+        at = 0
+        async for piece in client.tail_job_logs(job):
+            at += len(piece)
+            if at > said:
+                say(piece[said - at :])
+                said = at
+
+    # The connection may end before the job does and starts from the log's beginning again; the status comes last.
+    while not client.get_job_status(job).is_terminal():
+        with contextlib.suppress(RuntimeError, OSError):
+            asyncio.run(follow())
+        time.sleep(0.5)
+    return str(client.get_job_status(job).value), client.get_job_info(job).driver_exit_code
 
 
-def _failed(task: Task, why: str, attempts: int) -> RunError:
-    first = task.ranges[0]
-    tries = f"{attempts} times" if attempts > 1 else "and would again"
-    return RunError(
-        f"task {task.id} ({first.path}, from {first.start}) failed {tries}: {' '.join(why.split())} "
-        "What is done is kept; the same command goes on."
-    )
+def _submitted(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """A job's id; a cluster that has just been started answers 500 until its agents are up."""
+    for delay in (1, 2, 4, 8, 8, 8, None):
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+        except RuntimeError as error:
+            if delay is None or "No available agent" not in str(error):
+                raise ConfigError(f"the job was not accepted: {' '.join(str(error).split())[:300]}") from error
+            time.sleep(delay)
+    raise AssertionError("unreachable")

@@ -7,33 +7,65 @@ and token counts follow from range and configuration alone, so any worker gives 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from fisher_ray.architecture import DTYPES, ModelFacts, weights_digest
-from fisher_ray.corpus import Layout, SourceRange, Unit, find_ranges, take
+from fisher_ray.architecture import DTYPES, ModelFacts, load_tokenizer, tokenizer_digest, weights_digest
+from fisher_ray.corpus import (
+    Document,
+    Layout,
+    Source,
+    SourceRange,
+    Unit,
+    find_ranges,
+    find_sources,
+    read_documents,
+    sample_documents,
+    take,
+    windows,
+)
+from fisher_ray.cost import Cost, Save, outline
 from fisher_ray.estimators import Estimator, Exact, Sampled, check_tempering
 from fisher_ray.scores import TokenSource
 from fisher_ray.shards import POSITION_FIELDS
 from fisher_ray.split import Gradients
 
 # Raised whenever the same configuration would give other numbers.
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
-Save = Literal["summary", "factors", "matrices"]
+Device = Literal["cpu", "cuda"]
+Executor = Literal["ray", "local"]
 
 # Settings that change how a run is executed and not what it computes.
-_EXECUTION = frozenset({"output", "actors", "gpus_per_actor"})
+_EXECUTION = frozenset(
+    {
+        "output",
+        "executor",
+        "min_actors",
+        "max_actors",
+        "gpus_per_actor",
+        "max_attempts",
+        "task_timeout",
+        "retry_quarantined",
+        "verify_done",
+    }
+)
 
-# A task's text: a few minutes of work for a small model on a CPU, so that a lost task costs little, and its sums, written
-# once a task, weigh nothing beside its computation. Factors and matrices of one task are held in memory: this bounds them.
-_TASK_BYTES = 1 << 15
-_TASK_ARRAYS = 1 << 28
+# float64 sums that a worker may hold for its groups; beyond, groups or layers have to be fewer.
+MAX_SUMS = 16 << 30
+# Documents looked at for what metadata does not say: how many tokens a byte, which tokens are frequent, how many groups.
+_SAMPLE = 64
+_SAMPLED_TASKS = 8
 
 PLAN_SCHEMA = pa.schema(
     [
@@ -49,6 +81,7 @@ PLAN_SCHEMA = pa.schema(
     ],
     metadata={"fisher_ray.schema": "plan.1"},
 )
+_PLAN_ROWS = 1 << 14
 
 
 class ConfigError(ValueError):
@@ -89,7 +122,15 @@ class RunConfig:
         max_seq_len: tokens a window, the sink included; None: what the model has positions for, at most 512.
         stride: tokens that a window repeats from the one before; None: a quarter of the window.
         batch_tokens: tokens that go through the model together, before the memory budget cuts them further.
-        threads: CPU threads an actor; part of the result, since they change the order of sums.
+        group_by: ``position`` (buckets 0, 1, 2-3, 4-7, ...), ``token`` (the ``num_groups`` most frequent ones) or a column
+            of the corpus; each group has a mean and a count of its own.
+        device: None: ``cuda`` where an actor has a GPU, else ``cpu``; decided when the run starts.
+        cpus_per_actor: cores and threads of an actor; part of the result, since threads change the order of sums.
+        min_actors, max_actors: the pool; without a maximum all that the cluster has room for at the moment.
+        max_attempts: failures of a task before it is given up.
+        task_timeout: seconds; None: 30 times what tasks of its size take, at least 10 minutes.
+        retry_quarantined: try again what was given up before.
+        verify_done: read back everything that was done before, and compute again what is damaged.
     """
 
     model: str
@@ -113,6 +154,8 @@ class RunConfig:
     unit: Unit = "paragraph"
     encoder_column: str | None = None
     columns: tuple[str, ...] = ()
+    group_by: str | None = None
+    num_groups: int = 32
     save: Save = "summary"
     seed: int = 0
     dtype: str = "float32"
@@ -120,9 +163,16 @@ class RunConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     memory_budget: int | None = None
-    actors: int | None = None
-    gpus_per_actor: float | None = None
+    device: Device | None = None
     cpus_per_actor: int = 1
+    gpus_per_actor: float | None = None
+    executor: Executor = "ray"
+    min_actors: int = 1
+    max_actors: int | None = None
+    max_attempts: int = 3
+    task_timeout: float | None = None
+    retry_quarantined: bool = False
+    verify_done: bool = True
 
     def __post_init__(self) -> None:
         self.make_estimator()
@@ -134,25 +184,36 @@ class RunConfig:
             ("unit", ("paragraph", "file")),
             ("gradients", ("own_position", "per_position")),
             ("dtype", tuple(DTYPES)),
+            ("device", ("cpu", "cuda", None)),
+            ("executor", ("ray", "local")),
         ):
             if getattr(self, name) not in options:
-                raise ConfigError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}.")
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(filter(None, options))}, got {getattr(self, name)!r}."
+                )
         for name in (
             "token_draws",
             "batch_tokens",
             "cpus_per_actor",
             "max_docs",
-            "actors",
+            "min_actors",
+            "max_actors",
+            "max_attempts",
+            "task_timeout",
             "max_seq_len",
             "memory_budget",
+            "num_groups",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
         if self.token_source == "observed" and self.token_draws != 1:
             raise ConfigError(f"token_draws is for token_source sampled, got {self.token_draws} with observed tokens.")
-        if self.gpus_per_actor is not None and self.gpus_per_actor < 0:
-            raise ConfigError(f"gpus_per_actor must not be negative, got {self.gpus_per_actor}.")
+        gpus = self.gpus_per_actor or 0.0
+        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+            raise ConfigError(f"gpus_per_actor must be a fraction of one GPU or a whole number, got {gpus:g}.")
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ConfigError(f"max_actors must be at least min_actors, got {self.max_actors} and {self.min_actors}.")
         taken = {name for name, _ in POSITION_FIELDS} & set(self.columns)
         if taken:
             raise ConfigError(
@@ -170,9 +231,15 @@ class RunConfig:
         raise ConfigError(f"estimator must be exact or sampled, got {self.estimator!r}.")
 
     @property
+    def group_column(self) -> str | None:
+        """The column of the corpus that groups are named by, if they are."""
+        return None if self.group_by in (None, "position", "token") else self.group_by
+
+    @property
     def layout(self) -> Layout:
         """How documents lie in the corpus's files."""
-        return Layout(self.column, self.unit, self.encoder_column, tuple(self.columns))
+        carried = dict.fromkeys([*self.columns, *filter(None, [self.group_column])])
+        return Layout(self.column, self.unit, self.encoder_column, tuple(carried))
 
     def layer_list(self, num_layers: int) -> list[int]:
         """The layers meant, ascending."""
@@ -213,7 +280,10 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """The inverse of :meth:`asdict`; unknown names are refused."""
+        """The inverse of :meth:`asdict`, for what people write too; unknown names are refused."""
+        values = {str(key).replace("-", "_"): value for key, value in values.items()}
+        if isinstance(values.get("layers"), int):
+            values["layers"] = str(values["layers"])
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
@@ -235,7 +305,7 @@ class RunConfig:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value read from a file is of the annotated type."""
     origin = get_origin(hint)
-    if origin is UnionType:
+    if origin in (UnionType, Union):
         return any(_fits(value, option) for option in get_args(hint))
     if origin is Literal:
         return isinstance(value, str)  # which of them is checked with the others' options
@@ -246,7 +316,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """The unit of work and of retry."""
 
@@ -259,37 +329,212 @@ class Task:
         return sum(source.weight for source in self.ranges)
 
 
+class Tasks:
+    """The tasks of a plan, kept as the bytes of plan.parquet and decoded as they are asked for.
+
+    Args:
+        raw: the file.
+    """
+
+    def __init__(self, raw: bytes):
+        self.raw = raw
+        self._file = pq.ParquetFile(io.BytesIO(raw))
+        # First task of every row group: a group begins with a new task.
+        meta = self._file.metadata
+        self._first = [meta.row_group(i).column(0).statistics.min for i in range(meta.num_row_groups)]
+        self._count = meta.row_group(meta.num_row_groups - 1).column(0).statistics.max + 1
+        self.weight = int((meta.metadata or {})[b"fisher_ray.weight"])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, task: int) -> Task:
+        """One task; reads a row group."""
+        group = bisect_right(self._first, task) - 1
+        return next(found for found in self._group(group) if found.id == task)
+
+    def __iter__(self) -> Iterator[Task]:
+        for group in range(len(self._first)):
+            yield from self._group(group)
+
+    def _group(self, group: int) -> Iterator[Task]:
+        table = self._file.read_row_group(group)
+        columns = [table.column(name).to_pylist() for name in PLAN_SCHEMA.names]
+        task, ranges = -1, list[SourceRange]()
+        for row in zip(*columns, strict=True):
+            if row[0] != task and ranges:
+                yield Task(task, tuple(ranges))
+                ranges = []
+            task = row[0]
+            ranges.append(SourceRange(*row[1:]))
+        yield Task(task, tuple(ranges))
+
+    @classmethod
+    def from_ranges(cls, ranges: Iterable[SourceRange], target: int) -> Tasks:
+        """Neighbouring ranges together up to the target weight, so that many small files do not make many small tasks."""
+        buffer, weight = io.BytesIO(), 0
+        options: dict[str, Any] = {
+            "compression": "zstd",
+            "use_dictionary": ["path", "name", "version"],
+            "column_encoding": dict.fromkeys(("task", "start", "stop", "size", "weight"), "DELTA_BINARY_PACKED"),
+        }
+        writer = pq.ParquetWriter(buffer, PLAN_SCHEMA, **options)
+        rows: list[tuple[Any, ...]] = []
+        for task, group in enumerate(_grouped(ranges, target)):
+            for source in group:
+                rows.append((task, *(getattr(source, name) for name in PLAN_SCHEMA.names[1:])))
+                weight += source.weight
+            if len(rows) >= _PLAN_ROWS:
+                writer.write_table(_rows_table(rows))
+                rows = []
+        if rows:
+            writer.write_table(_rows_table(rows))
+        writer.add_key_value_metadata({"fisher_ray.weight": str(weight)})
+        writer.close()
+        return cls(buffer.getvalue())
+
+
+def _rows_table(rows: list[tuple[Any, ...]]) -> pa.Table:
+    columns = [pa.array(column, kind.type) for column, kind in zip(zip(*rows, strict=True), PLAN_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(columns, schema=PLAN_SCHEMA)
+
+
+def _grouped(ranges: Iterable[SourceRange], target: int) -> Iterator[list[SourceRange]]:
+    group: list[SourceRange] = []
+    weight = 0
+    for source in ranges:
+        if group and weight + source.weight > target:
+            yield group
+            group, weight = [], 0
+        group.append(source)
+        weight += source.weight
+    if group:
+        yield group
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A run, decided: configuration, what the model's configuration says, and tasks.
+    """A run, decided: configuration, what the model's configuration says, and where its tasks come from.
 
     Attributes:
+        sources: the corpus's files; not needed by workers.
+        tokens: names of the frequent tokens that are groups of their own.
         result_fields: everything that changes results, by name; two runs with the same ones give the same bits on the
             same kind of hardware.
     """
 
     config: RunConfig
     facts: ModelFacts
-    tasks: tuple[Task, ...]
+    sources: tuple[Source, ...] = ()
+    tokens: tuple[int, ...] = ()
     result_fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[int]:
         return self.config.layer_list(self.facts.num_layers)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over what changes results."""
         return hashlib.sha256(json.dumps(self.result_fields, sort_keys=True).encode()).hexdigest()
 
-    def table(self) -> pa.Table:
-        """One row a source range."""
-        rows = [{"task": task.id, **asdict(source)} for task in self.tasks for source in task.ranges]
-        return pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+    @property
+    def total_bytes(self) -> int:
+        return sum(source.size for source in self.sources)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What the run costs, from the shapes of the model."""
+        config = self.config
+        shapes = outline(
+            config.model,
+            dtype=config.dtype,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            gradients=config.gradients,
+        )
+        length, _ = config.window(self.facts)
+        return Cost(
+            shapes,
+            tuple(self.layers),
+            config.make_estimator(),
+            max_seq_len=length,
+            batch_tokens=config.batch_tokens,
+            token_source=config.token_source,
+            token_draws=config.token_draws,
+            save=config.save,
+            num_groups=self._num_groups(length),
+            share=len(Positions(config.positions).choose(length)) / length,
+        )
+
+    def _num_groups(self, length: int) -> int:
+        """Groups that one task may have sums for."""
+        if self.config.group_by is None:
+            return 1
+        if self.config.group_by == "position":
+            return 1 + (64 * length).bit_length()  # of documents of up to 64 windows
+        return self.config.num_groups
+
+    def on(self, device: Device) -> Plan:
+        """The plan of a run on a kind of device, which is part of its fingerprint."""
+        config = replace(self.config, device=device)
+        return replace(self, config=config, result_fields={**self.result_fields, "device": device})
+
+    def make_tasks(self) -> Tasks:
+        """Cut the corpus into tasks, from metadata; one pass over the text where ``max_docs`` is given.
+
+        Raises:
+            CorpusError: a file that cannot be what its ending says, or nothing in any of them.
+        """
+        target = self.cost.task_bytes(self.config.device or "cpu", self.total_bytes)
+        ranges = find_ranges(self.sources, self.config.layout, target)
+        if self.config.max_docs is not None:
+            ranges = take(ranges, self.config.max_docs, self.config.layout)
+        return Tasks.from_ranges(ranges, target)
+
+
+@dataclass(frozen=True)
+class Reckoning:
+    """How much there is to compute.
+
+    Attributes:
+        documents, tokens, scored: of the corpus.
+        window_tokens: that go through the model; windows overlap, and each starts with a sink.
+        sampled: tasks that were read for it; all of them make it exact.
+    """
+
+    documents: int
+    tokens: int
+    scored: int
+    window_tokens: int
+    sampled: int
+
+
+def reckon(plan: Plan, tasks: Tasks) -> Reckoning:
+    """Tokenize a few tasks spread evenly over the corpus, and scale by weight; exact where those are all."""
+    config = plan.config
+    chosen = sorted({len(tasks) * i // _SAMPLED_TASKS for i in range(_SAMPLED_TASKS)})
+    length, stride = config.window(plan.facts)
+    positions = Positions(config.positions)
+    counts = [0, 0, 0, 0]
+    weight, tokenizer = 0, None
+    for task in map(tasks.__getitem__, chosen):
+        weight += task.weight
+        for document in (d for source in task.ranges for d in read_documents(source, config.layout)):
+            ids = document.content
+            if isinstance(ids, str):
+                tokenizer = tokenizer or load_tokenizer(config.model, config.revision, config.trust_remote_code)
+                ids = tokenizer(ids, add_special_tokens=False, verbose=False)["input_ids"]
+            cut = list(windows(0, ids, length, stride, 0, positions.choose(len(ids))))
+            scored, through = sum(len(w.scored) for w in cut), sum(len(w.ids) for w in cut)
+            counts = [a + b for a, b in zip(counts, (1, len(ids), scored, through), strict=True)]
+    scale = 1.0 if len(chosen) == len(tasks) else tasks.weight / max(weight, 1)
+    documents, tokens, all_scored, all_through = (round(count * scale) for count in counts)
+    return Reckoning(documents, tokens, all_scored, all_through, len(chosen))
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Decide a run: read the model's configuration and the corpus's metadata, and cut the corpus into tasks.
+    """Decide a run: read the model's configuration, list the corpus, and check all that can be checked before any work.
 
     Raises:
         ModelError, ConfigError, CorpusError: whatever can be known to be wrong before a worker starts.
@@ -300,47 +545,70 @@ def make_plan(config: RunConfig) -> Plan:
     if facts.is_encoder_decoder != (config.encoder_column is not None):
         need = "is an encoder-decoder and needs" if facts.is_encoder_decoder else "has no encoder and takes no"
         raise ConfigError(f"{config.model} {need} encoder_column (--encoder-column).")
-    if config.save != "summary" and config.positions == "all" and config.save == "matrices" and facts.d_model > 1024:
+    if config.save == "matrices" and config.positions == "all" and facts.d_model > 1024:
         raise ConfigError(
             f"save matrices would write {len(layers)} x {facts.d_model}^2 numbers a token. "
             "Choose positions (--positions), or save factors."
         )
-    target = _task_bytes(config, facts, len(layers))
-    ranges = find_ranges(config.corpus, config.layout, target)
-    if config.max_docs is not None:
-        ranges = take(ranges, config.max_docs, config.layout)
-    tasks = tuple(Task(i, tuple(group)) for i, group in enumerate(_grouped(ranges, target)))
-    plan = Plan(config, facts, tasks)
+    sources = tuple(find_sources(config.corpus))
+    sampled = config.group_by not in (None, "position")
+    sample = list(sample_documents(sources, config.layout, _SAMPLE)) if sampled else []
+    listed = [(source.name, source.size, source.version) for source in sources]
     settings = {key: value for key, value in config.asdict().items() if key not in _EXECUTION | {"corpus"}}
-    sources = hashlib.sha256(json.dumps(plan.table().drop_columns("path").to_pylist()).encode()).hexdigest()
     fixed = {
         **settings,
         "layers": layers,
-        "corpus": sources,
+        "corpus": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "weights": weights_digest(config.model, config.revision),
+        "tokenizer": tokenizer_digest(config.model, config.revision),
         "result_version": RESULT_VERSION,
     }
-    return Plan(config, facts, tasks, fixed)
+    tokens = _frequent_tokens(config, sample) if config.group_by == "token" else ()
+    plan = Plan(config, facts, sources, tokens, fixed)
+    _check_sums(plan, sample)
+    return plan
 
 
-def _task_bytes(config: RunConfig, facts: ModelFacts, num_layers: int) -> int:
-    """Text a task: fixed, unless the factors or matrices asked for would not fit in memory."""
-    if config.save == "summary":
-        return _TASK_BYTES
-    rows = facts.d_model
-    if config.save == "factors":
-        rows = min(rows, config.token_draws * config.make_estimator().num_factors(facts.vocab_size, facts.d_model))
-    tokens = _TASK_ARRAYS // (4 * num_layers * rows * facts.d_model)
-    return max(256, min(_TASK_BYTES, 3 * tokens))
+def _check_sums(plan: Plan, sample: Sequence[Document]) -> None:
+    """Refuse more groups than asked for, and more sums than a worker should hold.
+
+    How many values a column has is known from a sample only; a task with more than were allowed is refused by its worker.
+    """
+    config, layers, width = plan.config, len(plan.layers), plan.facts.d_model
+    if config.group_column is not None:
+        index = config.layout.carried.index(config.group_column)
+        values = len({document.carried[index] for document in sample})
+        if values > config.num_groups:
+            raise ConfigError(
+                f"group_by {config.group_column}: {len(sample)} documents have {values} values of it, and at most "
+                f"{config.num_groups} groups are allowed. Choose a column with fewer values, or allow more (--num-groups)."
+            )
+    needed = plan.cost.sums_memory
+    if needed > MAX_SUMS:
+        groups = plan.cost.num_groups
+        raise ConfigError(
+            f"{groups} groups x {layers} layers x 3 matrices of {width}^2 need {needed / 2**30:.0f} GiB of sums in every "
+            f"worker; the limit is {MAX_SUMS >> 30} GiB. Take fewer layers a run (--layers), or fewer groups (--num-groups)."
+        )
 
 
-def _grouped(ranges: Sequence[SourceRange], target: int) -> Iterator[list[SourceRange]]:
-    """Neighbouring ranges together up to the target weight, so that many small files do not make many small tasks."""
-    group: list[SourceRange] = []
-    for source in ranges:
-        if group and sum(s.weight for s in group) + source.weight > target:
-            yield group
-            group = []
-        group.append(source)
-    if group:
-        yield group
+def _frequent_tokens(config: RunConfig, sample: Sequence[Document]) -> tuple[int, ...]:
+    """The most frequent tokens of a sample; of equally frequent ones the lowest."""
+    counts: Counter[int] = Counter()
+    tokenizer = None
+    for document in sample:
+        ids = document.content
+        if isinstance(ids, str):
+            tokenizer = tokenizer or load_tokenizer(config.model, config.revision, config.trust_remote_code)
+            ids = tokenizer(ids, add_special_tokens=False, verbose=False)["input_ids"]
+        counts.update(ids)
+    ranked = sorted(counts, key=lambda token: (-counts[token], token))
+    return tuple(sorted(ranked[: config.num_groups - 1]))
+
+
+def position_bucket(position: int) -> str:
+    """0, 1, 2-3, 4-7, ...: the group of a document position."""
+    if position < 2:
+        return str(position)
+    low = 1 << (position.bit_length() - 1)
+    return f"{low}-{2 * low - 1}"

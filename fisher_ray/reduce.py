@@ -1,29 +1,41 @@
-"""From the shards of all tasks to one mean a layer, with its spectrum."""
+"""From the shards of all tasks to one mean a layer and group, with its spectrum.
+
+Sums are added as a tree of fixed shape over the tasks: a node covers consecutive tasks, adds its children one after the
+other, and is named by what it covers, so that whoever computes it, whenever, gets the same bits, and a reduction that was
+interrupted goes on. Memory holds two children of one layer. The children of the root are blocks of documents, no document in
+two of them, and stay on storage: standard errors come from leaving out one at a time.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from fisher_ray.plan import Plan
-from fisher_ray.shards import Counts, Receipt, RunStore, Sums, npy_bytes, parquet_bytes
-from fisher_ray.spectrum import (
-    entropy_rank,
-    participation_ratio,
-    symmetric_eigh,
-    trace_rank,
-    whitened_eigenvalues,
-)
+from fisher_ray.shards import Counts, Receipt, RunStore, json_bytes, npy_bytes, parquet_bytes, task_name
+from fisher_ray.spectrum import entropy_rank, participation_ratio, symmetric_eigh, trace_rank, whitened_eigenvalues
+from fisher_ray.storage import StoredFile
+from fisher_ray.sums import GroupSums, LayerSums
+
+# Children of a node: also the number of blocks that standard errors can be computed from.
+FAN_IN = 32
+# Bytes of packed sums that one call adds up a child; layers beyond go to other calls.
+_CALL_BYTES = 1 << 28
 
 SUMMARY_SCHEMA = pa.schema(
     [
         ("layer", pa.int16()),
+        ("group", pa.string()),
         ("positions", pa.int64()),
         ("trace", pa.float64()),
         ("top_eigenvalue", pa.float64()),
@@ -36,71 +48,196 @@ SUMMARY_SCHEMA = pa.schema(
         ("raised", pa.list_(pa.string())),
         ("lowered", pa.list_(pa.string())),
     ],
-    metadata={"fisher_ray.schema": "summary.1"},
+    metadata={"fisher_ray.schema": "summary.2"},
 )
 
 
-def reduce_shards(plan: Plan, store: RunStore, receipts: Sequence[Receipt]) -> list[dict[str, Any]]:
-    """Sum the tasks' sums in the order of the tasks and write means and spectra, float64, one .npy an array.
+@dataclass(frozen=True)
+class Node:
+    """The sum over tasks [first, last) at some layers.
 
-    In ``reduced/layer_KKK/``: ``fisher`` (mean of F), ``normalised_fisher`` (mean of F / tr F: another statistic for each
-    estimator and number of samples, never to be compared across them), ``activation_mean``,
-    ``activation_second_moment``, ``eigenvalues`` (descending) and ``eigenvectors`` (columns) of the mean F, and
-    ``whitened_eigenvalues`` of ``Sigma^(1/2) F Sigma^(1/2)``.
+    Attributes:
+        missing: tasks among them that were given up; part of the name, so that a sum without them is never taken for one
+            with them.
+    """
+
+    first: int
+    last: int
+    layers: tuple[int, ...]
+    missing: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the node covers."""
+        name = f"{self.first:08d}-{self.last:08d}-{self.layers[0]:03d}-{self.layers[-1]:03d}"
+        if self.missing:
+            name += f"-without-{hashlib.sha256(repr(self.missing).encode()).hexdigest()[:12]}"
+        return name
+
+    @property
+    def is_task(self) -> bool:
+        return self.last - self.first == 1
+
+    def children(self) -> list[Node]:
+        """At most FAN_IN parts of nearly equal length, without those in which all tasks are missing."""
+        count = self.last - self.first
+        parts = min(FAN_IN, count)
+        bounds = [self.first + count * i // parts for i in range(parts + 1)]
+        nodes = []
+        for first, last in pairwise(bounds):
+            missing = tuple(task for task in self.missing if first <= task < last)
+            if len(missing) < last - first:
+                nodes.append(Node(first, last, self.layers, missing))
+        return nodes
+
+
+def roots(plan: Plan, num_tasks: int, missing: Sequence[int]) -> list[Node]:
+    """The trees of a run: one for as many layers as one call adds up."""
+    layers = plan.layers
+    size = max(1, _CALL_BYTES // max(1, plan.cost.sums_bytes // len(layers)))
+    chunks = [tuple(layers[i : i + size]) for i in range(0, len(layers), size)]
+    return [Node(0, num_tasks, chunk, tuple(sorted(missing))) for chunk in chunks]
+
+
+def levels(root: Node) -> list[list[Node]]:
+    """The inner nodes below a root that are no tasks, deepest first: each level needs only those before it."""
+    found: list[list[Node]] = []
+    level = [root]
+    while level := [child for node in level for child in node.children() if not child.is_task]:
+        found.append(level)
+    return found[::-1]
+
+
+def sum_node(plan: Plan, store: RunStore, node: Node) -> Receipt:
+    """Add up a node's children and commit the sum.
+
+    Raises:
+        DamagedError: a child's file holds other bytes than were written, or is gone.
+    """
+    children = [_receipt(store, child) for child in node.children()]
+    attempt = f"{node.name}-{uuid.uuid4().hex[:8]}"
+    files = {}
+    for layer in node.layers:
+        raw = _added(store, children, layer).to_bytes()
+        files[f"sums_{layer}"] = store.store(f"tree/{attempt}/layer_{layer:03d}.npz", raw)
+    return store.commit("tree", _covering(node.name, plan.fingerprint, children, files))
+
+
+def finish_layers(plan: Plan, store: RunStore, root: Node) -> tuple[list[dict[str, Any]], Receipt]:
+    """Add up the root's children and write means and spectra, float64, one .npy an array.
+
+    In ``reduced/layer_KKK/``, and for every group in ``reduced/layer_KKK/group_NAME/``: ``fisher`` (mean of F),
+    ``normalised_fisher`` (mean of F / tr F: another statistic for each estimator and number of samples, never to be compared
+    across them), ``activation_mean``, ``activation_second_moment``, ``eigenvalues`` (descending) and ``eigenvectors`` (columns)
+    of the mean F, and ``whitened_eigenvalues`` of ``Sigma^(1/2) F Sigma^(1/2)``.
 
     Returns:
-        a row of the summary for each layer, without the tokens.
+        a row of the summary for each layer and group, without the tokens, and what vouches for the files.
     """
-    total = Sums(plan.layers, plan.facts.d_model)
-    for receipt in sorted(receipts, key=lambda r: r.task):
-        total.merge(Sums.from_bytes(store.load(receipt.files["sums"])))
-    rows = []
-    for i, layer in enumerate(total.layers):
-        count, traced = int(total.count[i]), int(total.traced[i])
-        fisher, second_moment = total.fisher[i] / count, total.second_moment[i] / count
-        mean = total.activation[i] / count
-        values, vectors = symmetric_eigh(fisher)
-        values = values.clamp_min(0)
-        whitened = whitened_eigenvalues(fisher, mean, second_moment)
-        for name, array in {
-            "fisher": fisher,
-            "normalised_fisher": total.normalised[i] / max(traced, 1),
-            "activation_mean": mean,
-            "activation_second_moment": second_moment,
-            "eigenvalues": values,
-            "eigenvectors": vectors,
-            "whitened_eigenvalues": whitened,
-        }.items():
-            store.write(f"reduced/layer_{layer:03d}/{name}.npy", npy_bytes(array.numpy()))
-        rows.append(
-            {
-                "layer": layer,
-                "positions": count,
-                "trace": float(fisher.trace()),
-                "top_eigenvalue": float(values[0]),
-                "participation_ratio": float(participation_ratio(values)),
-                "entropy_rank": float(entropy_rank(values)),
-                "trace_rank_99": int(trace_rank(values)),
-                "whitened_trace": float(whitened.sum()),
-                "whitened_top_eigenvalue": float(whitened[0]),
-                "whitened_entropy_rank": float(entropy_rank(whitened)),
-            }
-        )
-    return rows
+    children = [_receipt(store, child) for child in root.children()]
+    rows: list[dict[str, Any]] = []
+    files: dict[str, StoredFile] = {}
+    for layer in root.layers:
+        sums = _added(store, children, layer)
+        total = sums.total()
+        if total is None:
+            continue
+        folder = f"reduced/layer_{layer:03d}"
+        rows.append({"layer": layer, "group": None, **_write_means(store, folder, total, files)})
+        if plan.config.group_by is not None:
+            for name in sorted(sums.groups):
+                where = f"{folder}/group_{quote(name, safe=' ')}"
+                rows.append({"layer": layer, "group": name, **_write_means(store, where, sums.groups[name], files)})
+    return rows, _covering(root.name, plan.fingerprint, children, files)
+
+
+def _receipt(store: RunStore, node: Node) -> Receipt:
+    if node.is_task:
+        return store.receipt("done", task_name(node.first))
+    return store.receipt("tree", node.name)
+
+
+def _added(store: RunStore, children: Sequence[Receipt], layer: int) -> LayerSums:
+    """The children's sums at one layer, in their order."""
+    total = LayerSums({})
+    for child in children:
+        total.merge(LayerSums.from_bytes(store.load(child.files[f"sums_{layer}"])))
+    return total
+
+
+def _covering(name: str, fingerprint: str, children: Sequence[Receipt], files: dict[str, StoredFile]) -> Receipt:
+    counts = sum((child.counts for child in children), Counts())
+    stages = dict.fromkeys(stage for child in children for stage in child.seconds)
+    seconds = {stage: sum(child.seconds.get(stage, 0.0) for child in children) for stage in stages}
+    return Receipt(name, fingerprint, files, counts, seconds, children[0].worker)
+
+
+def _write_means(store: RunStore, folder: str, sums: GroupSums, files: dict[str, StoredFile]) -> dict[str, Any]:
+    """Write one mean and its spectrum; its row of the summary."""
+    fisher = torch.from_numpy(sums.square("fisher") / sums.count)
+    second_moment = torch.from_numpy(sums.square("second_moment") / sums.count)
+    mean = torch.from_numpy(np.asarray(sums.activation, np.float64) / sums.count)
+    values, vectors = symmetric_eigh(fisher)
+    values = values.clamp_min(0)
+    whitened = whitened_eigenvalues(fisher, mean, second_moment)
+    for name, array in {
+        "fisher": fisher.numpy(),
+        "normalised_fisher": sums.square("normalised") / max(sums.traced, 1),
+        "activation_mean": mean.numpy(),
+        "activation_second_moment": second_moment.numpy(),
+        "eigenvalues": values.numpy(),
+        "eigenvectors": vectors.numpy(),
+        "whitened_eigenvalues": whitened.numpy(),
+    }.items():
+        path = f"{folder}/{name}.npy"
+        files[path] = store.store(path, npy_bytes(array))
+    return {
+        "positions": sums.count,
+        "trace": float(fisher.trace()),
+        "top_eigenvalue": float(values[0]),
+        "participation_ratio": float(participation_ratio(values)),
+        "entropy_rank": float(entropy_rank(values)),
+        "trace_rank_99": int(trace_rank(values)),
+        "whitened_trace": float(whitened.sum()),
+        "whitened_top_eigenvalue": float(whitened[0]),
+        "whitened_entropy_rank": float(entropy_rank(whitened)),
+    }
 
 
 def read_array(store: RunStore, layer: int, name: str) -> np.ndarray:
-    """One of the arrays of :func:`reduce_shards`."""
+    """One of the arrays of :func:`finish_layers`, over all groups."""
     return np.load(io.BytesIO(store.read(f"reduced/layer_{layer:03d}/{name}.npy")), allow_pickle=False)
 
 
-def write_summary(store: RunStore, rows: list[dict[str, Any]], receipts: Sequence[Receipt]) -> None:
-    """reduced/provenance.json (counts, self-check, versions) and, last of all, summary.parquet, one row a layer."""
+def write_summary(
+    store: RunStore, rows: Sequence[Mapping[str, Any]], covering: Receipt, missing: Sequence[int]
+) -> dict[str, StoredFile]:
+    """reduced/provenance.json (counts, self-check, versions) and summary.parquet, one row a layer and group."""
     provenance = {
-        "counts": asdict(sum((receipt.counts for receipt in receipts), Counts())),
-        "halvings": sum(receipt.halvings for receipt in receipts),
-        "seconds": sum(receipt.seconds for receipt in receipts),
-        "worker": receipts[0].worker,
+        "counts": asdict(covering.counts),
+        "seconds": covering.seconds,
+        "worker": covering.worker,
+        "tasks_left_out": list(missing),
     }
-    store.write("reduced/provenance.json", (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
-    store.write("reduced/summary.parquet", parquet_bytes(pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)))
+    ordered = sorted(rows, key=lambda row: (row["layer"], row["group"] is not None, row["group"] or ""))
+    table = pa.Table.from_pylist(list(ordered), schema=SUMMARY_SCHEMA)
+    return {
+        path: store.store(path, raw)
+        for path, raw in (
+            ("reduced/provenance.json", json_bytes(provenance)),
+            ("reduced/summary.parquet", parquet_bytes(table)),
+        )
+    }
+
+
+def manifest(plan: Plan, roots: Sequence[Node], done: int, files: Mapping[str, StoredFile]) -> dict[str, Any]:
+    """What makes a run reduced: files with their sha256, nodes they were made of, and the blocks for standard errors."""
+    blocks = [{"first": b.first, "last": b.last, "without": list(b.missing)} for b in roots[0].children()]
+    return {
+        "fingerprint": plan.fingerprint,
+        "tasks": done,
+        "missing": list(roots[0].missing),
+        "blocks": blocks,
+        "nodes": [node.name for root in roots for level in levels(root) for node in level],
+        "files": {path: asdict(stored) for path, stored in files.items()},
+    }

@@ -1,12 +1,16 @@
-"""What a run stores, where, and how it is committed: the only module that knows the layout.
+"""What a run stores and where, what makes it done, and who may work on it: the only module that knows the layout.
 
-    run.json                      configuration, versions, fingerprint, counts
-    plan.parquet                  task -> source ranges
-    positions/TASK-ATTEMPT.parquet one row per (document, position, layer)
-    sums/TASK-ATTEMPT.npz         per-layer sums over the task's positions
+    run.json                        configuration, versions, fingerprint
+    plan.parquet                    task -> source ranges
+    lease/NNNNNN.json               the driver at work; gone when it has left
+    progress.json                   how far it is
+    positions/TASK-ATTEMPT.parquet  one row per (document, position, layer)
+    sums/TASK-ATTEMPT/layer_KKK.npz sums over the task's positions, by group
     factors|matrices/TASK-ATTEMPT/layer_KKK.npy   where asked for, rows as in the task's table
-    done/TASK.json                the receipt: what makes a task done
-    reduced/                      means and spectra, one .npy an array, and summary.parquet
+    done/TASK.json                  the receipt: what makes a task done
+    quarantine/TASK.json            why a task was given up
+    tree/NODE.json                  the receipt of a sum over tasks, with its tree/NODE-ATTEMPT/layer_KKK.npz
+    reduced/                        means and spectra, one .npy an array, summary.parquet; named by manifest.json
 
 Data goes under an attempt-unique name first; then a receipt is created, if there is none yet, that names the data with
 its sha256. Readers read only what a receipt names, so a half-written or superseded attempt is never seen.
@@ -14,24 +18,24 @@ its sha256. Readers read only what a receipt names, so a half-written or superse
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from jaxtyping import Float
-from torch import Tensor
+
+from fisher_ray.storage import DamagedError, Storage, StorageError, StoredFile, seal, unseal
 
 TOP_EIGENVALUES = 4
 
@@ -53,6 +57,9 @@ POSITION_FIELDS: list[tuple[str, pa.DataType]] = [
     ("trace_rank_99", pa.float32()),
 ]
 
+# Files read or checked at once by one process: enough to hide a request's latency, few enough for small machines.
+_THREADS = 16
+
 
 def positions_schema(carried: tuple[str, ...], metadata: dict[str, str]) -> pa.Schema:
     """The table of positions: fixed fields, then the corpus columns carried along, as strings."""
@@ -60,99 +67,8 @@ def positions_schema(carried: tuple[str, ...], metadata: dict[str, str]) -> pa.S
     return pa.schema(fields, metadata={"fisher_ray.schema": POSITIONS_VERSION, **metadata})
 
 
-class StorageError(RuntimeError):
-    """A run directory that is not what it should be."""
-
-
-class Sums:
-    """Sums over positions, per layer: F, F / tr F, h and h h^T; float64 throughout.
-
-    Attributes:
-        layers: ascending.
-        count: [L], positions.
-        traced: [L], positions with a trace above zero, over which F / tr F is summed.
-        fisher, normalised, second_moment: [L, d, d].
-        activation: [L, d].
-    """
-
-    # float32 products of at most this many rows are added into float64: longer ones lose digits.
-    _ROWS = 4096
-    _MATRICES = ("fisher", "normalised", "second_moment")
-
-    def __init__(self, layers: list[int], d_model: int, device: torch.device | str = "cpu"):
-        self.layers = list(layers)
-        n = len(self.layers)
-        self.count = torch.zeros(n, dtype=torch.int64)
-        self.traced = torch.zeros(n, dtype=torch.int64)
-        self.fisher, self.normalised, self.second_moment = (
-            torch.zeros(n, d_model, d_model, dtype=torch.float64, device=device) for _ in range(3)
-        )
-        self.activation = torch.zeros(n, d_model, dtype=torch.float64, device=device)
-
-    def add(self, layer: int, factors: Float[Tensor, "N R d"], activations: Float[Tensor, "N D d"]) -> None:
-        """Add N positions of one layer."""
-        i = self.layers.index(layer)
-        step = max(1, self._ROWS // max(factors.shape[1], activations.shape[1]))
-        for start in range(0, len(factors), step):
-            g, h = factors[start : start + step], activations[start : start + step]
-            trace = g.square().sum((1, 2))
-            traced = trace > 0
-            unit = (g * trace.rsqrt().where(traced, 0)[:, None, None]).flatten(0, 1)
-            g = g.flatten(0, 1)
-            self.fisher[i] += g.mT @ g
-            self.normalised[i] += unit.mT @ unit
-            self.activation[i] += h.mean(1).double().sum(0)
-            flat = h.flatten(0, 1)
-            self.second_moment[i] += (flat.mT @ flat) / h.shape[1]
-            self.count[i] += len(h)
-            self.traced[i] += int(traced.sum())
-
-    def merge(self, other: Sums) -> None:
-        """Add another's sums to these."""
-        if other.layers != self.layers or other.fisher.shape != self.fisher.shape:
-            raise StorageError(f"sums over layers {other.layers} cannot be added to sums over {self.layers}.")
-        for name in ("count", "traced", "activation", *self._MATRICES):
-            getattr(self, name).add_(getattr(other, name))
-
-    def to_bytes(self) -> bytes:
-        """An .npz: symmetric matrices as packed upper triangles, rounded once, to float32."""
-        d = self.fisher.shape[-1]
-        upper = torch.triu_indices(d, d, device=self.fisher.device)
-        arrays: dict[str, np.ndarray] = {
-            "layers": np.array(self.layers),
-            "count": self.count.numpy(),
-            "traced": self.traced.numpy(),
-            "activation": self.activation.cpu().numpy(),
-        }
-        for name in self._MATRICES:
-            arrays[name] = getattr(self, name)[:, upper[0], upper[1]].float().cpu().numpy()
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
-        return buffer.getvalue()
-
-    @classmethod
-    def from_bytes(cls, raw: bytes) -> Sums:
-        """The inverse of :meth:`to_bytes`."""
-        with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
-            d = arrays["activation"].shape[1]
-            sums = cls(arrays["layers"].tolist(), d)
-            sums.count, sums.traced = torch.from_numpy(arrays["count"]), torch.from_numpy(arrays["traced"])
-            sums.activation = torch.from_numpy(arrays["activation"])
-            upper = torch.triu_indices(d, d)
-            for name in cls._MATRICES:
-                matrix, packed = getattr(sums, name), torch.from_numpy(arrays[name]).double()
-                matrix[:, upper[0], upper[1]] = packed
-                matrix[:, upper[1], upper[0]] = packed
-        return sums
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One file that a receipt vouches for."""
-
-    path: str
-    sha256: str
-    bytes: int
+class RefusedError(StorageError):
+    """A directory that holds another run, or that another driver works on."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +81,7 @@ class Counts:
         scored: positions in the table.
         skipped: positions not asked for, or without a token before them to draw from.
         invalid: positions whose activations or scores were not finite.
+        halvings: how often memory ran out and a micro-batch was halved, which may change rounding.
     """
 
     documents: int = 0
@@ -173,6 +90,7 @@ class Counts:
     scored: int = 0
     skipped: int = 0
     invalid: int = 0
+    halvings: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
@@ -180,181 +98,341 @@ class Counts:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a worker returns for a task, and what makes the task done.
+    """What vouches for a task's shard, or for a sum over tasks.
 
     Attributes:
-        fingerprint: of the plan the task belongs to.
-        halvings: how often memory ran out and a micro-batch was halved, which may change rounding.
-        seconds: of computing.
+        name: of the task or node.
+        fingerprint: of the plan it belongs to.
+        files: by what they hold.
+        seconds: spent, by stage.
+        worker: device, versions and self-check of whoever computed it.
     """
 
-    task: int
+    name: str
     fingerprint: str
     files: dict[str, StoredFile]
     counts: Counts
-    halvings: int
-    seconds: float
+    seconds: dict[str, float] = field(default_factory=dict)
     worker: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """JSON."""
-        return _json_bytes(asdict(self))
+        """Sealed JSON."""
+        return seal(asdict(self))
 
     @classmethod
-    def from_bytes(cls, raw: bytes) -> Receipt:
-        """The inverse of :meth:`to_bytes`."""
-        values = json.loads(raw)
+    def from_bytes(cls, raw: bytes, path: str) -> Receipt:
+        """The inverse of :meth:`to_bytes`; DamagedError where a byte is another one."""
+        values = unseal(raw)
+        if values is None:
+            raise DamagedError(path, f"{path} is damaged: its checksum is not that of its content.")
         files = {name: StoredFile(**stored) for name, stored in values.pop("files").items()}
         return cls(files=files, counts=Counts(**values.pop("counts")), **values)
 
 
-class RunStore:
-    """A run directory on any fsspec file system.
+def task_name(task: int) -> str:
+    """Of a task's receipt and files."""
+    return f"{task:08d}"
 
-    Args:
-        uri: the directory.
-    """
 
-    def __init__(self, uri: str):
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(uri)
-        except (ImportError, ValueError) as error:
-            raise StorageError(f"cannot open {uri}: {error}") from error
-        self.uri = self._fs.unstrip_protocol(self._root) if "://" in uri else str(Path(self._root))
-        self._made: str | None = None
-        self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+@dataclass(frozen=True)
+class Problem:
+    """Something in a run that is not as it was written."""
+
+    path: str
+    what: str
+
+
+class RunStore(Storage):
+    """A run directory on any fsspec file system."""
 
     # ---- the run itself ----------------------------------------------------------------------------------------------
 
     def read_run(self) -> dict[str, Any] | None:
-        """run.json, or None where there is no run; a directory with something else in it is refused."""
-        if self._fs.isfile(self._root):
+        """run.json, or None where there is no run; a directory with something else in it is refused.
+
+        Raises:
+            StorageError: no directory of ours.
+            DamagedError: run.json is damaged, or gone from a run that has tasks done.
+        """
+        if self.is_file():
             raise StorageError(f"output {self.uri} is a file. Choose a directory that is new, empty or a run's own.")
-        if self._exists("run.json"):
-            try:
-                run = json.loads(self.read("run.json"))
-            except ValueError:
-                run = None
-            if isinstance(run, dict) and "fingerprint" in run:
-                return run
+        try:
+            raw = self.read("run.json")
+        except FileNotFoundError:
+            found = self.list()
+            if any(path.startswith(("done/", "plan.parquet")) for path in found):
+                raise DamagedError("run.json", f"{self.uri}/run.json is gone.") from None
+            if found:
+                raise StorageError(
+                    f"output directory {self.uri} is not empty and holds no run of ours. Choose a new or empty one."
+                ) from None
+            return None
+        run = unseal(raw)
+        if run is not None:
+            return run
+        if b"fingerprint" not in raw and not self.list("done"):
             raise StorageError(f"run.json in {self.uri} was not written by a run of ours. Choose another directory.")
-        if self._fs.isdir(self._root) and self._fs.ls(self._root, detail=False):
-            raise StorageError(
-                f"output directory {self.uri} is not empty and holds no run of ours. Choose a new or empty one."
-            )
+        raise DamagedError("run.json", f"{self.uri}/run.json is damaged: its checksum is not that of its content.")
+
+    def create_run(self, description: dict[str, Any], plan: bytes) -> bool:
+        """Write plan and description of a new run; whether this call did, and not another driver at the same time."""
+        self.write("plan.parquet", plan)
+        return self.create("run.json", seal(description))
+
+    # ---- tasks and nodes ---------------------------------------------------------------------------------------------
+
+    def commit(self, folder: str, receipt: Receipt) -> Receipt:
+        """Make a task (``done``) or node (``tree``) done; where another attempt came first, the receipt is that one's."""
+        path = f"{folder}/{receipt.name}.json"
+        if self.create(path, receipt.to_bytes()):
+            return receipt
+        return Receipt.from_bytes(self.read(path), path)
+
+    def receipt(self, folder: str, name: str) -> Receipt:
+        """Of a task or node; DamagedError where it cannot be trusted, FileNotFoundError where there is none."""
+        path = f"{folder}/{name}.json"
+        receipt = Receipt.from_bytes(self.read(path), path)
+        if receipt.name != name:
+            raise DamagedError(path, f"{self.uri}/{path} is the receipt of {receipt.name}.")
+        return receipt
+
+    def names(self, folder: str) -> set[str]:
+        """Names of all receipts in a folder, from one listing."""
+        prefix = len(folder) + 1
+        return {path[prefix:-5] for path in self.list(folder) if path.endswith(".json")}
+
+    def receipts(self, tasks: Iterable[int]) -> Iterator[Receipt]:
+        """Receipts of tasks, in the order asked for, read several at once."""
+        return self._several(lambda task: self.receipt("done", task_name(task)), tasks)
+
+    def undo(self, task: int, nodes: Iterable[str]) -> None:
+        """Make a task undone, and the sums that it went into; its files stay behind as orphans."""
+        for name in nodes:
+            first, last = (int(part) for part in name.split("-")[:2])
+            if first <= task < last:
+                self.remove(f"tree/{name}.json")
+        self.remove("reduced/manifest.json")
+        self.remove(f"done/{task_name(task)}.json")
+
+    # ---- checking ----------------------------------------------------------------------------------------------------
+
+    def check(self, folder: str, name: str, fingerprint: str) -> tuple[Receipt | None, list[Problem]]:
+        """Read back all that a receipt vouches for."""
+        path = f"{folder}/{name}.json"
+        try:
+            receipt = self.receipt(folder, name)
+        except FileNotFoundError:
+            return None, [Problem(path, "is missing")]
+        except DamagedError:
+            return None, [Problem(path, "is damaged: its checksum is not that of its content")]
+        if receipt.fingerprint != fingerprint:
+            return None, [Problem(path, f"belongs to another plan ({receipt.fingerprint[:12]}...)")]
+        problems = [p for stored in receipt.files.values() if (p := self.problem(stored)) is not None]
+        return (None if problems else receipt), problems
+
+    def problem(self, stored: StoredFile) -> Problem | None:
+        """What is wrong with a file, if anything is."""
+        try:
+            raw = self.load(stored)
+        except DamagedError as error:
+            gone = str(error).endswith("is gone.")
+            return Problem(stored.path, "is missing" if gone else "is damaged: its sha256 is another one")
+        if stored.rows is not None and pq.read_metadata(io.BytesIO(raw)).num_rows != stored.rows:
+            return Problem(stored.path, f"has not the {stored.rows} rows of its receipt")
         return None
 
-    def create_run(self, description: dict[str, Any], plan: pa.Table) -> None:
-        """Write plan and description of a new run; of two at once, one is refused."""
-        self._made = self._first_missing() if self._local else self._root
-        try:
-            self.write("plan.parquet", parquet_bytes(plan))
-            created = self.create("run.json", _json_bytes(description))
-        except OSError as error:
-            raise StorageError(
-                f"cannot write to {self.uri}: {error}. Choose a directory that can be written."
-            ) from error
-        if not created:
-            raise StorageError(f"another run was started in {self.uri} just now. Choose another directory.")
+    def verify(self, run: Mapping[str, Any]) -> Iterator[Problem]:
+        """Read everything back and yield what is not as it was written.
 
-    def discard(self) -> None:
-        """Remove a run that :meth:`create_run` made and that produced nothing, with the folders made for it."""
-        if self._made is not None:
-            self._fs.rm(self._made, recursive=True)
-            return
-        for path in self._fs.ls(self._root, detail=False):
-            self._fs.rm(path, recursive=True)
-
-    # ---- tasks -------------------------------------------------------------------------------------------------------
-
-    def commit(self, receipt: Receipt) -> Receipt:
-        """Make a task done; where another attempt came first, the receipt is that one's."""
-        if self.create(f"done/{receipt.task:08d}.json", receipt.to_bytes()):
-            return receipt
-        return Receipt.from_bytes(self.read(f"done/{receipt.task:08d}.json"))
-
-    def receipts(self, fingerprint: str) -> dict[int, Receipt]:
-        """All done tasks of a plan, by id."""
-        with contextlib.suppress(FileNotFoundError):
-            found = (Receipt.from_bytes(self.read(path)) for path in sorted(self.list("done")))
-            return {receipt.task: receipt for receipt in found if receipt.fingerprint == fingerprint}
-        return {}
-
-    def store(self, path: str, raw: bytes) -> StoredFile:
-        """Write a data file and say what was written."""
-        self.write(path, raw)
-        return StoredFile(path, hashlib.sha256(raw).hexdigest(), len(raw))
-
-    def load(self, stored: StoredFile) -> bytes:
-        """Read a data file back, refusing any other bytes than those that were written."""
-        raw = self.read(stored.path)
-        if hashlib.sha256(raw).hexdigest() != stored.sha256:
-            raise StorageError(
-                f"{self.uri}/{stored.path} is damaged: expected {stored.bytes} bytes with sha256 {stored.sha256[:12]}..., "
-                f"got {len(raw)} other ones. Remove its receipt in done/ and run again."
-            )
-        return raw
-
-    # ---- bytes -------------------------------------------------------------------------------------------------------
-
-    def read(self, path: str) -> bytes:
-        """A file's bytes."""
-        return bytes(self._fs.cat_file(f"{self._root}/{path}"))
-
-    def list(self, folder: str) -> Iterator[str]:
-        """Files of a folder, as paths below the run."""
-        for found in self._fs.ls(f"{self._root}/{folder}", detail=False):
-            name = found.rsplit("/", 1)[1]
-            if not name.startswith("."):
-                yield f"{folder}/{name}"
-
-    def write(self, path: str, raw: bytes) -> None:
-        """Write a file whole or not at all; the file may exist."""
-        if not self._local:
-            self._fs.pipe_file(f"{self._root}/{path}", raw)
-            return
-        with self._temporary(path, raw) as temporary:
-            Path(temporary).replace(f"{self._root}/{path}")
-
-    def create(self, path: str, raw: bytes) -> bool:
-        """Write a file whole unless there is one; whether it was written. Of several at once exactly one wins."""
-        if not self._local:
+        Args:
+            run: what :meth:`read_run` gave.
+        """
+        plan = self.problem(StoredFile(**run["plan"]))
+        if plan is not None:
+            yield plan
+        fingerprint, expected = run["fingerprint"], [task_name(i) for i in range(run["tasks"])]
+        done, nodes, quarantined = self.names("done"), self.names("tree"), self.names("quarantine")
+        for name in sorted(done - set(expected)):
+            yield Problem(f"done/{name}.json", "is of no task of the plan")
+        tasks = (("done", name) for name in expected if name in done or name not in quarantined)
+        checks = chain(tasks, (("tree", name) for name in sorted(nodes)))
+        for _, problems in self._several(lambda item: self.check(item[0], item[1], fingerprint), checks):
+            yield from problems
+        yield from self.verify_reduced(fingerprint, done & set(expected), nodes)
+        for path in (*self.list("quarantine"), "progress.json"):
             try:
-                self._fs.pipe_file(f"{self._root}/{path}", raw, mode="create")
-            except FileExistsError:
-                return False
-            return True
-        with self._temporary(path, raw) as temporary:
-            try:
-                os.link(temporary, f"{self._root}/{path}")
-            except FileExistsError:
-                return False
-            return True
+                self.read_sealed(path)
+            except FileNotFoundError:
+                yield Problem(path, "is missing")
+            except DamagedError:
+                yield Problem(path, "is damaged: its checksum is not that of its content")
 
-    @contextlib.contextmanager
-    def _temporary(self, path: str, raw: bytes) -> Iterator[str]:
-        folder = Path(f"{self._root}/{path}").parent
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
+    def verify_reduced(self, fingerprint: str, done: set[str], nodes: set[str]) -> Iterator[Problem]:
+        """Problems of what the reduction wrote, the run being complete."""
+        path = "reduced/manifest.json"
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            yield temporary
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                Path(temporary).unlink()
+            manifest = self.read_sealed(path)
+        except FileNotFoundError:
+            yield Problem(path, "is missing: the run is not reduced")
+            return
+        except DamagedError:
+            yield Problem(path, "is damaged: its checksum is not that of its content")
+            return
+        if manifest["fingerprint"] != fingerprint:
+            yield Problem(path, "belongs to another plan")
+        if manifest["tasks"] != len(done):
+            yield Problem(path, f"is a reduction of {manifest['tasks']} tasks, and {len(done)} are done")
+        for name in sorted(set(manifest["nodes"]) - nodes):
+            yield Problem(f"tree/{name}.json", "is missing")
+        files = (StoredFile(**stored) for stored in manifest["files"].values())
+        yield from filter(None, self._several(self.problem, files))
 
-    def _first_missing(self) -> str | None:
-        """The topmost folder that creating the run directory will create; None where it exists."""
-        root = Path(self._root)
-        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
-        return str(missing[-1]) if missing else None
+    def orphans(self) -> list[str]:
+        """Files that no receipt names: of attempts that were killed, came second, or turned out damaged.
 
-    def _exists(self, path: str) -> bool:
-        return bool(self._fs.exists(f"{self._root}/{path}"))
+        Files of attempts that are still running are among them: only for runs that nobody works on.
+        """
+        named = {"run.json", "plan.parquet", "progress.json", "reduced/manifest.json"}
+        found = self.list()
+        for folder in ("done", "tree"):
+            for name in self.names(folder):
+                try:
+                    receipt = self.receipt(folder, name)
+                except DamagedError:
+                    continue  # that is for verify; what it named cannot be known
+                named |= {f"{folder}/{name}.json", *(stored.path for stored in receipt.files.values())}
+        if "reduced/manifest.json" in found:
+            named |= {stored["path"] for stored in self.read_sealed("reduced/manifest.json")["files"].values()}
+        kept = ("quarantine/", "lease/")
+        return sorted([path for path in found if path not in named and not path.startswith(kept)] + self.unfinished())
+
+    @staticmethod
+    def _several(function: Any, items: Iterable[Any]) -> Iterator[Any]:
+        """Results in the order of the items, a few at once, a few ahead of the reader."""
+        with ThreadPoolExecutor(_THREADS) as threads:
+            ahead: list[Any] = []
+            for item in items:
+                ahead.append(threads.submit(function, item))
+                if len(ahead) == 2 * _THREADS:
+                    yield ahead.pop(0).result()
+            for result in ahead:
+                yield result.result()
+
+
+class Lease:
+    """The right to drive a run, held by one driver at a time.
+
+    Files ``lease/NNNNNN.json`` are created once and counted up. The holder of the highest rewrites it every few seconds and
+    looks for higher ones; whoever wants the lease watches the highest, and creates the next one when it has stood still.
+    A holder that was cut off finds itself superseded and stops. What it still commits does no harm: results are the same.
+
+    Args:
+        store: the run.
+        patience: seconds without a heartbeat after which a holder counts as dead.
+
+    Raises:
+        RefusedError: another driver is at work.
+    """
+
+    def __init__(self, store: RunStore, patience: float = 15.0):
+        self._store, self._patience = store, patience
+        self._beats = 0
+        self._left = threading.Event()
+        self.lost: str | None = None
+        self._number = self._acquire()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Stop the heartbeat and leave the run to others."""
+        self._left.set()
+        self._thread.join()
+        if self.lost is None:
+            self._store.remove(self._path(self._number))
+
+    @staticmethod
+    def _path(number: int) -> str:
+        return f"lease/{number:06d}.json"
+
+    def _content(self) -> bytes:
+        return seal({**_process(), "beat": self._beats})
+
+    def _highest(self) -> int:
+        return max((int(Path(path).stem) for path in self._store.list("lease")), default=0)
+
+    def _acquire(self) -> int:
+        while True:
+            highest = self._highest()
+            if highest == 0 or self._dead(highest):
+                if self._store.create(self._path(highest + 1), self._content()):
+                    for number in range(max(1, highest - 8), highest + 1):
+                        self._store.remove(self._path(number))
+                    return highest + 1
+                time.sleep(0.1)  # someone else was quicker; see who
+
+    def _dead(self, number: int) -> bool:
+        """Whether a holder has left, has died on this machine, or has not been heard of for long enough."""
+        try:
+            first = self._store.read(self._path(number))
+            holder = unseal(first) or {}
+            if holder.get("machine") == _process()["machine"] and not _alive(holder):
+                return True
+            deadline = time.monotonic() + self._patience
+            while time.monotonic() < deadline:
+                time.sleep(min(0.5, self._patience / 10))
+                if self._store.read(self._path(number)) != first:
+                    raise RefusedError(
+                        f"another driver works on {self._store.uri}: process {holder.get('pid')} on {holder.get('host')}, "
+                        f"since {holder.get('since')}. Wait for it or stop it; the same command then goes on."
+                    )
+        except FileNotFoundError:  # it has left meanwhile
+            return self._highest() <= number
+        return True
+
+    def _beat(self) -> None:
+        path = self._path(self._number)
+        while not self._left.wait(self._patience / 5):
+            try:
+                if self._highest() > self._number or self._store.read(path) != self._content():
+                    raise FileNotFoundError(path)
+                self._beats += 1
+                self._store.write(path, self._content())
+            except FileNotFoundError:
+                self.lost = "another driver has taken this run over; it had not heard from this one for too long"
+                return
+            except StorageError as error:
+                self.lost = str(error)
+                return
+
+
+_SINCE = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+
+
+def _process() -> dict[str, Any]:
+    """Who this is: enough for others on the same machine to see whether it is alive."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid), "since": _SINCE}
+
+
+def _machine() -> str | None:
+    """One boot of one machine, as seen from one container; None where that cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine was started, in the kernel's ticks."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    return holder.get("machine") is None or _started(holder["pid"]) == holder.get("started")
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -371,5 +449,6 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def _json_bytes(values: dict[str, Any]) -> bytes:
+def json_bytes(values: dict[str, Any]) -> bytes:
+    """Readable JSON, for files that a manifest vouches for."""
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +18,22 @@ import transformers
 from torch import Tensor
 
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
-from fisher_ray.plan import Plan, Positions, Task
+from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, Task, position_bucket
 from fisher_ray.scores import Scores, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
     Counts,
     Receipt,
     RunStore,
-    Sums,
     npy_bytes,
     parquet_bytes,
     positions_schema,
+    task_name,
 )
 from fisher_ray.spectrum import entropy_rank, factor_eigenvalues, participation_ratio, trace_rank
-from fisher_ray.split import SplitModel
+from fisher_ray.split import SplitModel, deterministic_kernels
+from fisher_ray.storage import StoredFile
+from fisher_ray.sums import ALL, Sums
 
 
 @dataclass
@@ -42,20 +46,51 @@ class _Tokenized:
     windows: list[Window]
 
 
+@dataclass
+class _Scored:
+    """A task's results in memory, in the order in which they were computed.
+
+    Attributes:
+        where: window and window position of each row, [2, n] a micro-batch.
+        columns: statistics of each row, per layer.
+        arrays: factors or matrices of each row, per layer, where they are kept.
+    """
+
+    sums: Sums
+    where: list[np.ndarray]
+    columns: dict[int, list[dict[str, Any]]]
+    arrays: dict[int, list[np.ndarray]]
+    scored: int = 0
+    invalid: int = 0
+    halvings: int = 0
+
+
 class Worker:
     """Holds one split model and turns tasks into shards.
 
+    Calls may come from two threads at a time: reading and writing of one task hide behind the computing of the other, which
+    one lock keeps to one task.
+
     Args:
-        plan: what is run; its tasks are not needed here.
+        plan: what is run; its sources are not needed here.
         store: where shards go.
     """
 
     def __init__(self, plan: Plan, store: RunStore):
         self.plan, self.config, self.store = plan, plan.config, store
-        torch.set_num_threads(self.config.cpus_per_actor)
         config = self.config
+        deterministic_kernels()
+        torch.set_num_threads(config.cpus_per_actor)
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "this run computes on GPUs and a worker found none: torch.cuda.is_available() is false. Check the driver and "
+                "the image of that node, or run on CPUs (--device cpu)."
+            )
+        several = (config.gpus_per_actor or 0) > 1 and config.device == "cuda"
         self.model = SplitModel.from_pretrained(
             config.model,
+            device=None if several else config.device,
+            device_map="auto" if several else None,
             dtype=config.dtype,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -64,6 +99,7 @@ class Worker:
         self.layers = plan.layers
         self.max_seq_len, self.stride = config.window(plan.facts)
         self.sink = _sink(self.model)
+        self._computing = threading.Lock()
         self.provenance = {
             "device": torch.cuda.get_device_name(self.model.device) if self.model.device.type == "cuda" else "cpu",
             "self_check": self.model.self_check.asdict() if self.model.self_check else None,
@@ -79,56 +115,114 @@ class Worker:
     def compute(self, task: Task) -> Receipt:
         """Score a task's positions, write its shard and commit it.
 
+        Returns:
+            the receipt: this attempt's, or that of the one that came first.
+
         Raises:
             CorpusError: a document that cannot be read or tokenized.
+            StorageError: the shard cannot be written.
         """
         start = time.perf_counter()
         work = self._tokenize(task)
-        sums = Sums(self.layers, self.model.d_model, self.model.device)
-        columns: dict[int, list[dict[str, Any]]] = {layer: [] for layer in self.layers}
-        arrays: dict[int, list[np.ndarray]] = {layer: [] for layer in self.layers}
-        scored = invalid = halvings = 0
-        order: list[np.ndarray] = []
-        for batch in self._batches(work.windows):
-            for scores in self._scores(batch, work):
-                window = np.array(batch, dtype=np.int64)[scores.sequence.cpu().numpy()]
-                position = scores.position.cpu().numpy()
-                order.append(np.stack([window, position]))
-                scored += len(scores)
-                invalid += len(scores.invalid)
-                halvings += scores.halvings
-                for layer in self.layers:
-                    factors = scores.factors[layer]
-                    sums.add(layer, factors, scores.activations[layer])
-                    columns[layer].append(_statistics(factors))
-                    if self.config.save != "summary":
-                        kept = factors if self.config.save == "factors" else scores.matrices(layer)
-                        arrays[layer].append(kept.float().cpu().numpy())
-                columns[self.layers[0]][-1].update(_per_position(scores))
+        read = time.perf_counter()
+        with self._computing:
+            begun = time.perf_counter()
+            # A new thread starts with the environment's number, and the number changes the order of sums.
+            torch.set_num_threads(self.config.cpus_per_actor)
+            result = self._score_all(work)
+            computed = time.perf_counter()
+        files = self._write(f"{task_name(task.id)}-{uuid.uuid4().hex[:8]}", work, result)
+        tokens = sum(map(len, work.tokens))
         counts = Counts(
             documents=len(work.documents),
             empty=sum(not ids for ids in work.tokens),
-            tokens=sum(map(len, work.tokens)),
-            scored=scored,
-            skipped=sum(map(len, work.tokens)) - scored - invalid,
-            invalid=invalid,
+            tokens=tokens,
+            scored=result.scored,
+            skipped=tokens - result.scored - result.invalid,
+            invalid=result.invalid,
+            halvings=result.halvings,
         )
-        attempt = f"{task.id:08d}-{uuid.uuid4().hex[:8]}"
-        files = {}
-        if scored:
-            where = np.concatenate(order, 1)
+        seconds = {"read": read - start, "compute": computed - begun, "write": time.perf_counter() - computed}
+        receipt = Receipt(task_name(task.id), self.plan.fingerprint, files, counts, seconds, self.provenance)
+        return self.store.commit("done", receipt)
+
+    def _score_all(self, work: _Tokenized) -> _Scored:
+        groups, group_of = self._groups(work)
+        sums = Sums(self.layers, self.model.d_model, groups, self.model.device)
+        result = _Scored(sums, [], {layer: [] for layer in self.layers}, {layer: [] for layer in self.layers})
+        for batch in self._batches(work.windows):
+            for scores in self._scores(batch, work):
+                window = np.array(batch, dtype=np.int64)[scores.sequence.cpu().numpy()]
+                where = np.stack([window, scores.position.cpu().numpy()])
+                group = None
+                if self.config.group_by is not None:
+                    index = [groups.index(group_of(work.windows[w], t)) for w, t in where.T.tolist()]
+                    group = torch.tensor(index, device=self.model.device)
+                result.where.append(where)
+                result.scored += len(scores)
+                result.invalid += len(scores.invalid)
+                result.halvings += scores.halvings
+                for layer in self.layers:
+                    factors = scores.factors[layer]
+                    sums.add(layer, factors, scores.activations[layer], group)
+                    result.columns[layer].append(_statistics(factors))
+                    if self.config.save != "summary":
+                        kept = factors if self.config.save == "factors" else scores.matrices(layer)
+                        result.arrays[layer].append(kept.float().cpu().numpy())
+                result.columns[self.layers[0]][-1].update(_per_position(scores))
+        return result
+
+    def _groups(self, work: _Tokenized) -> tuple[list[str], Callable[[Window, int], str]]:
+        """Names of a task's groups, sorted, and the group of a window's position."""
+        config, column = self.config, self.config.group_column
+        if config.group_by is None:
+            return [ALL], lambda window, t: ALL
+        if config.group_by == "position":
+
+            def group_of(window: Window, t: int) -> str:
+                return position_bucket(window.start + t - window.sink)
+        elif config.group_by == "token":
+            frequent = set(self.plan.tokens)
+
+            def group_of(window: Window, t: int) -> str:
+                return str(window.ids[t]) if window.ids[t] in frequent else "other"
+        else:
+            index = config.layout.carried.index(str(column))
+
+            def group_of(window: Window, t: int) -> str:
+                return str(work.documents[window.document].carried[index])
+
+        names = sorted({group_of(window, t) for window in work.windows for t in window.scored})
+        held = 3 * 8 * len(names) * len(self.layers) * self.model.d_model**2
+        if column is not None and (len(names) > config.num_groups or held > MAX_SUMS):
+            raise CorpusError(
+                f"{column!r} has {len(names)} values in one task; their sums need {held / 2**30:.1f} GiB. At most "
+                f"{config.num_groups} groups and {MAX_SUMS >> 30} GiB are allowed. Group by a column with fewer values."
+            )
+        return names, group_of
+
+    def _write(self, attempt: str, work: _Tokenized, result: _Scored) -> dict[str, StoredFile]:
+        """Write a shard's files, several at once."""
+        writes: dict[str, tuple[str, bytes, int | None]] = {}
+        if result.scored:
+            where = np.concatenate(result.where, 1)
             ranked = np.lexsort((where[1], where[0]))
-            table = self._table(work, where[:, ranked], columns, ranked)
-            files["positions"] = self.store.store(f"positions/{attempt}.parquet", parquet_bytes(table))
-            for layer, parts in arrays.items():
+            table = self._table(work, where[:, ranked], result.columns, ranked)
+            writes["positions"] = (f"positions/{attempt}.parquet", parquet_bytes(table), len(table))
+            for layer, parts in result.arrays.items():
                 if parts:
                     raw = npy_bytes(np.concatenate(parts)[ranked])
-                    name = f"{self.config.save}/{attempt}/layer_{layer:03d}.npy"
-                    files[f"{self.config.save}_{layer}"] = self.store.store(name, raw)
-        files["sums"] = self.store.store(f"sums/{attempt}.npz", sums.to_bytes())
-        seconds = time.perf_counter() - start
-        receipt = Receipt(task.id, self.plan.fingerprint, files, counts, halvings, seconds, self.provenance)
-        return self.store.commit(receipt)
+                    writes[f"{self.config.save}_{layer}"] = (
+                        f"{self.config.save}/{attempt}/layer_{layer:03d}.npy",
+                        raw,
+                        None,
+                    )
+        for layer in self.layers:
+            raw = result.sums.packed(layer).to_bytes(np.float32)
+            writes[f"sums_{layer}"] = (f"sums/{attempt}/layer_{layer:03d}.npz", raw, None)
+        with ThreadPoolExecutor(8) as threads:
+            stored = threads.map(lambda item: self.store.store(*item), writes.values())
+            return dict(zip(writes, stored, strict=True))
 
     def moved_tokens(
         self, task: Task, directions: Mapping[int, np.ndarray], num_windows: int = 8, num_positions: int = 16

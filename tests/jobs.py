@@ -11,6 +11,8 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,8 @@ from families import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from fisher_ray.plan import Plan, RunConfig, make_plan
-from fisher_ray.reduce import reduce_shards
-from fisher_ray.shards import RunStore
-from fisher_ray.worker import Worker
+from fisher_ray.driver import LocalPool, Outcome, run
+from fisher_ray.plan import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 400
@@ -179,13 +179,10 @@ def settings(model: str, corpus: str | Path, output: str | Path, **changed: Any)
     return RunConfig(model=model, corpus=(str(corpus),), output=str(output), **changed)
 
 
-def run_here(config: RunConfig) -> tuple[Stored, Plan]:
-    """Plan, worker and reduction in this process, without Ray."""
-    plan, store = make_plan(config), RunStore(config.output)
-    store.create_run({"fingerprint": plan.fingerprint}, plan.table())
-    worker = Worker(plan, store)
-    reduce_shards(plan, store, [worker.compute(task) for task in plan.tasks])
-    return Stored(config.output), plan
+def run_here(config: RunConfig) -> tuple[Stored, Outcome]:
+    """A whole run in this process, without Ray."""
+    outcome = run(replace(config, executor="local"), LocalPool, lambda plan: nullcontext(lambda progress: None))
+    return Stored(config.output), outcome
 
 
 def descendants(pid: int) -> list[int]:
@@ -207,7 +204,7 @@ def descendants(pid: int) -> list[int]:
 
 def command(*argv: str, task_bytes: int | None = None, **variables: str) -> subprocess.Popen[str]:
     """``fisher-ray argv`` in a process of its own, in a process group of its own as under a shell."""
-    small = "" if task_bytes is None else f"import fisher_ray.plan; fisher_ray.plan._TASK_BYTES = {task_bytes}; "
+    small = "" if task_bytes is None else f"import fisher_ray.cost; fisher_ray.cost.MIN_TASK_BYTES = {task_bytes}; "
     # A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     return python(

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import jobs
+from fisher_ray import cost
 from fisher_ray import plan as plan_module
 from fisher_ray.cli import main
 from fisher_ray.estimators import Exact
@@ -36,7 +37,7 @@ TASK_BYTES = 3_000
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten tasks of what otherwise would be one or two."""
-    monkeypatch.setattr(plan_module, "_TASK_BYTES", TASK_BYTES)
+    monkeypatch.setattr(cost, "MIN_TASK_BYTES", TASK_BYTES)
 
 
 def fisher_ray(*argv: Any) -> int:
@@ -58,9 +59,9 @@ def exact(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Stored, 
     text = jobs.some_text(10_000)
     (folder / "docs.txt").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_TASK_BYTES", TASK_BYTES)
-        stored, plan = jobs.run_here(jobs.settings(gpt2, folder / "docs.txt", folder / "run", estimator="exact"))
-    assert len(plan.tasks) == 4
+        patch.setattr(cost, "MIN_TASK_BYTES", TASK_BYTES)
+        stored, outcome = jobs.run_here(jobs.settings(gpt2, folder / "docs.txt", folder / "run", estimator="exact"))
+    assert outcome.tasks == 4
     return stored, text
 
 
@@ -191,8 +192,8 @@ def undisturbed(gpt2: str, corpus: Path, cluster: None, tmp_path_factory: pytest
     """One actor, from beginning to end."""
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_TASK_BYTES", TASK_BYTES)
-        assert fisher_ray("--model", gpt2, "--corpus", corpus, "--output", output, "--actors", 1) == 0
+        patch.setattr(cost, "MIN_TASK_BYTES", TASK_BYTES)
+        assert fisher_ray("--model", gpt2, "--corpus", corpus, "--output", output, "--max-actors", 1) == 0
     stored = Stored(output)
     assert len(stored.receipts) >= 9
     return stored
@@ -209,7 +210,7 @@ def copy(run: Stored, folder: Path) -> Stored:
 
 
 def test_two_actors(flags: list[Any], undisturbed: Stored, small_tasks: None, tmp_path: Path) -> None:
-    assert fisher_ray(*flags, "--actors", 2) == 0
+    assert fisher_ray(*flags, "--max-actors", 2) == 0
     stored = Stored(tmp_path / "run")
     assert stored.bits() == undisturbed.bits()
     assert stored.table.equals(undisturbed.table)
@@ -217,7 +218,7 @@ def test_two_actors(flags: list[Any], undisturbed: Stored, small_tasks: None, tm
 
 def test_more_actors_than_the_cluster_has_room_for(flags: list[Any], small_tasks: None, tmp_path: Path) -> None:
     """Those that never start must not be handed tasks: the run would wait for ever."""
-    more = ("--actors", "9", "--cpus-per-actor", "4", "--max-docs", "40")
+    more = ("--max-actors", "9", "--cpus-per-actor", "4", "--max-docs", "40")
     process = jobs.command("run", *map(str, flags), *more, task_bytes=500, RAY_ADDRESS=jobs.address())
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -231,14 +232,10 @@ def test_tasks_backwards_without_ray(
     small_tasks: None,
     tmp_path: Path,
 ) -> None:
-    real = jobs.make_plan
-
-    def backwards(config: Any) -> Any:
-        plan = real(config)
-        return type(plan)(plan.config, plan.facts, plan.tasks[::-1], plan.result_fields)
+    forwards = plan_module.Tasks.__iter__
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "make_plan", backwards)
+        patch.setattr(plan_module.Tasks, "__iter__", lambda tasks: reversed(list(forwards(tasks))))
         stored, _ = jobs.run_here(jobs.settings(gpt2, corpus, tmp_path / "run"))
     assert stored.bits() == undisturbed.bits()
     assert stored.table.equals(undisturbed.table)
@@ -252,30 +249,28 @@ def test_only_what_is_missing_is_computed_again(
     for task in missing:
         (stored.folder / f"done/{task:08d}.json").unlink()
     shutil.rmtree(stored.folder / "reduced")
-    assert fisher_ray(*flags, "--actors", 1) == 0
+    assert fisher_ray(*flags, "--max-actors", 1) == 0
     assert f"{len(stored.receipts) - 3} of {len(stored.receipts)} tasks were done before" in capsys.readouterr().out
     after = Stored(stored.folder)
     for before, now in zip(undisturbed.receipts, after.receipts, strict=True):
-        assert (before == now) == (now["task"] not in missing)
+        assert (before == now) == (int(now["name"]) not in missing)
     assert after.bits() == undisturbed.bits()
     assert after.table.equals(undisturbed.table)
-    assert len(list(after.folder.glob("sums/*.npz"))) == len(after.receipts) + len(missing)  # nothing else was computed
+    assert len(list(after.folder.glob("sums/*"))) == len(after.receipts) + len(missing)  # nothing else was computed
 
 
 def test_a_damaged_shard_is_never_averaged_in(
     flags: list[Any], undisturbed: Stored, small_tasks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = copy(undisturbed, tmp_path / "run")
-    damaged = stored.folder / stored.receipts[2]["files"]["sums"]["path"]
+    damaged = stored.folder / stored.receipts[2]["files"]["sums_1"]["path"]
     raw = bytearray(damaged.read_bytes())
     raw[len(raw) // 2] ^= 1
     damaged.write_bytes(raw)
     shutil.rmtree(stored.folder / "reduced")
-    if fisher_ray(*flags, "--actors", 1) == 0:
-        assert Stored(stored.folder).bits() == undisturbed.bits()  # it was computed again
-    else:
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error:") and damaged.name in line
+    assert fisher_ray(*flags, "--max-actors", 1) == 0
+    assert "1 of them damaged and computed again" in capsys.readouterr().out
+    assert Stored(stored.folder).bits() == undisturbed.bits()
 
 
 def test_other_settings_in_the_same_directory(
@@ -315,7 +310,7 @@ def test_workers_killed(flags: list[Any], undisturbed: Stored, small_tasks: None
                 killed.append(pid)
 
     watcher = when_done(tmp_path / "run", 2, kill)
-    assert fisher_ray(*flags, "--actors", 2) == 0
+    assert fisher_ray(*flags, "--max-actors", 2) == 0
     watcher.join()
     assert killed
     assert Stored(tmp_path / "run").bits() == undisturbed.bits()
@@ -328,7 +323,7 @@ def test_the_driver_stopped(
 ) -> None:  # fmt: skip
     """Ctrl-C where the command has started Ray itself; killed where it had joined a cluster that goes on."""
     ray_given = {"RAY_ADDRESS": jobs.address()} if number == signal.SIGKILL else {}
-    process = jobs.command("run", *map(str, flags), "--actors", "1", task_bytes=TASK_BYTES, **ray_given)
+    process = jobs.command("run", *map(str, flags), "--max-actors", "1", task_bytes=TASK_BYTES, **ray_given)
     watcher = when_done(tmp_path / "run", 2, lambda: process.send_signal(number))
     _, err = process.communicate(timeout=120)
     watcher.join()
@@ -339,7 +334,7 @@ def test_the_driver_stopped(
     assert 2 <= len(kept) < len(undisturbed.receipts)
     assert not (tmp_path / "run/reduced/summary.parquet").exists()
     capsys.readouterr()
-    assert fisher_ray(*flags, "--actors", 1) == 0
+    assert fisher_ray(*flags, "--max-actors", 1) == 0
     assert "tasks were done before" in capsys.readouterr().out
     stored = Stored(tmp_path / "run")
     assert all(receipt in stored.receipts for receipt in kept)
@@ -353,7 +348,7 @@ def test_paths_are_the_drivers(
     shutil.copytree(gpt2, tmp_path / "model")
     (tmp_path / "docs.txt").write_text("one\n\ntwo\n")
     monkeypatch.chdir(tmp_path)
-    assert fisher_ray("--model", "model", "--corpus", "docs.txt", "--output", "run", "--actors", 1) == 0
+    assert fisher_ray("--model", "model", "--corpus", "docs.txt", "--output", "run", "--max-actors", 1) == 0
     assert Stored(tmp_path / "run").counts()["documents"] == 2
 
 

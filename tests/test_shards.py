@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import resource
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 import yaml
 
 import jobs
-from fisher_ray import cli
+from fisher_ray import cli, shards
 from fisher_ray.plan import ConfigError, RunConfig, make_plan
-from fisher_ray.shards import Counts, Receipt, RunStore, StorageError, StoredFile, Sums
+from fisher_ray.shards import Counts, Lease, Problem, Receipt, RefusedError, RunStore
+from fisher_ray.storage import DamagedError, StorageError, StoredFile, seal
+from fisher_ray.sums import LayerSums, Sums
 from jobs import gpt2  # noqa: F401
 
 D = 7
@@ -35,11 +37,14 @@ CHANGES: dict[str, Any] = {
     "token_draws": 2, "token_top_p": 0.9, "token_temperature": 0.7, "max_seq_len": 20, "stride": 3, "batch_tokens": 100,
     "positions": "last", "max_docs": 1, "column": "other", "unit": "file", "columns": ("other",), "save": "factors",
     "seed": 1, "dtype": "bfloat16", "gradients": "per_position", "revision": "main", "trust_remote_code": True,
-    "memory_budget": 1 << 20, "cpus_per_actor": 2,
+    "memory_budget": 1 << 20, "cpus_per_actor": 2, "device": "cuda", "group_by": "position", "num_groups": 4,
 }  # fmt: skip
 NEEDS = {"token_draws": {"token_source": "sampled"}}
 ELSEWHERE = {"model", "corpus", "encoder_column"}
-EXECUTION: dict[str, Any] = {"output": "elsewhere", "actors": 3, "gpus_per_actor": 0.0}
+EXECUTION: dict[str, Any] = {
+    "output": "elsewhere", "executor": "local", "min_actors": 2, "max_actors": 3, "gpus_per_actor": 0.5,
+    "max_attempts": 5, "task_timeout": 60.0, "retry_quarantined": True, "verify_done": False,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -129,7 +134,7 @@ def test_layers() -> None:
 
 def test_settings_come_back_from_a_file() -> None:
     config = RunConfig(
-        model="m", corpus=("a", "b"), output="o", encoder_column="x", actors=3, gpus_per_actor=0.5, **CHANGES
+        model="m", corpus=("a", "b"), output="o", encoder_column="x", max_actors=3, gpus_per_actor=0.5, **CHANGES
     )
     for dumped in (
         config.asdict(),
@@ -144,7 +149,7 @@ def test_flags_override_the_config_file(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_text("model: m\ncorpus: [a, b]\noutput: o\nnum-samples: 3\nseed: 4\nlayers: 2\ncolumns: kind\n")
     seen: list[RunConfig] = []
 
-    def instead(config: RunConfig, progress: Any) -> Any:
+    def instead(config: RunConfig, *_: Any) -> Any:
         seen.append(config)
         raise StorageError("stop here")
 
@@ -172,23 +177,52 @@ def filled(layers: list[int], *parts: tuple[torch.Tensor, torch.Tensor]) -> Sums
     return sums
 
 
+MATRICES = ("fisher", "normalised", "second_moment")
+
+
+def truth(factors: np.ndarray, activations: np.ndarray) -> dict[str, np.ndarray]:
+    """The sums by a loop in float64."""
+    fisher, normalised, second, mean = np.zeros((D, D)), np.zeros((D, D)), np.zeros((D, D)), np.zeros(D)
+    for g, h in zip(factors, activations, strict=True):
+        f = sum(np.outer(row, row) for row in g)
+        fisher, second, mean = fisher + f, second + sum(np.outer(x, x) for x in h) / len(h), mean + h.mean(0)
+        if f.trace() > 0:
+            normalised = normalised + f / f.trace()
+    return {"fisher": fisher, "normalised": normalised, "second_moment": second, "activation": mean}
+
+
 @pytest.mark.parametrize(("num_factors", "num_draws"), [(1, 1), (3, 1), (D, 4), (5000, 1)])
 def test_sums_against_a_loop_in_float64(num_factors: int, num_draws: int) -> None:
     factors, activations = scores(9, num_factors, num_draws)
     sums = filled([0, 2], (factors, activations))
-    for i, layer in enumerate([0, 2]):
-        fisher, normalised, second, mean = np.zeros((D, D)), np.zeros((D, D)), np.zeros((D, D)), np.zeros(D)
-        for g, h in zip(
-            factors.double().numpy() * (layer + 1), activations.double().numpy() * (layer + 1), strict=True
-        ):
-            f = sum(np.outer(row, row) for row in g)
-            fisher, second, mean = fisher + f, second + sum(np.outer(x, x) for x in h) / len(h), mean + h.mean(0)
-            if f.trace() > 0:
-                normalised = normalised + f / f.trace()
-        assert sums.count[i] == 9 and sums.traced[i] == 8
-        for got, truth in [(sums.fisher, fisher), (sums.normalised, normalised), (sums.second_moment, second)]:
-            assert np.linalg.norm(got[i].numpy() - truth) < FLOAT32 * np.linalg.norm(truth)
-        np.testing.assert_allclose(sums.activation[i].numpy(), mean, rtol=1e-6)
+    for layer in (0, 2):
+        expected = truth(factors.double().numpy() * (layer + 1), activations.double().numpy() * (layer + 1))
+        (got,) = sums.packed(layer).groups.values()
+        assert got.count == 9 and got.traced == 8
+        for name in MATRICES:
+            assert np.linalg.norm(got.square(name) - expected[name]) < FLOAT32 * np.linalg.norm(expected[name])
+        np.testing.assert_allclose(got.activation, expected["activation"], rtol=1e-6)
+
+
+def test_each_group_has_its_own_sums() -> None:
+    factors, activations = scores(12, 3)
+    member = torch.tensor([0, 2, 2, 0, 2, 0, 0, 2, 2, 2, 0, 0])
+    sums = Sums([1], D, ["a", "empty", "c"])
+    sums.add(1, factors, activations, member)
+    packed = sums.packed(1)
+    assert sorted(packed.groups) == ["a", "c"]
+    for index, name in ((0, "a"), (2, "c")):
+        some = (member == index).numpy()
+        expected = truth(factors.double().numpy()[some], activations.double().numpy()[some])
+        got = packed.groups[name]
+        assert got.count == some.sum()
+        for matrix in MATRICES:
+            assert np.linalg.norm(got.square(matrix) - expected[matrix]) < FLOAT32 * np.linalg.norm(expected[matrix])
+    total = packed.total()
+    assert total is not None and total.count == 12
+    expected = truth(factors.double().numpy(), activations.double().numpy())
+    assert np.linalg.norm(total.square("fisher") - expected["fisher"]) < FLOAT32 * np.linalg.norm(expected["fisher"])
+    assert packed.groups["a"].count < 12  # the total is no alias of a group
 
 
 def test_many_small_terms_are_not_lost_beside_a_large_one() -> None:
@@ -198,42 +232,48 @@ def test_many_small_terms_are_not_lost_beside_a_large_one() -> None:
     for _ in range(40):
         sums.add(0, torch.full((1, 1, 1), 1.0), torch.zeros(1, 1, 1))
     assert float(sums.fisher) == 2.0**26 + 40
+    merged = sums.packed(0)
+    for _ in range(40):
+        one = Sums([0], 1)
+        one.add(0, torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
+        merged.merge(LayerSums.from_bytes(one.packed(0).to_bytes(np.float32)))
+    assert float(merged.groups[""].fisher[0]) == 2.0**26 + 80
 
 
 def test_packed_sums_are_rounded_once() -> None:
     sums = filled([0, 3], scores(40, 3), scores(41, 3, seed=1))
-    back = Sums.from_bytes(sums.to_bytes())
-    assert back.layers == [0, 3]
-    for name in ("count", "traced", "activation"):
-        assert torch.equal(getattr(back, name), getattr(sums, name))
-    for name in ("fisher", "normalised", "second_moment"):
-        exact, got = getattr(sums, name).triu(), getattr(back, name)
-        assert got.dtype == torch.float64 and torch.equal(got.triu(), exact.float().double())
-        assert torch.equal(got, got.mT) and not torch.equal(got.triu(), exact)
-    assert Sums.from_bytes(back.to_bytes()).to_bytes() == sums.to_bytes()
-    with np.load(io.BytesIO(sums.to_bytes()), allow_pickle=False) as arrays:
-        assert arrays["fisher"].dtype == np.float32 and arrays["fisher"].shape == (2, D * (D + 1) // 2)
+    upper = np.triu_indices(D)
+    for i, layer in enumerate([0, 3]):
+        (back,) = LayerSums.from_bytes(sums.packed(layer).to_bytes(np.float32)).groups.values()
+        (whole,) = LayerSums.from_bytes(sums.packed(layer).to_bytes()).groups.values()
+        assert (back.count, back.traced) == (81, 79)
+        assert (back.activation == sums.activation[0, i].numpy()).all()
+        for name in MATRICES:
+            exact = getattr(sums, name)[0, i].numpy()[upper]
+            assert getattr(back, name).dtype == np.float32 and (getattr(back, name) == exact.astype(np.float32)).all()
+            assert (getattr(whole, name) == exact).all() and not (getattr(back, name) == exact).all()
+            assert (back.square(name) == back.square(name).T).all() and back.square(name).dtype == np.float64
 
 
 def test_merged_sums_are_sums_over_all() -> None:
     one, other = scores(6, 2, seed=1), scores(5, 2, seed=2)
-    merged = filled([0, 1], one)
-    merged.merge(filled([0, 1], other))
-    both = filled([0, 1], one, other)
-    for name in ("count", "traced", "fisher", "normalised", "second_moment", "activation"):
-        torch.testing.assert_close(getattr(merged, name), getattr(both, name), rtol=1e-12, atol=0)
+    merged = filled([0, 1], one).packed(1)
+    merged.merge(filled([0, 1], other).packed(1))
+    (got,), (both,) = merged.groups.values(), filled([0, 1], one, other).packed(1).groups.values()
+    assert (got.count, got.traced) == (both.count, both.traced)
+    for name in ("activation", *MATRICES):
+        np.testing.assert_allclose(getattr(got, name), getattr(both, name), rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "other", [Sums([0, 2], D), Sums([0], D), Sums([0, 1], D + 1)], ids=["layers", "fewer", "width"]
-)
-def test_sums_of_something_else_are_refused(other: Sums) -> None:
-    with pytest.raises(StorageError, match="cannot be added"):
-        Sums([0, 1], D).merge(other)
+def test_sums_of_another_width_are_refused() -> None:
+    wider = Sums([0], D + 1)
+    wider.add(0, torch.ones(1, 1, D + 1), torch.ones(1, 1, D + 1))
+    with pytest.raises(ValueError, match="cannot be added"):
+        filled([0], scores(3, 1)).packed(0).merge(wider.packed(0))
 
 
 def test_counts_add_up() -> None:
-    assert Counts(1, 2, 3, 4, 5, 6) + Counts(10, 20, 30, 40, 50, 60) == Counts(11, 22, 33, 44, 55, 66)
+    assert Counts(1, 2, 3, 4, 5, 6, 7) + Counts(10, 20, 30, 40, 50, 60, 70) == Counts(11, 22, 33, 44, 55, 66, 77)
 
 
 # ---- storage -----------------------------------------------------------------------------------------------------------
@@ -245,7 +285,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> RunStore:
 
 
 def receipt(task: int, plan: str = "this", seconds: float = 1.0) -> Receipt:
-    return Receipt(task, plan, {"sums": StoredFile("sums/x", "0" * 64, 3)}, Counts(tokens=task), 0, seconds, {"a": [1]})
+    files = {"sums_0": StoredFile("sums/x", "0" * 64, 3)}
+    return Receipt(f"{task:08d}", plan, files, Counts(tokens=task), {"compute": seconds}, {"a": [1]})
 
 
 def test_a_file_is_created_once(store: RunStore) -> None:
@@ -282,7 +323,7 @@ def test_a_write_that_fails_midway_leaves_nothing(how: str, tmp_path: Path) -> N
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # what a full disk does, at 4 KiB
     try:
-        with pytest.raises(OSError, match="large"):
+        with pytest.raises(StorageError, match="large"):
             getattr(store, how)("sums/old" if how == "write" else "sums/new", b"x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -295,30 +336,161 @@ def test_other_bytes_than_were_written_are_refused(raw: bytes, store: RunStore) 
     stored = store.store("sums/a.npz", b"data.")
     assert store.load(stored) == b"data." and stored.bytes == 5
     store.write("sums/a.npz", raw)
-    with pytest.raises(StorageError, match=r"sums/a\.npz is damaged"):
+    with pytest.raises(DamagedError, match=r"sums/a\.npz is damaged"):
+        store.load(stored)
+    store.remove("sums/a.npz")
+    with pytest.raises(DamagedError, match=r"sums/a\.npz is gone"):
         store.load(stored)
 
 
-def test_receipts_of_this_plan_only(store: RunStore) -> None:
-    assert store.receipts("this") == {}
-    for r in (receipt(11), receipt(2), receipt(3, plan="another")):
-        store.commit(r)
-    assert store.receipts("this") == {2: receipt(2), 11: receipt(11)}
+def test_a_flipped_bit_anywhere_in_a_receipt_is_noticed(store: RunStore) -> None:
+    store.commit("done", receipt(7))
+    assert store.receipt("done", "00000007") == receipt(7)
+    raw = store.read("done/00000007.json")
+    for i in range(len(raw)):
+        flipped = bytearray(raw)
+        flipped[i] ^= 1 << (i % 7)
+        store.write("done/00000007.json", bytes(flipped))
+        with pytest.raises(DamagedError):
+            store.receipt("done", "00000007")
+    store.write("done/00000008.json", raw)  # another task's, whole
+    with pytest.raises(DamagedError, match="is the receipt of 00000007"):
+        store.receipt("done", "00000008")
 
 
 def test_a_second_attempt_does_not_replace_the_first(store: RunStore) -> None:
-    assert store.commit(receipt(4, seconds=1.0)) == receipt(4, seconds=1.0)
-    assert store.commit(receipt(4, seconds=2.0)) == receipt(4, seconds=1.0)
-    assert store.receipts("this") == {4: receipt(4, seconds=1.0)}
+    assert store.commit("done", receipt(4, seconds=1.0)) == receipt(4, seconds=1.0)
+    assert store.commit("done", receipt(4, seconds=2.0)) == receipt(4, seconds=1.0)
+    assert store.names("done") == {"00000004"} and store.names("tree") == set()
 
 
-def test_a_run_is_created_once(store: RunStore, gpt2: str, corpus: Path) -> None:  # noqa: F811
-    description = {"schema": "run.1", "fingerprint": "this", "result_fields": {"seed": 0}}
-    plan = make_plan(jobs.settings(gpt2, corpus, "run"))
+def test_a_run_is_created_once(store: RunStore) -> None:
+    description = {"fingerprint": "this", "result_fields": {"seed": 0}}
     assert store.read_run() is None
-    store.create_run(description, plan.table())
+    assert store.create_run(description, b"plan")
     assert store.read_run() == description
-    with pytest.raises(StorageError, match="another run"):
-        store.create_run({**description, "fingerprint": "another"}, plan.table())
-    store.discard()
+    assert not store.create_run({**description, "fingerprint": "another"}, b"plan")
+    assert store.read_run() == description
+    store.remove_all()
     assert store.read_run() is None
+
+
+def test_a_directory_of_something_else_is_refused(store: RunStore) -> None:
+    store.write("notes.txt", b"mine")
+    with pytest.raises(StorageError, match="holds no run of ours"):
+        store.read_run()
+    store.write("run.json", b'{"mine": 1}')
+    with pytest.raises(StorageError, match="not written by a run of ours"):
+        store.read_run()
+
+
+def test_what_undoing_a_task_takes_along(store: RunStore) -> None:
+    for task in range(4):
+        store.commit("done", receipt(task))
+    nodes = ["00000000-00000002-000-003", "00000002-00000004-000-003", "00000000-00000004-000-003-without-abc"]
+    for name in nodes:
+        store.commit("tree", Receipt(name, "this", {}, Counts()))
+    store.write("reduced/manifest.json", seal({}))
+    store.undo(2, nodes)
+    assert store.names("done") == {f"{task:08d}" for task in (0, 1, 3)}
+    assert store.names("tree") == {nodes[0]}
+    assert "reduced/manifest.json" not in store.list()
+
+
+def test_what_is_an_orphan(store: RunStore) -> None:
+    kept = store.store("sums/a/layer_000.npz", b"named")
+    store.create_run({"fingerprint": "this"}, b"plan")
+    store.commit("done", Receipt("00000000", "this", {"sums_0": kept}, Counts()))
+    store.write("quarantine/00000001.json", seal({"error": "x"}))
+    assert store.orphans() == []
+    store.write("sums/b/layer_000.npz", b"of a killed attempt")
+    store.write("positions/00000000-x.parquet", b"of another")
+    assert store.orphans() == ["positions/00000000-x.parquet", "sums/b/layer_000.npz"]
+
+
+def test_checking_names_what_is_wrong(store: RunStore) -> None:
+    import pyarrow as pa
+
+    from fisher_ray.shards import parquet_bytes
+
+    table = store.store("positions/a.parquet", parquet_bytes(pa.table({"x": [1, 2, 3]})), rows=3)
+    store.commit("done", Receipt("00000000", "this", {"positions": table}, Counts()))
+    assert store.check("done", "00000000", "this")[1] == []
+    assert "another plan" in store.check("done", "00000000", "other")[1][0].what
+    assert store.check("done", "00000001", "this")[1] == [Problem("done/00000001.json", "is missing")]
+    wrong = dataclasses.replace(table, rows=4)
+    store.commit("done", Receipt("00000002", "this", {"positions": wrong}, Counts()))
+    assert "4 rows" in store.check("done", "00000002", "this")[1][0].what
+
+
+# ---- one driver at a time ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(store: RunStore) -> None:
+    first = Lease(store, patience=2.0)
+    with pytest.raises(RefusedError, match=f"process {os.getpid()} on"):
+        Lease(store, patience=2.0)
+    assert first.lost is None
+    first.release()
+    assert store.list("lease") == {}
+    Lease(store, patience=2.0).release()
+
+
+def test_of_many_drivers_at_once_one_works(store: RunStore) -> None:
+    held: list[Lease] = []
+    refused: list[RefusedError] = []
+    gate = threading.Barrier(6)
+
+    def drive() -> None:
+        gate.wait()
+        try:
+            held.append(Lease(store, patience=2.0))
+        except RefusedError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=drive) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1 and len(refused) == 5
+    held[0].release()
+
+
+def test_a_dead_drivers_lease_is_taken_over(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once where the process can be seen to be gone, after some patience from elsewhere."""
+    gone = seal(
+        {"host": "there", "machine": shards._process()["machine"], "pid": os.getpid(), "started": "before", "beat": 3}
+    )
+    store.write("lease/000001.json", gone)
+    begun = time.monotonic()
+    Lease(store, patience=30.0).release()
+    assert time.monotonic() - begun < 5
+    store.write("lease/000001.json", seal({"host": "there", "machine": "another", "pid": 1, "started": "0", "beat": 3}))
+    begun = time.monotonic()
+    lease = Lease(store, patience=1.0)
+    assert 0.9 < time.monotonic() - begun < 10
+    assert list(store.list("lease")) == ["lease/000002.json"]
+    lease.release()
+
+
+def test_a_driver_that_was_taken_over_notices(store: RunStore) -> None:
+    lease = Lease(store, patience=1.0)
+    store.write("lease/000002.json", seal({"host": "there", "beat": 0}))
+    deadline = time.monotonic() + 5
+    while lease.lost is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert lease.lost is not None and "taken this run over" in lease.lost
+    lease.release()
+    assert "lease/000002.json" in store.list("lease")  # the other's stays
+
+
+def test_a_driver_whose_number_was_given_to_another_notices(store: RunStore) -> None:
+    """Both of its successors have left, and a third has started from 1 again."""
+    lease = Lease(store, patience=1.0)
+    store.write("lease/000001.json", seal({"host": "there", "beat": 0}))
+    deadline = time.monotonic() + 5
+    while lease.lost is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert lease.lost is not None
+    lease.release()

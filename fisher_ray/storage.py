@@ -1,0 +1,305 @@
+"""Bytes on any fsspec file system: whole or not at all, created once, tried again when the storage stumbles.
+
+Local disks and shared folders: a temporary file, flushed, then renamed over or linked into place. Object stores: one
+conditional put. Nothing here knows what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+T = TypeVar("T")
+
+# Seconds before each further try; with the file system's own retries about half a minute of bad weather.
+_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+# Packages whose errors are a storage service's, whatever they are derived from.
+_SERVICES = frozenset(
+    {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "requests", "urllib3", "azure", "adlfs"}
+)
+# What no second try changes.
+_LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_LASTING_CODES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.EINVAL})
+# Answers of file systems without hard links.
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+
+class StorageError(RuntimeError):
+    """Storage that cannot be used, or a directory that is not what it should be; ends the run."""
+
+
+class DamagedError(StorageError):
+    """A file with other bytes than were written, or none.
+
+    Attributes:
+        path: below the run.
+    """
+
+    def __init__(self, path: str, message: str):
+        super().__init__(message)
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DamagedError, (self.path, str(self))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later: a storage's or a network's error that names no lasting cause."""
+    if isinstance(error, OSError):
+        return not isinstance(error, _LASTING) and error.errno not in _LASTING_CODES
+    return type(error).__module__.split(".")[0] in _SERVICES
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file that a marker vouches for.
+
+    Attributes:
+        path: below the run.
+        rows: of a table, else None.
+    """
+
+    path: str
+    sha256: str
+    bytes: int
+    rows: int | None = None
+
+
+class Storage:
+    """A directory on any fsspec file system.
+
+    Args:
+        uri: the directory; need not exist.
+
+    Raises:
+        StorageError: of every method, for what cannot be written or read, after all tries.
+        FileNotFoundError: of reads.
+    """
+
+    def __init__(self, uri: str):
+        try:
+            # Cached listings would hide what other processes wrote.
+            self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise StorageError(f"cannot open {uri}: {error}") from error
+        self.uri = self._fs.unstrip_protocol(self._root) if "://" in uri else str(Path(self._root))
+        self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+
+    def read(self, path: str) -> bytes:
+        """A file's bytes."""
+        return self._patiently(f"reading {path}", lambda: bytes(self._fs.cat_file(self._at(path))))
+
+    def write(self, path: str, raw: bytes) -> None:
+        """Write a file whole or not at all; the file may exist."""
+        self._patiently(f"writing {path}", lambda: self._write(path, raw))
+
+    def create(self, path: str, raw: bytes) -> bool:
+        """Write a file whole unless there is one; whether it was written. Of several at once exactly one wins."""
+        tries = 0
+
+        def attempt() -> bool:
+            nonlocal tries
+            tries += 1
+            if self._create(path, raw):
+                return True
+            # A request that was answered with an error may have been carried out.
+            return tries > 1 and bytes(self._fs.cat_file(self._at(path))) == raw
+
+        return self._patiently(f"creating {path}", attempt)
+
+    def store(self, path: str, raw: bytes, rows: int | None = None) -> StoredFile:
+        """Write a data file and say what was written."""
+        self.write(path, raw)
+        return StoredFile(path, hashlib.sha256(raw).hexdigest(), len(raw), rows)
+
+    def load(self, stored: StoredFile) -> bytes:
+        """Read a data file back.
+
+        Raises:
+            DamagedError: it is gone, or holds other bytes than those that were written.
+        """
+        try:
+            raw = self.read(stored.path)
+        except FileNotFoundError as error:
+            raise DamagedError(stored.path, f"{self.uri}/{stored.path} is gone.") from error
+        if hashlib.sha256(raw).hexdigest() != stored.sha256:
+            raise DamagedError(
+                stored.path,
+                f"{self.uri}/{stored.path} is damaged: expected {stored.bytes} bytes with sha256 {stored.sha256[:12]}..., "
+                f"got {len(raw)} other ones.",
+            )
+        return raw
+
+    def write_sealed(self, path: str, values: dict[str, Any]) -> None:
+        """Write JSON with its own checksum; the file may exist."""
+        self.write(path, seal(values))
+
+    def read_sealed(self, path: str) -> dict[str, Any]:
+        """Read such JSON back; DamagedError where the checksum is another one."""
+        values = unseal(self.read(path))
+        if values is None:
+            raise DamagedError(path, f"{self.uri}/{path} is damaged: its checksum is not that of its content.")
+        return values
+
+    def list(self, folder: str = "") -> dict[str, int]:
+        """Bytes of all files in a folder and below, by path below the run, without what is being written."""
+
+        def find() -> dict[str, int]:
+            try:
+                found = self._fs.find(self._at(folder), detail=True)
+            except FileNotFoundError:
+                return {}
+            return {path[len(self._root) + 1 :]: int(info["size"]) for path, info in found.items()}
+
+        found = self._patiently(f"listing {folder or self.uri}", find)
+        return {path: size for path, size in sorted(found.items()) if not path.rsplit("/", 1)[-1].startswith(_WRITING)}
+
+    def unfinished(self) -> list[str]:
+        """Temporary files of writers that were killed, or that write now."""
+        found = self._fs.find(self._root) if self._local and self._fs.isdir(self._root) else []
+        return [p[len(self._root) + 1 :] for p in found if p.rsplit("/", 1)[1].startswith(_WRITING)]
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+
+        def attempt() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self._at(path))
+
+        self._patiently(f"removing {path}", attempt)
+
+    def remove_all(self, top: str | None = None) -> None:
+        """Remove the whole directory, or the folder above it that was made for it."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(top or self._root, recursive=True)
+
+    def modified(self, path: str) -> float:
+        """When a file was last written, in seconds since the epoch by the storage's own clock."""
+        info = self._fs.info(self._at(path))
+        when = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("created") or 0.0
+        return float(when.timestamp() if hasattr(when, "timestamp") else when)
+
+    def is_file(self) -> bool:
+        return self._patiently(f"opening {self.uri}", lambda: bool(self._fs.isfile(self._root)))
+
+    def first_missing(self) -> str | None:
+        """The topmost folder that writing here would create; None where the directory exists or folders are no things."""
+        if not self._local:
+            return None
+        root = Path(self._root)
+        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+        return str(missing[-1]) if missing else None
+
+    # ---- one try -----------------------------------------------------------------------------------------------------
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    def _write(self, path: str, raw: bytes) -> None:
+        if not self._local:
+            self._fs.pipe_file(self._at(path), raw)
+            return
+        with self._temporary(path, raw) as temporary:
+            Path(temporary).replace(self._at(path))
+
+    def _create(self, path: str, raw: bytes) -> bool:
+        if not self._local:
+            try:
+                self._fs.pipe_file(self._at(path), raw, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        with self._temporary(path, raw) as temporary:
+            try:
+                os.link(temporary, self._at(path))
+            except FileExistsError:
+                # A network file system may answer so to the second sending of a request that it carried out.
+                return Path(temporary).stat().st_nlink > 1
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return self._create_without_links(path, raw)
+            return True
+
+    def _create_without_links(self, path: str, raw: bytes) -> bool:
+        """Exclusive, though a reader may see a part of it for a moment; sealed markers tell."""
+        try:
+            with Path(self._at(path)).open("xb") as file:
+                file.write(raw)
+        except FileExistsError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _temporary(self, path: str, raw: bytes) -> Iterator[str]:
+        folder = Path(self._at(path)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=_WRITING)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            yield temporary
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                Path(temporary).unlink()
+
+    def _patiently(self, what: str, attempt: Callable[[], T]) -> T:
+        """The result of an attempt that may be made again."""
+        for delay in (*_DELAYS, None):
+            try:
+                return attempt()
+            except (FileNotFoundError, FileExistsError):
+                raise
+            except Exception as error:
+                if not is_transient(error) and not isinstance(error, OSError):
+                    raise
+                if delay is None or not is_transient(error):
+                    raise StorageError(_explained(f"{what} in {self.uri}", error, delay is None)) from error
+            time.sleep(delay * random.uniform(0.5, 1.5))
+        raise AssertionError("unreachable")
+
+
+_WRITING = ".writing-"
+
+
+def _explained(what: str, error: BaseException, tried: bool) -> str:
+    advice = "Choose a directory that can be written."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "Make room; the same command goes on."
+    elif tried:
+        advice = f"Tried {len(_DELAYS) + 1} times; the same command goes on once the storage answers."
+    return f"{what} failed: {' '.join(str(error).split()) or type(error).__name__}. {advice}"
+
+
+def seal(values: dict[str, Any]) -> bytes:
+    """JSON that carries a sha256 of its own content."""
+    body = json.dumps(values, sort_keys=True)
+    sealed = {**values, "sha256": hashlib.sha256(body.encode()).hexdigest()}
+    return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
+
+
+def unseal(raw: bytes) -> dict[str, Any] | None:
+    """What was sealed, or None where a byte is another one."""
+    try:
+        values = json.loads(raw)
+        if not isinstance(values, dict) or seal({k: v for k, v in values.items() if k != "sha256"}) != raw:
+            return None
+    except ValueError:  # not UTF-8, or not JSON
+        return None
+    del values["sha256"]
+    return values

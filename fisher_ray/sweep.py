@@ -1,0 +1,205 @@
+"""Many runs from one file: a list or a product of settings, each point in a directory of its own, and one table of them all.
+
+output: runs/sweep            # each point below it, named by what varies
+side_by_side: 2               # points at once; default 1
+common: {corpus: [texts/*.txt], num_samples: 8}
+product:                      # or points: a list of settings
+  model: [gpt2, gpt2-medium]
+  estimator: [sampled, exact]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from fisher_ray.cluster import joined
+from fisher_ray.plan import ConfigError, RunConfig
+from fisher_ray.shards import RunStore, parquet_bytes
+
+_KNOWN = ("output", "side_by_side", "common", "product", "points")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's file says.
+
+    Attributes:
+        points: configurations by name; the name is the last part of each one's output.
+    """
+
+    output: str
+    side_by_side: int
+    points: dict[str, RunConfig]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read and check a sweep's file, every point of it.
+
+    Raises:
+        ConfigError: naming the setting or the point.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the sweep {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("output"), str):
+        raise ConfigError(f"sweep {path} must hold output, common and one of product and points.")
+    unknown = set(values) - set(_KNOWN)
+    if unknown:
+        raise ConfigError(f"unknown setting {sorted(unknown)[0]!r} in the sweep {path}. Known: {', '.join(_KNOWN)}.")
+    if ("product" in values) == ("points" in values):
+        raise ConfigError(f"sweep {path} must hold either product (settings with lists of values) or points (a list).")
+    side_by_side = values.get("side_by_side", 1)
+    if not isinstance(side_by_side, int) or side_by_side < 1:
+        raise ConfigError(f"side_by_side must be at least 1, got {side_by_side!r}.")
+    common = values.get("common") or {}
+    if not isinstance(common, dict):
+        raise ConfigError(f"common in the sweep {path} must hold settings by name, got {type(common).__name__}.")
+    points: dict[str, RunConfig] = {}
+    for point in _points(values, path):
+        name = _name(point)
+        try:
+            points[name] = RunConfig.from_dict({**common, **point, "output": f"{values['output'].rstrip('/')}/{name}"})
+        except ValueError as error:
+            raise ConfigError(f"point {name}: {error}") from error
+    return Sweep(values["output"], side_by_side, points)
+
+
+def _points(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    if "points" in values:
+        points = values["points"]
+        if not isinstance(points, list) or not points or not all(isinstance(point, dict) and point for point in points):
+            raise ConfigError(f"points in the sweep {path} must be a list of settings by name.")
+        return points
+    product = values["product"]
+    if not isinstance(product, dict) or not product or not all(isinstance(v, list) and v for v in product.values()):
+        raise ConfigError(f"product in the sweep {path} must hold settings, each with a list of values.")
+    return [dict(zip(product, chosen, strict=True)) for chosen in itertools.product(*product.values())]
+
+
+def _name(point: dict[str, Any]) -> str:
+    """A folder's name that says what varies; a digest where letters had to go, so that no two points share it."""
+    said = ",".join(f"{key}={' '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in sorted(point.items()))
+    name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", said)
+    if name == said and len(name) <= 100:
+        return name
+    return f"{name[:80]}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+
+
+def run_sweep(sweep: Sweep, console: Console) -> int:
+    """Run every point that is not complete, in processes of their own on one Ray cluster, and write one table of all.
+
+    Returns:
+        0, or the exit code of the first point that gave another one; the other points are run all the same.
+    """
+    with joined() as address, _Children() as children, tempfile.TemporaryDirectory() as folder:
+
+        def one(item: tuple[int, tuple[str, RunConfig]]) -> int:
+            number, (name, config) = item
+            path = Path(folder) / f"{number}.yaml"
+            path.write_text(yaml.safe_dump(config.asdict()), encoding="utf-8")
+            console.print(f"{name}: begun", highlight=False, soft_wrap=True)
+            return children.run(name, path, address, console)
+
+        with ThreadPoolExecutor(sweep.side_by_side) as threads:
+            codes = list(threads.map(one, enumerate(sweep.points.items())))
+    rows = [{"point": name, "code": code, **row} for (name, code, row) in _rows(sweep, codes)]
+    store = RunStore(sweep.output)
+    if any(row["layer"] is not None for row in rows):
+        store.write("summary.parquet", parquet_bytes(pa.Table.from_pylist(rows)))
+    console.print(_table(rows))
+    console.print(f"all points: {store.uri}/summary.parquet", soft_wrap=True, highlight=False)
+    return next((code for code in codes if code), 0)
+
+
+class _Children:
+    """The points at work; a stop of the sweep is passed on to them, and none is begun after it."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+
+    def __enter__(self) -> _Children:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._stop)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopped = True
+        for process in list(self._running):
+            with contextlib.suppress(OSError):
+                process.send_signal(number)
+
+    def run(self, name: str, config: Path, address: str, console: Console) -> int:
+        if self._stopped:
+            return 130
+        command = [sys.executable, "-m", "fisher_ray.cli", "run", "--config", str(config)]
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "RAY_ADDRESS": address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._running.add(process)
+        try:
+            for line in process.stdout or ():
+                if line.strip():
+                    console.print(f"{name}: {line.rstrip()}", markup=False, highlight=False, soft_wrap=True)
+            return process.wait()
+        finally:
+            self._running.discard(process)
+
+
+def _rows(sweep: Sweep, codes: list[int]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Each point's summary over all positions; one empty row where it has none."""
+    for (name, config), code in zip(sweep.points.items(), codes, strict=True):
+        store = RunStore(config.output)
+        try:
+            table = pq.read_table(pa.BufferReader(store.read("reduced/summary.parquet")))
+        except FileNotFoundError:
+            yield name, code, dict.fromkeys(("layer", "positions", "trace", "entropy_rank", "trace_rank_99"))
+            continue
+        for row in table.to_pylist():
+            if row.pop("group") is None:
+                yield name, code, row
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    table.add_column("point", overflow="fold")
+    for name in ("exit", "layer", "positions", "trace", "entropy rank", "99 % rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row["layer"] is None:
+            table.add_row(row["point"], str(row["code"]), "-", "-", "-", "-", "-")
+            continue
+        numbers = (f"{row['trace']:.4g}", f"{row['entropy_rank']:.1f}", str(row["trace_rank_99"]))
+        table.add_row(row["point"], str(row["code"]), str(row["layer"]), f"{row['positions']:,}", *numbers)
+    return table

@@ -1,0 +1,262 @@
+"""What becomes of calls that fail, kill, hang or dawdle, on a pool that does as it is told and a clock that it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+
+from fisher_ray import driver
+from fisher_ray.architecture import ModelError
+from fisher_ray.corpus import CorpusError
+from fisher_ray.driver import Call, Dispatch, Failure, StoppedError
+from fisher_ray.storage import DamagedError, StorageError
+
+HANGS = object()
+
+
+class Clock:
+    """Time that passes when someone waits."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(driver, "time", clock)
+    return clock
+
+
+class Pool:
+    """Workers that answer what ``behave(call, attempt)`` says after a tenth of a second, two calls at a time each."""
+
+    device, alive, pending = "cpu", 0, 0
+
+    def __init__(self, clock: Clock, workers: int, behave: Callable[[Call, int], Any]):
+        self.clock, self.behave = clock, behave
+        self.count = workers
+        self.on: dict[int, list[int]] = {i: [] for i in range(workers)}
+        self.calls: dict[int, tuple[Call, Any, int]] = {}
+        self.attempts: dict[str, int] = {}
+        self.companions: dict[str, set[str]] = {}
+        self.killed: list[int] = []
+        self.died: list[int] = []
+        self.most = 0
+
+    def open(self, plan: Any) -> None:
+        pass
+
+    def report(self, progress: Any) -> None:
+        pass
+
+    def resize(self, wanted: int) -> None:
+        self.most = max(self.most, wanted)
+
+    def room(self, alone: bool, avoid: Collection[Any]) -> int | None:
+        free = [w for w, keys in self.on.items() if w not in avoid and len(keys) < (1 if alone else 2)]
+        free = [w for w in free if not any(self.calls[key][2] for key in self.on[w])]
+        return min(free, key=lambda w: len(self.on[w]), default=None)
+
+    def submit(self, worker: int, call: Call, alone: bool) -> int:
+        key = len(self.attempts) + sum(self.attempts.values()) + 1
+        self.attempts[call.name] = self.attempts.get(call.name, 0) + 1
+        for other in self.on[worker]:
+            self.companions.setdefault(call.name, set()).add(self.calls[other][0].name)
+        self.calls[key] = (call, self.behave(call, self.attempts[call.name]), alone)
+        self.on[worker].append(key)
+        return key
+
+    def wait(self, timeout: float) -> list[tuple[Any, Any]]:
+        self.clock.now += 0.1
+        ended = [(key, Failure("died", "killed")) for key in self.died]
+        self.died = []
+        for worker, keys in list(self.on.items()):
+            for key in list(keys):
+                if key not in keys:
+                    continue
+                outcome = self.calls[key][1]
+                if outcome is HANGS:
+                    continue
+                keys.remove(key)
+                ended.append((key, outcome))
+                if isinstance(outcome, Failure) and outcome.kind in ("died", "lost"):
+                    ended += [(other, Failure(outcome.kind, "with it")) for other in keys]
+                    keys.clear()
+                    self._replace(worker)
+        if not ended:
+            self.clock.now += timeout
+        return ended
+
+    def kill(self, worker: int) -> None:
+        if worker in self.on:
+            self.killed.append(worker)
+            self.died += self.on[worker]
+            self._replace(worker)
+
+    def _replace(self, worker: int) -> None:
+        del self.on[worker]
+        self.on[self.count] = []
+        self.count += 1
+
+
+def dispatch(pool: Pool, max_attempts: int = 3, timeout: float | None = None, stopping: Any = lambda: None) -> Dispatch:
+    return Dispatch(pool, max_attempts, timeout, lambda: None, stopping)
+
+
+def calls(n: int) -> list[Call]:
+    return [Call(f"task {i}", "compute", (i,)) for i in range(n)]
+
+
+def outcomes(pool: Pool, n: int, **settings: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for call, outcome in dispatch(pool, **settings).run(calls(n), n):
+        assert call.name not in found
+        found[call.name] = outcome
+    return found
+
+
+def test_every_call_ends_once(clock: Clock) -> None:
+    pool = Pool(clock, 3, lambda call, attempt: call.args[0] * 10)
+    assert outcomes(pool, 50) == {f"task {i}": i * 10 for i in range(50)}
+    assert set(pool.attempts.values()) == {1} and pool.most == 50
+    assert outcomes(pool, 0) == {}
+
+
+def test_an_error_is_tried_again_and_not_for_ever(clock: Clock) -> None:
+    def behave(call: Call, attempt: int) -> Any:
+        if call.args[0] == 3:
+            return Failure("error", "always")
+        return Failure("error", "once") if call.args[0] == 5 and attempt == 1 else "fine"
+
+    pool = Pool(clock, 2, behave)
+    begun = clock.now
+    found = outcomes(pool, 8, max_attempts=4)
+    assert found.pop("task 3") == Failure("error", "always") and set(found.values()) == {"fine"}
+    assert pool.attempts["task 3"] == 4 and pool.attempts["task 5"] == 2
+    assert clock.now - begun > 0.5 + 1 + 2  # pauses between attempts grow
+
+
+@pytest.mark.parametrize("kind", ["input", "fatal", "damaged"])
+def test_what_no_attempt_changes_is_not_tried_again(kind: Any, clock: Clock) -> None:
+    pool = Pool(clock, 2, lambda call, attempt: Failure(kind, "no") if call.args[0] == 1 else "fine")
+    assert outcomes(pool, 4)["task 1"].kind == kind
+    assert pool.attempts["task 1"] == 1
+
+
+def test_what_kills_its_worker_takes_nobody_along_twice(clock: Clock) -> None:
+    pool = Pool(clock, 2, lambda call, attempt: Failure("died", "") if call.args[0] in (4, 5) else "fine")
+    found = outcomes(pool, 12)
+    assert {name for name, outcome in found.items() if outcome != "fine"} == {"task 4", "task 5"}
+    assert pool.attempts["task 4"] == pool.attempts["task 5"] == 3
+    assert max(count for name, count in pool.attempts.items() if name not in ("task 4", "task 5")) == 2
+
+
+def test_lost_machines_are_not_the_tasks_fault(clock: Clock) -> None:
+    pool = Pool(clock, 2, lambda call, attempt: Failure("lost", "") if call.args[0] == 1 and attempt <= 12 else "fine")
+    assert set(outcomes(pool, 6).values()) == {"fine"}
+    pool = Pool(clock, 2, lambda call, attempt: Failure("lost", "") if call.args[0] == 1 else "fine")
+    assert outcomes(pool, 6)["task 1"].kind == "lost"
+    assert pool.attempts["task 1"] == driver._MAX_LOST
+
+
+def test_a_broken_device_costs_its_process(clock: Clock) -> None:
+    pool = Pool(clock, 1, lambda call, attempt: Failure("sticky", "") if attempt == 1 and call.args[0] == 0 else "fine")
+    assert set(outcomes(pool, 3).values()) == {"fine"}
+    assert pool.killed == [0]
+
+
+def test_what_hangs_is_ended(clock: Clock) -> None:
+    pool = Pool(clock, 2, lambda call, attempt: HANGS if call.args[0] == 2 else "fine")
+    found = outcomes(pool, 5, timeout=40.0)
+    assert found.pop("task 2").kind == "hung" and set(found.values()) == {"fine"}
+    assert len(pool.killed) == pool.attempts["task 2"] >= 3
+
+
+def test_by_itself_it_waits_30_times_the_usual(clock: Clock) -> None:
+    pool = Pool(clock, 1, lambda call, attempt: HANGS if call.args[0] == 5 and attempt == 1 else "fine")
+    begun = clock.now
+    assert set(outcomes(pool, 6).values()) == {"fine"}
+    assert driver._HUNG_AT_LEAST < clock.now - begun < driver._HUNG_AT_LEAST + 60
+
+
+def test_the_slow_get_a_second_attempt_elsewhere(clock: Clock) -> None:
+    pool = Pool(clock, 2, lambda call, attempt: HANGS if call.args[0] == 7 and attempt == 1 else "fine")
+    begun = clock.now
+    assert set(outcomes(pool, 8).values()) == {"fine"}
+    assert pool.attempts["task 7"] == 2 and clock.now - begun < 30
+    assert len(pool.killed) == 1  # the first attempt, which nobody waits for
+
+
+def test_slow_is_by_weight(clock: Clock) -> None:
+    """What is a hundred times as much may take a hundred times as long."""
+    pool = Pool(clock, 2, lambda call, attempt: HANGS if call.args[0] == 7 else "fine")
+    heavy = [*calls(7), Call("task 7", "compute", (7,), 1000)]
+    ticks = 0
+
+    def stopping() -> float | None:
+        nonlocal ticks
+        ticks += 1
+        return 0.0 if ticks > 60 else None
+
+    with pytest.raises(StoppedError):
+        list(dispatch(pool, stopping=stopping).run(heavy, 8))
+    assert pool.attempts["task 7"] == 1
+
+
+def test_a_stop_lets_what_is_in_flight_finish(clock: Clock) -> None:
+    asked = False
+    pool = Pool(clock, 2, lambda call, attempt: "fine")
+    found = []
+    with pytest.raises(StoppedError):
+        for call, _ in dispatch(pool, stopping=lambda: 10.0 if asked else None).run(calls(100), 100):
+            found.append(call.name)
+            asked = True
+    assert len(found) == len(pool.attempts) == 4  # both workers' two
+
+
+def test_a_stop_does_not_wait_for_ever(clock: Clock) -> None:
+    deadline = clock.now + 5
+    pool = Pool(clock, 2, lambda call, attempt: HANGS)
+    stop = dispatch(pool, stopping=lambda: deadline - clock.now if pool.attempts else None)
+    with pytest.raises(StoppedError):
+        list(stop.run(calls(10), 10))
+    assert clock.now <= deadline + 1.5
+
+
+def test_the_pools_own_failure_ends_everything(clock: Clock) -> None:
+    class Broken(Pool):
+        def wait(self, timeout: float) -> list[tuple[Any, Any]]:
+            return [(None, Failure("fatal", "no such model", "ModelError"))]
+
+    with pytest.raises(ModelError, match="no such model"):
+        outcomes(Broken(clock, 1, lambda call, attempt: "fine"), 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (CorpusError("x"), "input"),
+        (ModelError("x"), "fatal"),
+        (StorageError("x"), "fatal"),
+        (DamagedError("sums/a", "x"), "damaged"),
+        (RuntimeError("x"), "error"),
+        (MemoryError("x"), "error"),
+        (ConnectionResetError("x"), "error"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "sticky"),
+        (RuntimeError("CUDA out of memory"), "error"),
+    ],
+)
+def test_sorting(error: Exception, kind: str) -> None:
+    failure = Failure.of(error)
+    assert failure.kind == kind and "x" in failure.message + "x"
+    if kind in ("input", "fatal"):
+        assert type(failure.to_exception()) is type(error)
+    assert failure.path == ("sums/a" if kind == "damaged" else "")
