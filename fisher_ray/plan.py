@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pyarrow as pa
 
 from fisher_ray.architecture import DTYPES, ModelFacts, weights_digest
-from fisher_ray.corpus import Layout, SourceRange, Unit, find_ranges, take
+from fisher_ray.corpus import Layout, SourceRange, Unit, find_ranges, find_sources, take
 from fisher_ray.estimators import Estimator, Exact, Sampled, check_tempering
 from fisher_ray.scores import TokenSource
 from fisher_ray.shards import POSITION_FIELDS
@@ -306,7 +306,7 @@ def make_plan(config: RunConfig) -> Plan:
             "Choose positions (--positions), or save factors."
         )
     target = _task_bytes(config, facts, len(layers))
-    ranges = find_ranges(config.corpus, config.layout, target)
+    ranges = find_ranges(find_sources(config.corpus), config.layout, target)
     if config.max_docs is not None:
         ranges = take(ranges, config.max_docs, config.layout)
     tasks = tuple(Task(i, tuple(group)) for i, group in enumerate(_grouped(ranges, target)))
@@ -334,7 +334,7 @@ def _task_bytes(config: RunConfig, facts: ModelFacts, num_layers: int) -> int:
     return max(256, min(_TASK_BYTES, 3 * tokens))
 
 
-def _grouped(ranges: Sequence[SourceRange], target: int) -> Iterator[list[SourceRange]]:
+def _grouped(ranges: Iterable[SourceRange], target: int) -> Iterator[list[SourceRange]]:
     """Neighbouring ranges together up to the target weight, so that many small files do not make many small tasks."""
     group: list[SourceRange] = []
     for source in ranges:
