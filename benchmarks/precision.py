@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import logging as transformers_logging
 
 from fisher_ray import Exact, Sampled, Scores, SplitModel, score_factors
-from fisher_ray.corpus import Layout, find_ranges, read_documents
+from fisher_ray.corpus import Layout, find_ranges, find_sources, read_documents
 from fisher_ray.draws import Draws, sequence_key
 from fisher_ray.estimators import tempered
 
@@ -31,7 +31,7 @@ def main() -> None:
 
     reference = SplitModel.from_pretrained(args.model, dtype="float64")
     longest = min(reference.max_positions or 256, 256)
-    (source, *_) = find_ranges([args.corpus], Layout(), 1 << 30)
+    source = next(find_ranges(find_sources([args.corpus]), Layout(), 1 << 30))
     texts = [document.content for document in read_documents(source, Layout()) if isinstance(document.content, str)]
     sequences = [
         [reference.tokenizer.bos_token_id, *reference.tokenizer(text)["input_ids"]][:longest] for text in texts

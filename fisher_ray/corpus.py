@@ -11,14 +11,22 @@ from __future__ import annotations
 import io
 import json
 import posixpath
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import accumulate, groupby, islice, pairwise
 from typing import Any, BinaryIO, Literal, cast
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 Unit = Literal["paragraph", "file"]
 
@@ -27,7 +35,17 @@ _FORMATS = {
     ".parquet": "parquet", ".arrow": "arrow", ".npy": "npy",
 }  # fmt: skip
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
-_SNIFFED = 1 << 20
+
+_SNIFFED = 1 << 16
+_FOOTER = 1 << 16  # bytes at a Parquet file's end that hold most footers: one request a file
+_AHEAD = 32  # files whose rows are counted at once
+_SAMPLED = 1 << 20
+_BUFFER = 1 << 20  # decoded bytes of Parquet held at a time, about
+_MAX_BLOCK = 1 << 23
+_MAX_ROWS = 1024
+
+# Rows of a part of a file that is decoded together, and the bytes of the layout's columns in it.
+_Group = tuple[int, int]
 
 
 class CorpusError(ValueError):
@@ -55,16 +73,30 @@ class Layout:
         return list(dict.fromkeys([self.column, *filter(None, [self.encoder_column]), *self.carried]))
 
 
-@dataclass(frozen=True)
-class SourceRange:
-    """Part of one file: bytes [start, stop) or rows [start, stop).
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file of a corpus.
 
     Attributes:
         path: URI.
         name: what documents are named by: the path below the corpus's common folder.
+        size: bytes.
+        version: entity tag or modification time, whatever the storage gives; empty where it gives none.
+    """
+
+    path: str
+    name: str
+    size: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRange:
+    """Part of one file: bytes [start, stop) or rows [start, stop).
+
+    Attributes:
+        path, name, size, version: of the :class:`Source`.
         start, stop: bytes of plain text and JSON lines, else rows; -1 is the end of a compressed file.
-        size: bytes of the whole file.
-        version: etag or modification time, whatever the storage gives.
         weight: bytes that reading and computing are expected to cost by.
         max_docs: documents to take, or -1 for all.
     """
@@ -110,54 +142,101 @@ class Window:
     following: int | None
 
 
-def find_ranges(corpus: Sequence[str], layout: Layout, target: int) -> list[SourceRange]:
-    """All source ranges of a corpus in a fixed order, each of about ``target`` bytes.
+def find_sources(corpus: Sequence[str]) -> list[Source]:
+    """The files of a corpus in a fixed order, each once, by listing alone; empty ones are left out.
 
     Args:
         corpus: URIs, globs or folders.
-        layout: how documents lie in the files.
-        target: bytes wanted a range; rows are cut to weigh as much.
 
     Raises:
-        CorpusError: nothing found, an unknown format, a missing column, or text that is not UTF-8.
+        CorpusError: nothing found, an unknown ending, a place that cannot be listed, or nothing but empty files.
     """
-    paths: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
     for uri in corpus:
-        paths.extend(_expand(uri))
-    if not paths:
+        for path, info in _expand(uri).items():
+            found.setdefault(path, info)
+    if not found:
         raise CorpusError(
             f"no files in {', '.join(corpus)}. Expected {', '.join(_FORMATS)}, text and jsonl also .gz or .zst."
         )
-    folders = [posixpath.dirname(path).split("/") for path in paths]
-    root = "/".join(posixpath.commonprefix(folders))
-    ranges: list[SourceRange] = []
-    for path in dict.fromkeys(paths):
-        ranges.extend(_split(path, path[len(root) :].lstrip("/"), layout, target))
-    if not ranges:
-        raise CorpusError(f"the corpus {', '.join(corpus)} is empty: {len(paths)} files without a single byte or row.")
-    return ranges
+    for path, info in found.items():
+        if info["size"] is None:
+            raise CorpusError(f"the storage does not tell how large {path} is. Copy the corpus to another place.")
+    root = "/".join(posixpath.commonprefix([posixpath.dirname(path).split("/") for path in found]))
+    sources = [
+        Source(path, path[len(root) :].lstrip("/"), int(info["size"]), _version(info))
+        for path, info in found.items()
+        if info["size"]
+    ]
+    if not sources:
+        raise CorpusError(f"the corpus {', '.join(corpus)} is empty: {len(found)} files without a single byte.")
+    return sources
 
 
-def take(ranges: Iterable[SourceRange], max_docs: int, layout: Layout) -> list[SourceRange]:
+def find_ranges(sources: Sequence[Source], layout: Layout, target: int) -> Iterator[SourceRange]:
+    """All source ranges of a corpus in a fixed order, each of about ``target`` bytes, one at a time.
+
+    The first file of each kind is looked into before anything else. Apart from that, text and JSON lines are not opened;
+    of Parquet the footer is read and of .npy the header, some files ahead of the caller. Arrow streams have no footer:
+    local ones are mapped and their columns left alone, remote ones are streamed once.
+
+    Args:
+        sources: what :func:`find_sources` found.
+        layout: how documents lie in the files.
+        target: bytes wanted a range; rows are cut to weigh as much, by the uncompressed bytes of the layout's columns.
+
+    Raises:
+        CorpusError: a missing column, a file that is not what its ending says, or not a single row.
+        Exception: whatever the storage raises where it fails.
+    """
+    looked: set[tuple[str, str | None]] = set()
+    for source in sources:
+        if _format(source.path) not in looked:
+            looked.add(_format(source.path))
+            _look(source, layout)
+    empty = True
+    for source, groups in _counted(sources, layout):
+        for part in _cut_bytes(source, layout, target) if groups is None else _cut_rows(source, groups, target):
+            empty = False
+            yield part
+    if empty:
+        raise CorpusError(f"the corpus is empty: {len(sources)} files without a single row.")
+
+
+def take(ranges: Iterable[SourceRange], max_docs: int, layout: Layout) -> Iterator[SourceRange]:
     """The ranges of the first ``max_docs`` documents; one streaming pass over them."""
-    taken: list[SourceRange] = []
     left = max_docs
     for source in ranges:
-        count = 0
-        for _ in read_documents(source, layout):
-            count += 1
-            if count == left:
-                return [*taken, replace(source, max_docs=count)]
+        count = sum(1 for _ in islice(read_documents(source, layout), left))
+        if count == left:
+            yield replace(source, max_docs=count)
+            return
         left -= count
-        taken.append(source)
-    return taken
+        yield source
+
+
+def sample_documents(sources: Sequence[Source], layout: Layout, n: int) -> Iterator[Document]:
+    """Up to ``n`` different documents, the same ones every time, from places spread evenly over a corpus's bytes.
+
+    For estimates: little is read for each, about its own bytes of text and 1 MiB of Parquet. So compressed files and row
+    groups are seen at their beginnings only, and with ``unit="file"`` a paragraph stands for its file.
+    """
+    layout = replace(layout, unit="paragraph")
+    ends = list(accumulate(source.size for source in sources))
+    places = [ends[-1] * (2 * i + 1) // (2 * n) for i in range(n)]
+    for index, inside in groupby(places, lambda place: bisect_right(ends, place)):
+        source = sources[index]
+        yield from _sample(source, layout, [place - ends[index] + source.size for place in inside])
 
 
 def read_documents(source: SourceRange, layout: Layout) -> Iterator[Document]:
     """The documents that start in a range, in order.
 
     Raises:
-        CorpusError: invalid UTF-8, a binary file, a broken line, a missing column, or a value of another type.
+        CorpusError: invalid UTF-8, a binary file, a broken line, a missing column, a value of another type, or a file
+            that is gone or has changed since planning.
+        Exception: whatever the storage raises where it fails, and OSError where it gives less than the whole file. Worth
+            another try.
     """
     kind, codec = _format(source.path)
     rows = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow, "npy": _npy}[kind]
@@ -199,25 +278,40 @@ def windows(
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _expand(uri: str) -> list[str]:
+def _expand(uri: str) -> dict[str, dict[str, Any]]:
+    """What the storage says of each file that a URI means."""
     try:
         fs, path = fsspec.core.url_to_fs(uri)
-        if fs.isdir(path):
-            found = sorted(p for p in fs.find(path) if _wanted(p))
-        elif fs.isfile(path):
-            _format(path)
-            found = [path]
-        elif any(c in path for c in "*?["):
-            found = sorted(p for p in fs.glob(path) if fs.isfile(p) and _wanted(p))
-        else:
+        info = fs.info(path) if fs.exists(path) else None
+        if info is None and not any(c in path for c in "*?["):
             raise CorpusError(
                 f"corpus not found: {uri}. Expected a file, a folder or a glob; quote globs in the shell."
             )
-    except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, CorpusError):
-            raise
-        raise CorpusError(f"cannot open the corpus {uri}: {error}") from error
-    return [fs.unstrip_protocol(p) for p in found]
+        if info is not None and info["type"] != "directory" and (_known(path) or not fs.isdir(path)):
+            _format(path)
+            return {fs.unstrip_protocol(path): info}
+        listed = fs.glob(path, detail=True) if info is None else fs.find(path, detail=True)
+        found = {}
+        for name in sorted(filter(_wanted, listed)):
+            info = listed[name]
+            if info.get("islink") or info.get("size") is None:  # the listing describes the link, or nothing at all
+                info = fs.info(name)
+            if info["type"] != "directory":
+                found[fs.unstrip_protocol(name)] = info
+        fs.invalidate_cache()  # listings are large, and would hide changes from the checks when reading
+        return found
+    except CorpusError:
+        raise
+    except Exception as error:  # storage has exceptions of its own: no credentials, no such endpoint
+        raise CorpusError(f"cannot open the corpus {uri}: {_one_line(error)}") from error
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What changes when a file does, spelled alike whether it comes from a listing or from the file itself."""
+    for key in ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "created"):
+        if value := info.get(key):
+            return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')
+    return ""
 
 
 def _known(path: str) -> bool:
@@ -244,73 +338,239 @@ def _format(path: str) -> tuple[str, str | None]:
     return _FORMATS[suffix], None
 
 
-def _open(path: str) -> BinaryIO:
-    fs, inner = fsspec.core.url_to_fs(path)
-    return cast(BinaryIO, fs.open(inner, "rb"))
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
-def _split(path: str, name: str, layout: Layout, target: int) -> Iterator[SourceRange]:
-    """Ranges of one file, after a look at what metadata and its first bytes say."""
-    kind, codec = _format(path)
-    fs, inner = fsspec.core.url_to_fs(path)
-    info = fs.info(inner)
-    size = int(info["size"])
-    version = str(
-        info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or info.get("created")
-    )
-    if size == 0:
-        return
-    whole = SourceRange(path, name, 0, -1, size, version, size)
-    if kind in ("text", "jsonl"):
-        _sniff(whole, layout, kind, codec)
-        if codec:
-            yield replace(whole, weight=4 * size)  # text shrinks to about a quarter
-        elif kind == "text" and layout.unit == "file":
-            yield replace(whole, stop=size)
-        else:
-            for start in range(0, size, target):
-                stop = min(start + target, size)
-                yield replace(whole, start=start, stop=stop, weight=stop - start)
-        return
-    try:
-        rows = _count_rows(path, kind, layout)
-    except (pa.ArrowInvalid, ValueError, OSError) as error:
-        if isinstance(error, CorpusError):
+class _File(io.RawIOBase):
+    """A file as it was planned: refuses another version, and a read that ends before the file does.
+
+    ``failure`` is what the storage raised. Decoders raise OSError for bad content as well, so this tells one from the other.
+    """
+
+    def __init__(self, source: Source | SourceRange) -> None:
+        self._source = source
+        self._file: Any = None
+        self.failure: Exception | None = None
+        fs, inner = fsspec.core.url_to_fs(source.path)
+        try:
+            self._file = fs.open(inner, "rb", cache_type="none")  # read-ahead of 50 MiB is for files read whole
+            buffered = isinstance(self._file, AbstractBufferedFile)  # has asked the storage already
+            info = self._file.details if buffered else fs.info(inner)
+        except FileNotFoundError as error:
+            raise _gone(source) from error
+        size, version = int(info["size"]), _version(info)
+        if (size, version) != (source.size, source.version):
+            raise CorpusError(
+                f"{source.path} has changed since the run was planned: expected {source.size} bytes of version "
+                f"{source.version}, found {size} of {version}. Put the file back, or plan again in a new output directory."
+            )
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        wanted, done = max(0, min(len(buffer), self._source.size - self.tell())), 0
+        try:
+            while done < wanted:
+                data = self._file.read(wanted - done)
+                if not data:
+                    raise OSError(f"{self._source.path}: nothing came after byte {self.tell()} of {self._source.size}.")
+                buffer[done : done + len(data)] = data
+                done += len(data)
+        except Exception as error:
+            self.failure = error
             raise
-        raise CorpusError(f"{path} cannot be read as {kind}: {error}. Is the file complete?") from error
-    step = max(1, rows * target // max(size, 1))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield replace(whole, start=start, stop=stop, weight=size * (stop - start) // rows)
+        return done
+
+    def close(self) -> None:
+        if self._file is not None and not self.closed:
+            self._file.close()
+        super().close()
 
 
-def _sniff(source: SourceRange, layout: Layout, kind: str, codec: str | None) -> None:
-    """Refuse a file whose beginning is not what its ending claims, before anything is computed."""
+def _gone(source: Source | SourceRange) -> CorpusError:
+    return CorpusError(
+        f"{source.path} is gone since the run was planned. Put it back, or plan again in a new output directory."
+    )
+
+
+@contextmanager
+def _decoding(source: Source | SourceRange, file: _File | None = None) -> Iterator[None]:
+    """Makes what decoders raise a CorpusError; what the storage raised stays what it is, since it is worth another try."""
     try:
-        head = _stream(source.path, codec).read(_SNIFFED)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CorpusError(f"{source.path} cannot be decompressed: {error}") from error
-    text = _decode(head[: head.rfind(b"\n") + 1] if len(head) == _SNIFFED else head, source.path, 0)
-    if kind == "jsonl" and (first := next((line for line in text.split("\n") if line.strip()), None)):
-        _json_row(first.encode(), source.path, 0, layout)
+        yield
+    except CorpusError:
+        raise
+    except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+        if file is not None and file.failure is not None:
+            raise file.failure from None
+        raise CorpusError(
+            f"{source.path} cannot be read as {_format(source.path)[0]}: {_one_line(error)}. Is the file complete?"
+        ) from error
 
 
-def _count_rows(path: str, kind: str, layout: Layout) -> int:
-    with _open(path) as file:
-        if kind == "parquet":
-            parquet = pq.ParquetFile(file)
-            _check_columns(parquet.schema_arrow, layout, path)
-            return int(parquet.metadata.num_rows)
-        if kind == "arrow":
-            reader = pa.ipc.open_stream(file)
-            _check_columns(reader.schema, layout, path)
-            return sum(batch.num_rows for batch in reader)
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        if len(shape) != 2 or dtype.kind not in "iu":
-            raise CorpusError(f"{path} must hold integer token ids [documents, tokens], got {dtype} of shape {shape}.")
-        return int(shape[0])
+@contextmanager
+def _opened(source: Source | SourceRange) -> Iterator[_File]:
+    with _File(source) as file, _decoding(source, file):
+        yield file
+
+
+def _bytes(source: Source, start: int, stop: int) -> bytes:
+    """A few bytes in one request."""
+    fs, inner = fsspec.core.url_to_fs(source.path)
+    try:
+        data = fs.cat_file(inner, start=start, end=stop)
+    except FileNotFoundError as error:
+        raise _gone(source) from error
+    if len(data) != stop - start:
+        raise OSError(f"{source.path}: asked for bytes {start} to {stop}, got {len(data)}; was the connection cut?")
+    return bytes(data)
+
+
+# ---- cutting -----------------------------------------------------------------------------------------------------------
+
+
+def _look(source: Source, layout: Layout) -> None:
+    """Refuse a file whose beginning is not what its ending claims, before anything is computed."""
+    kind, codec = _format(source.path)
+    if kind == "arrow":
+        with _batches(source) as reader:
+            _check_columns(reader.schema, layout, source.path)
+    elif kind not in ("text", "jsonl"):
+        _groups(source, layout)
+    else:
+        with _opened(source) as file:
+            head = _stream(file, codec, _SNIFFED).read(_SNIFFED)
+        text = _decode(head[: head.rfind(b"\n") + 1] if len(head) == _SNIFFED else head, source.path, 0)
+        if kind == "jsonl" and (first := next((line for line in text.split("\n") if line.strip()), None)):
+            _json_row(first.encode(), source.path, 0, layout)
+
+
+def _counted(sources: Iterable[Source], layout: Layout) -> Iterator[tuple[Source, list[_Group] | None]]:
+    """Sources and their row groups, which are read some files ahead of the caller; None for text, which is not opened."""
+    pool = ThreadPoolExecutor(_AHEAD)
+    ahead: deque[tuple[Source, Future[list[_Group]] | None]] = deque()
+
+    def first() -> tuple[Source, list[_Group] | None]:
+        source, groups = ahead.popleft()
+        return source, None if groups is None else groups.result()
+
+    try:
+        for source in sources:
+            opened = _format(source.path)[0] not in ("text", "jsonl")
+            ahead.append((source, pool.submit(_groups, source, layout) if opened else None))
+            if len(ahead) > _AHEAD:
+                yield first()
+        while ahead:
+            yield first()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _groups(source: Source, layout: Layout) -> list[_Group]:
+    kind, _ = _format(source.path)
+    if kind == "parquet":
+        footer = _footer(source)
+        with _decoding(source):
+            _check_columns(footer.schema.to_arrow_schema(), layout, source.path)
+        return _row_groups(footer, layout)
+    if kind == "arrow":
+        with _batches(source) as reader:
+            _check_columns(reader.schema, layout, source.path)
+            return [(batch.num_rows, batch.select(layout.columns).nbytes) for batch in reader]
+    head = io.BytesIO(_bytes(source, 0, min(source.size, _FOOTER)))
+    with _decoding(source):
+        rows, columns, dtype = _npy_header(head, source.path)
+    return [(rows, rows * columns * dtype.itemsize)]
+
+
+def _footer(source: Source) -> pq.FileMetaData:
+    tail = _bytes(source, max(0, source.size - _FOOTER), source.size)
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < length <= source.size:
+        tail = _bytes(source, source.size - length, source.size)
+    with _decoding(source):
+        return pq.read_metadata(pa.BufferReader(tail))
+
+
+def _row_groups(footer: pq.FileMetaData, layout: Layout) -> list[_Group]:
+    paths = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    # A list's values are the column "ids.list.element".
+    chosen = [i for i, path in enumerate(paths) if any(f"{path}.".startswith(f"{name}.") for name in layout.columns)]
+    groups = []
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        size = sum(group.column(i).total_uncompressed_size for i in chosen)
+        groups.append((group.num_rows, max(size, group.num_rows)))  # values that repeat take bits each
+    return groups
+
+
+def _cut_bytes(source: Source, layout: Layout, target: int) -> Iterator[SourceRange]:
+    path, name, size, version = source.path, source.name, source.size, source.version
+    kind, codec = _format(path)
+    if codec:
+        yield SourceRange(path, name, 0, -1, size, version, 4 * size)  # text shrinks to about a quarter
+    elif kind == "text" and layout.unit == "file":
+        yield SourceRange(path, name, 0, size, size, version, size)
+    else:
+        for start in range(0, size, target):
+            stop = min(start + target, size)
+            yield SourceRange(path, name, start, stop, size, version, stop - start)
+
+
+def _cut_rows(source: Source, groups: Iterable[_Group], target: int) -> Iterator[SourceRange]:
+    """Whole groups together up to the target, a larger one in even parts, so that a range decodes no group in vain."""
+
+    def part(start: int, stop: int, weight: int) -> SourceRange:
+        return SourceRange(source.path, source.name, start, stop, source.size, source.version, weight)
+
+    start = stop = weight = 0
+    for rows, size in groups:
+        if start < stop and weight + size > target:
+            yield part(start, stop, weight)
+            start, weight = stop, 0
+        first, stop, weight = stop, stop + rows, weight + size
+        if (parts := min(rows, -(-size // target))) > 1:
+            cuts = [first + rows * i // parts for i in range(parts + 1)]
+            for low, high in pairwise(cuts):
+                yield part(low, high, size * (high - low) // rows)
+            start, weight = stop, 0
+    if start < stop:
+        yield part(start, stop, weight)
+
+
+def _sample(source: Source, layout: Layout, offsets: list[int]) -> Iterator[Document]:
+    """A document for each offset in a file, or fewer where they would be the same."""
+    kind, codec = _format(source.path)
+    whole = SourceRange(source.path, source.name, 0, -1, source.size, source.version, source.size)
+    if codec:
+        yield from islice(read_documents(whole, layout), len(offsets))
+    elif kind in ("text", "jsonl"):
+        seen = set()
+        for offset in offsets:
+            for start in (offset, 0):  # where none starts beyond the offset, the file's first
+                part = replace(whole, start=start, stop=min(start + _SAMPLED, source.size))
+                document = next(read_documents(part, layout), None)
+                if document is not None:
+                    break
+            if document is not None and document.id not in seen:
+                seen.add(document.id)
+                yield document
+    else:
+        starts = [0, *accumulate(rows for rows, _ in _groups(source, layout))]
+        rows = [starts[-1] * offset // source.size for offset in offsets]
+        for group, hits in groupby(bisect_right(starts, row) - 1 for row in rows if row < starts[-1]):
+            stop = min(starts[group] + len(list(hits)), starts[group + 1])
+            yield from read_documents(replace(whole, start=starts[group], stop=stop), layout)
 
 
 def _check_columns(schema: pa.Schema, layout: Layout, path: str) -> None:
@@ -330,26 +590,29 @@ def _check_columns(schema: pa.Schema, layout: Layout, path: str) -> None:
 # ---- rows of each format ---------------------------------------------------------------------------------------------
 
 
-def _stream(path: str, codec: str | None) -> BinaryIO:
-    file = _open(path)
+def _block(source: SourceRange) -> int:
+    """Bytes a request: a range is read in one where it is not large, with the end of its last document."""
+    span = (source.size if source.stop == -1 else source.stop) - source.start
+    return min(span + _SNIFFED, _MAX_BLOCK)
+
+
+def _stream(file: _File, codec: str | None, block: int) -> BinaryIO:
+    plain = io.BufferedReader(file, block)
     if codec is None:
-        return file
-    return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec)))
+        return plain
+    return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(plain, mode="r"), codec)))
 
 
 def _lines(source: SourceRange, codec: str | None) -> Iterator[tuple[int, bytes]]:
     """(offset, line) from the first line that starts at or after the range's start, without end."""
-    with _stream(source.path, codec) as file:
+    with _opened(source) as file, _stream(file, codec, _block(source)) as stream:
         offset = 0
         if source.start > 0:
-            file.seek(source.start - 1)
-            offset = source.start - 1 + len(file.readline())
-        try:
-            while line := file.readline():
-                yield offset, line
-                offset += len(line)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CorpusError(f"{source.path} cannot be decompressed after byte {offset}: {error}") from error
+            stream.seek(source.start - 1)
+            offset = source.start - 1 + len(stream.readline())
+        while line := stream.readline():
+            yield offset, line
+            offset += len(line)
 
 
 def _ended(source: SourceRange, offset: int) -> bool:
@@ -362,7 +625,8 @@ def _text(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Do
         yield Document(f"{source.name}:0", _decode(raw, source.path, 0), None, (None,) * len(layout.carried))
         return
     # A paragraph belongs to the range in which the blank line before it starts; the first one to the file's start.
-    begun, paragraph, blank = 0, b"", 0 if source.start == 0 else -1
+    paragraph: list[bytes] = []
+    begun, blank = 0, 0 if source.start == 0 else -1
     for offset, line in _lines(source, codec):
         if line.strip():
             if not paragraph:
@@ -371,11 +635,11 @@ def _text(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Do
                 if blank == -1 or _ended(source, blank):
                     return
                 begun = offset
-            paragraph += line
+            paragraph.append(line)
             continue
         if paragraph:
             yield _paragraph(source, layout, begun, paragraph)
-            paragraph = b""
+            paragraph = []
         blank = offset
         if _ended(source, blank):
             return
@@ -383,8 +647,8 @@ def _text(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Do
         yield _paragraph(source, layout, begun, paragraph)
 
 
-def _paragraph(source: SourceRange, layout: Layout, begun: int, raw: bytes) -> Document:
-    text = _decode(raw, source.path, begun).rstrip("\r\n")
+def _paragraph(source: SourceRange, layout: Layout, begun: int, lines: list[bytes]) -> Document:
+    text = _decode(b"".join(lines), source.path, begun).rstrip("\r\n")
     return Document(f"{source.name}:{begun}", text, None, (None,) * len(layout.carried))
 
 
@@ -400,8 +664,9 @@ def _json_row(line: bytes, path: str, offset: int, layout: Layout) -> dict[str, 
     text = _decode(line, path, offset)
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{path}, byte {offset}: not a JSON object ({error.msg}). Expected one a line.") from error
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise CorpusError(f"{path}, byte {offset}: not a JSON object ({reason}). Expected one a line.") from error
     if not isinstance(row, dict):
         raise CorpusError(f"{path}, byte {offset}: expected a JSON object, got {type(row).__name__}.")
     for column in layout.columns:
@@ -413,39 +678,73 @@ def _json_row(line: bytes, path: str, offset: int, layout: Layout) -> dict[str, 
 
 
 def _parquet(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
-    with _open(source.path) as file:
-        parquet = pq.ParquetFile(file)
-        first = 0
-        for group in range(parquet.num_row_groups):
-            count = parquet.metadata.row_group(group).num_rows
-            low, high = max(source.start, first), min(source.stop, first + count)
-            if low < high:
-                table = parquet.read_row_group(group, columns=layout.columns).slice(low - first, high - low)
-                yield from _rows(table, low, source, layout)
-            first += count
+    with _opened(source) as file:
+        # Without these two, whole column chunks are held at a time.
+        parquet = pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
+        groups = _row_groups(parquet.metadata, layout)
+        starts = [0, *accumulate(rows for rows, _ in groups)]
+        touched = [i for i in range(len(groups)) if starts[i] < source.stop and starts[i + 1] > source.start]
+        rows, size = (sum(groups[i][k] for i in touched) for k in (0, 1))
+        batch_size = max(1, min(_MAX_ROWS, rows * _BUFFER // max(size, 1)))
+        first = starts[touched[0]]
+        for batch in parquet.iter_batches(batch_size, touched, layout.columns, use_threads=False):
+            yield from _rows(batch, first, source, layout)
+            first += batch.num_rows
+            if first >= source.stop:
+                return
+
+
+@contextmanager
+def _batches(source: Source | SourceRange) -> Iterator[pa.RecordBatchReader]:
+    """The record batches of an Arrow stream; a local file is mapped, so that what is not looked at is not read."""
+    fs, inner = fsspec.core.url_to_fs(source.path)
+    with _opened(source) as file:
+        local = isinstance(fs, LocalFileSystem)
+        with pa.memory_map(inner) if local else io.BufferedReader(file, _MAX_BLOCK) as stream:
+            yield pa.ipc.open_stream(stream)
 
 
 def _arrow(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
-    with _open(source.path) as file:
+    with _batches(source) as reader:
         first = 0
-        for batch in pa.ipc.open_stream(file):
-            low, high = max(source.start, first), min(source.stop, first + batch.num_rows)
-            if low < high:
-                table = pa.table(batch.select(layout.columns)).slice(low - first, high - low)
-                yield from _rows(table, low, source, layout)
+        for batch in reader:
+            yield from _rows(batch.select(layout.columns), first, source, layout)
             first += batch.num_rows
+            if first >= source.stop:
+                return
 
 
-def _rows(table: pa.Table, first: int, source: SourceRange, layout: Layout) -> Iterator[Document]:
-    for i, row in enumerate(table.to_pylist()):
-        yield _document(f"{source.name}:{first + i}", row, layout)
+def _rows(batch: pa.RecordBatch, first: int, source: SourceRange, layout: Layout) -> Iterator[Document]:
+    """Those of a batch's rows that are in the range; ``first`` is the file's row that the batch starts with."""
+    low, high = max(source.start, first), min(source.stop, first + batch.num_rows)
+    if low < high:
+        for i, row in enumerate(batch.slice(low - first, high - low).to_pylist()):
+            yield _document(f"{source.name}:{low + i}", row, layout)
+
+
+def _npy_header(file: Any, path: str) -> tuple[int, int, np.dtype]:
+    """(rows, columns, type) of an array of token ids; the file then stands at its first number."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = read_header(file)
+    if len(shape) != 2 or dtype.kind not in "iu":
+        raise CorpusError(f"{path} must hold integer token ids [documents, tokens], got {dtype} of shape {shape}.")
+    if by_columns:
+        raise CorpusError(f"{path} holds its columns one after another. Save it with numpy.ascontiguousarray.")
+    return shape[0], shape[1], dtype
 
 
 def _npy(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
-    with _open(source.path) as file:
-        ids = np.lib.format.read_array(file, allow_pickle=False)
-    for row in range(source.start, source.stop):
-        yield Document(f"{source.name}:{row}", ids[row].tolist(), None, (None,) * len(layout.carried))
+    with _opened(source) as file, io.BufferedReader(file, _SNIFFED) as stream:
+        _, columns, dtype = _npy_header(stream, source.path)
+        row_bytes = columns * dtype.itemsize
+        stream.seek(source.start * row_bytes, io.SEEK_CUR)
+        for row in range(source.start, source.stop):
+            raw = stream.read(row_bytes)
+            if len(raw) < row_bytes:
+                raise CorpusError(f"{source.path} ends within row {row}. Is the file complete?")
+            ids = np.frombuffer(raw, dtype).tolist()
+            yield Document(f"{source.name}:{row}", ids, None, (None,) * len(layout.carried))
 
 
 def _document(name: str, row: dict[str, Any], layout: Layout) -> Document:

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import random
+from collections import Counter
 from collections.abc import Iterable
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 
 import jobs
-from fisher_ray.corpus import CorpusError, Document, Layout, SourceRange, find_ranges, read_documents, take, windows
+from fisher_ray.corpus import (
+    CorpusError,
+    Document,
+    Layout,
+    SourceRange,
+    _version,
+    find_ranges,
+    find_sources,
+    read_documents,
+    sample_documents,
+    take,
+    windows,
+)
 from fisher_ray.plan import ConfigError, Positions
 
 ALL = 1 << 40
@@ -37,7 +56,7 @@ def documents(ranges: Iterable[SourceRange], layout: Layout) -> list[Document]:
 
 def every(path: str | Path, layout: Layout | None = None, target: int = ALL) -> list[Document]:
     layout = layout or Layout()
-    return documents(find_ranges([str(path)], layout, target), layout)
+    return documents(find_ranges(find_sources([str(path)]), layout, target), layout)
 
 
 def paragraphs(raw: bytes, name: str) -> list[Document]:
@@ -112,9 +131,15 @@ def test_files_are_cut_into_many_ranges(ending: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt" if ending == "txt" else write(tmp_path, ending)
     if ending == "txt":
         path.write_bytes(MESSY)
-    ranges = find_ranges([str(path)], Layout(), 10)
+    ranges = list(find_ranges(find_sources([str(path)]), Layout(), 10))
     assert len(ranges) >= 5
-    assert sum(source.weight for source in ranges) == pytest.approx(path.stat().st_size, rel=0.2)
+    size = path.stat().st_size
+    if ending == "arrow":  # texts and where they start
+        size = sum(len(text.encode()) + 4 for text in TEXTS)
+    if ending == "parquet":
+        footer = pq.read_metadata(path)
+        size = sum(footer.row_group(i).column(1).total_uncompressed_size for i in range(footer.num_row_groups))
+    assert sum(source.weight for source in ranges) == pytest.approx(size, rel=0.2)
 
 
 def test_max_docs_takes_the_first_ones(tmp_path: Path) -> None:
@@ -124,9 +149,47 @@ def test_max_docs_takes_the_first_ones(tmp_path: Path) -> None:
     truth = every(tmp_path)
     assert len(truth) == 5 + 2 * len(TEXTS)
     for target in (1, 7, ALL):
-        ranges = find_ranges([str(tmp_path)], Layout(), target)
+        ranges = list(find_ranges(find_sources([str(tmp_path)]), Layout(), target))
         for n in range(1, len(truth) + 3):
             assert documents(take(ranges, n, Layout()), Layout()) == truth[:n], (target, n)
+
+
+def test_parquet_of_uneven_row_groups(tmp_path: Path) -> None:
+    """Against a plain reading, for every target: lists of ids, beside a column of which nothing is read or weighed."""
+    rng = random.Random(0)
+    path = tmp_path / "a.parquet"
+    rows = [
+        {"ids": [rng.randrange(99) for _ in range(rng.choice([0, 1, 3, 200]))], "ids2": "x" * 500} for _ in range(90)
+    ]
+    table = pa.Table.from_pylist(rows)
+    with pq.ParquetWriter(path, table.schema) as writer:
+        first = 0
+        for length in (1, 40, 2, 0, 30, 1, 1, 15):
+            writer.write_table(table.slice(first, length), row_group_size=max(length, 1))
+            first += length
+    truth = [(f"a.parquet:{i}", row["ids"]) for i, row in enumerate(pq.read_table(path).to_pylist())]
+    assert len(truth) == 90
+    footer = pq.read_metadata(path)
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    size = sum(group.column(0).total_uncompressed_size for group in groups)
+    assert len(groups) >= 7 and groups[0].column(0).path_in_schema.startswith("ids.")
+    counts = set()
+    for target in (1, 2, 30, 50, 100, 333, 1_000, 5_000, ALL):
+        ranges = list(find_ranges(find_sources([str(path)]), Layout("ids"), target))
+        assert [(d.id, d.content) for d in documents(ranges, Layout("ids"))] == truth, target
+        assert [r.start for r in ranges] == [0, *(r.stop for r in ranges[:-1])] and ranges[-1].stop == 90
+        assert sum(r.weight for r in ranges) == pytest.approx(size, abs=len(ranges))
+        counts.add(len(ranges))
+    assert counts >= {1, 90} and len(counts) > 4
+
+
+def test_what_compresses_well_is_no_huge_range(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = pa.table({"text": [f"{i} " + "all work and no play " * 500 for i in range(1_000)]})
+    pq.write_table(texts, path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 100_000
+    ranges = list(find_ranges(find_sources([str(path)]), Layout(), 1 << 16))
+    assert len(ranges) >= 160 and max(r.weight for r in ranges) <= (1 << 16) + 10_600  # one text
 
 
 # ---- formats -----------------------------------------------------------------------------------------------------------
@@ -189,6 +252,12 @@ def test_token_ids(tmp_path: Path) -> None:
             assert [d.content for d in every(tmp_path / name, Layout("ids"), target)] == ids, name
 
 
+def test_token_ids_saved_by_columns_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.asfortranarray(np.arange(6).reshape(3, 2)))
+    with pytest.raises(CorpusError, match="ascontiguousarray"):
+        every(tmp_path)
+
+
 def test_carried_columns_and_encoder_text(tmp_path: Path) -> None:
     rows = [{"n": 7, "who": None, "said": "a", "heard": "b"}, {"n": 8, "who": "é", "said": "c", "heard": "d"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -227,7 +296,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def names(corpus: list[str]) -> list[tuple[str, Any]]:
-    return [(d.id, d.content) for d in documents(find_ranges(corpus, Layout(), ALL), Layout())]
+    return [(d.id, d.content) for d in documents(find_ranges(find_sources(corpus), Layout(), ALL), Layout())]
 
 
 def test_folders_globs_and_lists_of_them(folder: str) -> None:
@@ -249,6 +318,273 @@ def test_an_unknown_ending_says_what_is_known(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(CorpusError, match=r"no known ending.*\.parquet"):
         names([str(tmp_path / "a.pdf")])
+
+
+# ---- storage -----------------------------------------------------------------------------------------------------------
+
+
+class Storage(AbstractFileSystem):
+    """Local files behind storage that misbehaves, and that counts what it is asked."""
+
+    protocol = "odd"
+    root_marker = "/"
+    cachable = False
+    local = LocalFileSystem()
+    asked: ClassVar[list[tuple[str, str]]] = []
+    reads: ClassVar[list[int]] = []
+    most: ClassVar[int] = ALL  # bytes a read gives
+    lost: ClassVar[range] = range(0)  # bytes that do not come
+    error: ClassVar[Exception | None] = None  # what comes in their place, else nothing
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        return self.local.ls(path, detail)
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        self.asked.append(("info", Path(path).name))
+        return self.local.info(path)
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        self.asked.append(("open", Path(path).name))
+        return OddFile(path)
+
+
+class OddFile(io.FileIO):
+    def read(self, size: int | None = -1, /) -> bytes:
+        at = self.tell()
+        Storage.reads.append(ALL if size is None or size < 0 else size)
+        if at in Storage.lost:
+            if Storage.error is not None:
+                raise Storage.error
+            return b""
+        size = min(Storage.reads[-1], Storage.most)
+        return super().read(min(size, Storage.lost.start - at) if at < Storage.lost.start else size) or b""
+
+    def readall(self) -> bytes:
+        return self.read()
+
+
+fsspec.register_implementation("odd", Storage, clobber=True)
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in (("asked", []), ("reads", []), ("most", ALL), ("lost", range(0)), ("error", None)):
+        monkeypatch.setattr(Storage, name, value)
+    return f"odd://{tmp_path}"
+
+
+class ConnectionCutError(Exception):
+    """Libraries of object stores have their own, not all of them OSErrors."""
+
+
+ENDINGS = ["txt", "txt.gz", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "npy"]
+
+
+def some_file(folder: Path, ending: str) -> tuple[Path, Layout]:
+    if ending == "npy":
+        np.save(folder / "corpus.npy", np.arange(900).reshape(30, 30))
+        return folder / "corpus.npy", Layout()
+    if ending.startswith("txt"):
+        raw = "\n\n".join(str(random.Random(i).random()) for i in range(99)).encode()
+        (folder / f"corpus.{ending}").write_bytes(compressed(raw, "gz") if ending.endswith("gz") else raw)
+        return folder / f"corpus.{ending}", Layout()
+    return write(folder, ending), Layout()
+
+
+def plan(place: str | Path, layout: Layout | None = None, target: int = ALL) -> list[SourceRange]:
+    return list(find_ranges(find_sources([str(place)]), layout or Layout(), target))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("error", [None, TimeoutError("too slow"), ConnectionCutError("reset by peer")], ids=repr)
+def test_a_failing_storage_is_not_a_bad_file(
+    ending: str, error: Any, odd: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Anything but a CorpusError, which would end the run; no document is lost in silence."""
+    path, layout = some_file(tmp_path, ending)
+    truth = every(path, layout)
+    ranges = plan(odd, layout)
+    assert documents(ranges, layout) == truth
+    size = path.stat().st_size
+    monkeypatch.setattr(Storage, "error", error)
+    ends_in_marks = ending in ("arrow", "parquet")  # which need not be read when the footer or the rows have been
+    for lost in (range(size), range(20, size - 1), *([] if ends_in_marks else [range(size - 1, size)])):
+        monkeypatch.setattr(Storage, "lost", lost)
+        with pytest.raises(type(error or OSError())) as caught:
+            documents(ranges, layout)
+        assert not isinstance(caught.value, CorpusError) and (error is None or caught.value is error)
+    monkeypatch.setattr(Storage, "lost", range(0))
+    assert documents(ranges, layout) == truth
+
+
+@pytest.mark.parametrize("ending", ["parquet", "npy", "arrow"])
+def test_a_storage_that_fails_when_planning(ending: str, odd: str, tmp_path: Path, monkeypatch: Any) -> None:
+    path, layout = some_file(tmp_path, ending)
+    monkeypatch.setattr(Storage, "lost", range(path.stat().st_size))
+    for error in (None, ConnectionCutError("reset by peer")):
+        monkeypatch.setattr(Storage, "error", error)
+        with pytest.raises(type(error or OSError())) as caught:
+            plan(odd, layout)
+        assert not isinstance(caught.value, CorpusError)
+
+
+def test_a_huge_row_group_is_read_in_parts(odd: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    text = [random.Random(i).randbytes(8_000).hex() for i in range(4_000)]
+    pq.write_table(pa.table({"text": text}), path, compression="none", use_dictionary=False, write_batch_size=16)
+    assert pq.read_metadata(path).num_row_groups == 1 and path.stat().st_size > 60e6
+    (source,) = find_ranges(find_sources([odd]), Layout(), ALL)
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        assert all(d.content == text[i] for i, d in enumerate(read_documents(source, Layout())))
+        assert pool.max_memory() < 10e6 and max(Storage.reads) < 5e6
+    finally:
+        pa.set_memory_pool(usual)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_storage_that_gives_little_at_a_time(ending: str, odd: str, tmp_path: Path, monkeypatch: Any) -> None:
+    path, layout = some_file(tmp_path, ending)
+    ranges = plan(odd, layout, 50)
+    monkeypatch.setattr(Storage, "most", 7)
+    assert documents(ranges, layout) == every(path, layout)
+
+
+@pytest.mark.parametrize("place", ["", "odd://"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_file_that_changed_since_planning(ending: str, place: str, tmp_path: Path) -> None:
+    path, layout = some_file(tmp_path, ending)
+    ranges = plan(f"{place}{path}", layout)
+    raw, then = path.read_bytes(), path.stat()
+    same = (then.st_atime_ns, then.st_mtime_ns)
+    path.write_bytes(raw + raw)
+    os.utime(path, ns=same)
+    with pytest.raises(CorpusError, match=rf"changed since.*expected {len(raw)} .*found {2 * len(raw)} .*new output"):
+        documents(ranges, layout)
+    path.write_bytes(raw)
+    os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns + 1_000))
+    with pytest.raises(CorpusError, match="changed since"):
+        documents(ranges, layout)
+    path.unlink()
+    with pytest.raises(CorpusError, match="gone since"):
+        documents(ranges, layout)
+    path.write_bytes(raw)
+    os.utime(path, ns=same)
+    assert documents(ranges, layout) == every(path, layout)
+
+
+def test_planning_asks_the_storage_little(odd: str, tmp_path: Path) -> None:
+    """Of each Parquet file the footer, of one text and one JSON file the first bytes, and of no file its properties."""
+    for i in range(50):
+        pq.write_table(pa.table({"text": TEXTS}), tmp_path / f"{i:02}.parquet")
+        (tmp_path / f"{i:02}.txt").write_text("a\n\nb")
+        (tmp_path / f"{i:02}.jsonl").write_bytes(json_lines(TEXTS))
+    sources = find_sources([odd, f"{odd}/*.txt"])
+    assert len(sources) == 150 and len(Storage.asked) < 10 and ("open", "00.txt") not in Storage.asked
+    Storage.asked.clear()
+    ranges = list(find_ranges(sources, Layout(), ALL))
+    opened = Counter(name for what, name in Storage.asked if what == "open")
+    files = [f"{i:02}.parquet" for i in range(50)]
+    assert opened == Counter([*files, "00.parquet", "00.txt", "00.jsonl"])
+    assert [name for what, name in Storage.asked if what == "info"] == ["00.jsonl", "00.txt"]
+    assert [r.name for r in ranges] == sorted(path.name for path in tmp_path.iterdir())
+    Storage.asked.clear()
+    assert len(list(read_documents(ranges[0], Layout()))) == len(TEXTS)
+    assert Storage.asked == [("open", "00.jsonl"), ("info", "00.jsonl")]
+
+
+def test_ranges_come_one_at_a_time(odd: str, tmp_path: Path) -> None:
+    for i in range(100):
+        pq.write_table(pa.table({"text": TEXTS}), tmp_path / f"{i:02}.parquet")
+    ranges = find_ranges(find_sources([odd]), Layout(), ALL)
+    Storage.asked.clear()
+    assert next(ranges).name == "00.parquet"
+    assert len(Storage.asked) < 40
+    ranges.close()
+    with (tmp_path / "sparse.txt").open("wb") as file:
+        file.write(b"a\n\n" * 30_000)
+        file.truncate(1 << 40)
+    first = list(take(find_ranges(find_sources([str(tmp_path / "*.txt")]), Layout(), 30), 25, Layout()))
+    assert [r.max_docs for r in first] == [-1, -1, 4] and sum(r.weight for r in first) == 90
+
+
+def test_only_the_first_file_of_a_kind_is_looked_into(tmp_path: Path) -> None:
+    for name, content in (("a.txt", b"good"), ("b.txt", b"caf\xe9"), ("c.jsonl", b'{"text": ""}'), ("d.jsonl", b"[]")):
+        (tmp_path / name).write_bytes(content)
+    ranges = plan(tmp_path)
+    assert len(ranges) == 4
+    for source, message in ((ranges[1], "not UTF-8"), (ranges[3], "expected a JSON object")):
+        with pytest.raises(CorpusError, match=message):
+            list(read_documents(source, Layout()))
+    (tmp_path / "a.txt.gz").write_bytes(b"not compressed")  # another kind
+    with pytest.raises(CorpusError, match=r"a\.txt\.gz"):
+        plan(tmp_path)
+
+
+def test_links_are_files(tmp_path: Path) -> None:
+    """As the hub's cache holds them: what counts is the file, whose date is not the link's."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blobs/0").write_text("one\n\ntwo")
+    os.utime(tmp_path / "blobs/0", (1, 1))
+    (tmp_path / "snapshot/a.txt").symlink_to(tmp_path / "blobs/0")
+    for place in ("snapshot", "snapshot/a.txt", "snapshot/*"):
+        assert [d.content for d in every(tmp_path / place)] == ["one", "two"]
+    (tmp_path / "blobs/0").unlink()
+    with pytest.raises(CorpusError, match="cannot open the corpus"):
+        every(tmp_path / "snapshot")
+
+
+def test_listings_and_files_may_spell_versions_differently() -> None:
+    """Azure quotes the tag of a file and not of a listing; memory gives a number in one and a date in the other."""
+    assert _version({"etag": "0x8D"}) == _version({"etag": '"0x8D"'}) == "0x8D"
+    date = datetime(2030, 1, 2, tzinfo=UTC)
+    assert _version({"created": date}) == _version({"created": date.timestamp()})
+    assert _version({"ETag": "", "size": 3}) == ""
+
+
+# ---- samples -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "parquet", "arrow"])
+def test_samples_are_spread_over_the_corpus(ending: str, tmp_path: Path) -> None:
+    texts = [f"document {i} " + "x" * random.Random(i).randrange(200) for i in range(2_000)]
+    for name, part in (("a", texts[:500]), ("b", texts[500:])):
+        path = tmp_path / f"{name}.{ending}"
+        table = pa.table({"text": part})
+        if ending == "parquet":
+            pq.write_table(table, path, row_group_size=10)
+        elif ending == "arrow":
+            write_arrow(path, table, 10)
+        elif ending == "txt":
+            path.write_text("\n\n".join(part))
+        else:
+            path.write_bytes(compressed(json_lines(part), "gz") if ending.endswith("gz") else json_lines(part))
+    sources, truth = find_sources([str(tmp_path)]), {d.id: d for d in every(tmp_path)}
+    sample = list(sample_documents(sources, Layout(), 40))
+    assert sample == list(sample_documents(sources, Layout(), 40))
+    assert len({d.id for d in sample}) == len(sample) == 40 and all(truth[d.id] == d for d in sample)
+    places = [list(truth).index(d.id) for d in sample]
+    assert places == sorted(places) and sum(place < 500 for place in places) == pytest.approx(10, abs=1)
+    if not ending.endswith("gz"):
+        assert max(b - a for a, b in pairwise([0, *places, 2_000])) < 90
+
+
+def test_samples_of_a_small_corpus(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(MESSY)
+    (tmp_path / "b.txt").write_text("alone")
+    np.save(tmp_path / "c.npy", np.arange(6).reshape(3, 2))
+    truth = every(tmp_path)
+    sample = list(sample_documents(find_sources([str(tmp_path)]), Layout(), 500))
+    assert sample == truth
+    assert {d.id for d in sample_documents(find_sources([str(tmp_path)]), Layout(unit="file"), 500)} >= {"b.txt:0"}
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(10):
+        (many / f"{i}.txt").write_text("one document each, in whose middle none begins")
+    assert len(list(sample_documents(find_sources([str(many)]), Layout(), 10))) == 10
 
 
 # ---- windows and positions ---------------------------------------------------------------------------------------------
