@@ -107,6 +107,21 @@ def load_pretrained(
     return model, tokenizer
 
 
+def meta_model(name: str, dtype: str = "float32", revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model on torch's meta device, from its configuration alone: shapes, and no weights.
+
+    Experts run as batched products, the one way of theirs that asks for no values.
+
+    Raises:
+        ModelError: not found, or no language model.
+    """
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _load_errors(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, revision=revision, experts_implementation="batched_mm", **common)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_config(config, dtype=DTYPES[dtype], **common)
+
+
 def fuse_activations(model: nn.Module) -> None:
     """Exchange transformers' tanh GELU, eight tensors in the graph, for PyTorch's, one; the same function."""
     for module in list(model.modules()):

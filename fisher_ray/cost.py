@@ -1,0 +1,427 @@
+"""What a run costs, known from a model's configuration: no weights are read and nothing is computed.
+
+A model on torch's meta device runs the engine's own passes over shapes alone. The flop of their matrix products and the
+bytes that their graphs keep are counted there, not modelled, so they hold for every architecture the engine runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fisher_ray.architecture import ModelError, meta_model
+from fisher_ray.draws import Draws
+from fisher_ray.estimators import Estimator
+from fisher_ray.scores import TokenSource, _Pass
+from fisher_ray.spectrum import factor_eigenvalues
+from fisher_ray.split import Gradients, SplitModel
+
+Save = Literal["summary", "factors", "matrices"]
+
+# The least text of a task: smaller ones cost more in files and reading than they save in lost work.
+MIN_TASK_BYTES = 1 << 15
+# Factors and matrices of one task are held in memory until it is written.
+TASK_ARRAY_BYTES = 1 << 28
+# Most of a task's time that writing its sums may take, the longest task in seconds (it is what a killed worker loses),
+# and the blocks that a corpus should give for standard errors of the reduced figures.
+_WRITING, _LONGEST, _BLOCKS = 0.05, 600.0, 32
+_TEXT_BYTES_PER_TOKEN = 4.0
+# Tasks are part of what a run is, so their size must not depend on the very machine: nominal flop/s and bytes/s to storage.
+# A CPU core with a local disk, or a GPU with an object store.
+_NOMINAL = {"cpu": (60e9, 100e6), "cuda": (100e12, 200e6)}
+
+# Measured: a row of the demo's table of positions, compressed; text, document and carried columns repeat from layer to
+# layer and compress away.
+_ROW_BYTES = 40.0
+# Measured: the eigenvalues of a position's matrix take the time of 5 n^3 flop of matrix products (n = 768, one core).
+_EIGENVALUE_FLOP = 5.0
+# Measured: the interpreter with torch and transformers; a GPU's context takes about as much there.
+_PROCESS_BYTES = 450 << 20
+# Inputs of a node of the reduction tree.
+_FAN_IN = 32
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device: what it holds and how fast the engine's matrix products run on it.
+
+    Attributes:
+        memory: bytes that a process can have.
+        peak: flop/s of dense products by dtype; float32 without TF32, which the engine turns off.
+        share: of the peak that is reached.
+    """
+
+    name: str
+    memory: int
+    peak: Mapping[str, float] = field(hash=False)
+    share: float
+
+    def rate(self, dtype: str) -> float:
+        """flop/s that products in ``dtype`` reach."""
+        return self.share * self.peak["float32" if dtype in ("float32", "float64") else "bfloat16"]
+
+
+def _gpu(name: str, gib: int, float32: float, bfloat16: float) -> Hardware:
+    return Hardware(name, gib << 30, {"float32": float32 * 1e12, "bfloat16": bfloat16 * 1e12}, share=0.5)
+
+
+# Dense peaks and memory from NVIDIA's data sheets (L4; A10G as in AWS's G5; A100 80 GB SXM; H100 SXM; H200 SXM), memory less
+# what the driver keeps. That half of a peak is reached is an ASSUMPTION: no GPU has been measured. The CPU is one core of
+# a Zen 4 server, its peak and share measured by benchmarks/engine.py, with half precision taken to be no faster.
+HARDWARE: dict[str, Hardware] = {
+    "cpu": Hardware("cpu", 4 << 30, {"float32": 82e9, "bfloat16": 82e9}, share=0.83),
+    "l4": _gpu("l4", 22, 30.3, 121),
+    "a10g": _gpu("a10g", 22, 35, 70),
+    "a100": _gpu("a100", 79, 19.5, 312),
+    "h100": _gpu("h100", 79, 67, 989),
+    "h200": _gpu("h200", 139, 67, 989),
+}
+
+
+class _NoValues(TorchDispatchMode):
+    """On the meta device whatever asks for a value is told 1: keys and values count as finite, matrices as definite."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0
+        return func(*args, **(kwargs or {}))
+
+
+class _Outline(SplitModel):
+    """A split model on the meta device: its passes have shapes, graphs and flop, but no values."""
+
+    def _count_saved(self, seq_len: int) -> int:
+        # As for a loaded model, but for two things: storages have no addresses here, and batched products gather the
+        # weights of each token's experts, which the grouped products of a real run do not keep.
+        own = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
+        experts = {frozenset(p.shape[1:]) for p in self.blocks.parameters() if p.ndim == 3}
+        seen: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own and not (tensor.ndim == 3 and frozenset(tensor.shape[1:]) in experts):
+                seen[storage._cdata] = storage
+            return tensor
+
+        ids = torch.zeros(1, seq_len, dtype=torch.long, device=self.device)
+        with _NoValues(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            tape = self._whole_tape(ids)
+        del tape
+        return sum(storage.nbytes() for storage in seen.values())
+
+
+def outline(
+    name: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    gradients: Gradients = "own_position",
+) -> SplitModel:
+    """A model's shapes, read from its configuration: what :class:`Cost` counts on. It cannot compute."""
+    return _Outline(meta_model(name, dtype, revision, trust_remote_code), gradients=gradients, check=False)
+
+
+class _Work(NamedTuple):
+    """Matrix-product flop: in the model, at its dtype's speed, and in float32 whatever the weights are."""
+
+    model: float
+    float32: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs: flop, memory and storage.
+
+    Tokens are those that go through the model: windows repeat some of a document's. Full windows are assumed, and for an
+    encoder-decoder texts of its encoder that are as long.
+
+    Args:
+        model: from :func:`outline`.
+        layers: streams, ascending.
+        estimator: its R cotangents a position.
+        max_seq_len: tokens a window.
+        batch_tokens: tokens that go through the model together.
+        token_source, token_draws: see :func:`fisher_ray.score_factors`.
+        save: arrays of every position that are kept.
+        num_groups: groups of positions with sums of their own.
+        share: of the tokens, how many are scored.
+    """
+
+    model: SplitModel
+    layers: tuple[int, ...]
+    estimator: Estimator
+    max_seq_len: int = 512
+    batch_tokens: int = 4096
+    token_source: TokenSource = "observed"
+    token_draws: int = 1
+    save: Save = "summary"
+    num_groups: int = 1
+    share: float = 1.0
+
+    # ---- computing ---------------------------------------------------------------------------------------------------
+
+    @property
+    def flop_per_token(self) -> float:
+        """flop of the matrix products: passes, logits and cotangents, the sums of F, F / tr F and h h^T.
+
+        With P flop a token and forward pass, B a token and backward pass from the lowest layer, all positions scored and
+        sampled: ``P + R B + 4 V d + L d^2 (4 R + 2)``.
+        """
+        return sum(self._work)
+
+    def seconds(self, tokens: float, hardware: Hardware) -> float:
+        """Time to compute ``tokens`` on one device: the products at its speed, and the eigenvalues of each position."""
+        return tokens * self._seconds_per_token(hardware.rate(self._dtype), hardware.rate("float32"))
+
+    def gpu_hours(self, tokens: float, hardware: Hardware) -> float:
+        """The same in hours."""
+        return self.seconds(tokens, hardware) / 3600
+
+    # ---- storage -----------------------------------------------------------------------------------------------------
+
+    @property
+    def sums_bytes(self) -> int:
+        """Written once a task: packed float32 triangles of three matrices, and the sum of h in float64."""
+        d = self.model.d_model
+        return self._streams * (3 * d * (d + 1) // 2 * 4 + 8 * d + 3 * 8) + 2048  # headers of the .npz
+
+    @property
+    def position_bytes(self) -> float:
+        """Written a scored position: a row of the table for each layer, and the factors or matrices asked for."""
+        return len(self.layers) * (_ROW_BYTES + 4 * self._saved_rows * self.model.d_model)
+
+    def reduced_bytes(self, num_tasks: int = 1) -> int:
+        """Written by the reduction: four float64 matrices and three vectors a layer and group, and the nodes of the tree.
+
+        A node holds the packed float64 sums of up to 32 tasks or nodes.
+        """
+        d = self.model.d_model
+        nodes = -(-(num_tasks - 1) // (_FAN_IN - 1))
+        arrays = 8 * (4 * d * d + 3 * d) + 7 * 128  # an .npy's header
+        return self._streams * (arrays + nodes * 8 * (3 * d * (d + 1) // 2 + d))
+
+    @property
+    def requests(self) -> int:
+        """Files written a task: table, sums and receipt, and the arrays of each layer."""
+        return 3 + (len(self.layers) if self.save != "summary" else 0)
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    @property
+    def weight_bytes(self) -> int:
+        """The model's parameters and buffers, tied ones once."""
+        tensors = [*self.model.model.parameters(), *self.model.model.buffers()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def sums_memory(self) -> int:
+        """The sums that a worker holds: float64 squares."""
+        d = self.model.d_model
+        return self._streams * 8 * (3 * d * d + d)
+
+    @property
+    def graph_bytes_per_token(self) -> float:
+        """What the graph of one token keeps, as the engine reckons it when it cuts micro-batches."""
+        return self.model.graph_bytes(self.max_seq_len, self.layers[0])
+
+    @property
+    def resident_bytes(self) -> int:
+        """What a worker holds beside a micro-batch: libraries, weights, sums, and the predictions of one chunk."""
+        return self._resident(self.model.head.rows())
+
+    def memory(self, positions: int) -> int:
+        """Bytes that a worker takes with micro-batches of so many scored positions.
+
+        Fewer than a window has are a block of one window's; more are whole windows.
+        """
+        wanted = self._scored[:positions]
+        windows = max(1, -(-positions // len(self._scored)))
+        graph = int(self._pass(1)._bytes([0] * windows, [wanted] * windows))
+        return self._resident(min(windows * len(wanted) * self.token_draws, self.model.head.rows())) + graph
+
+    def micro_batch(self, memory_bytes: int) -> int:
+        """Scored positions in one micro-batch of a worker with so much memory; 0 where not even one fits."""
+        if self.memory(1) > memory_bytes:
+            return 0
+        windows = self._windows
+        cut = self._pass(windows, memory_bytes - self.resident_bytes)._batches([self._scored] * windows)
+        return sum(map(len, next(cut).positions))
+
+    def fits(self, hardware: Hardware, gpus: int = 1) -> str | None:
+        """None where ``gpus`` devices an actor can score a position, else one line: what is too large and what would do.
+
+        The CPU is one core with 4 GiB; where more is known, pass ``replace(HARDWARE["cpu"], memory=...)``.
+        """
+        room = gpus * hardware.memory
+        if self.memory(1) <= room:
+            return None
+        graph = self.memory(1) - self._resident(1)
+        parts = {"weights": self.weight_bytes, "sums": self.sums_memory, "the graph of one position": graph}
+        named = ", ".join(f"{_gib(size)} for {part}" for part, size in parts.items())
+        device = hardware.name if gpus == 1 else f"{gpus} x {hardware.name}"
+        return (
+            f"{self.model.name} needs {_gib(self.memory(1))} of memory ({named}); {device} has {_gib(room)}. "
+            f"What would fit: {'; '.join(self._remedies(hardware, gpus)) or 'none of fewer layers, more or larger GPUs'}."
+        )
+
+    # ---- tasks -------------------------------------------------------------------------------------------------------
+
+    def task_bytes(self, device: Literal["cpu", "cuda"], total_bytes: int) -> int:
+        """Bytes of text a task, from nominal speeds.
+
+        Enough that writing the sums takes at most 5 % of computing them, unless that would take more than 10 minutes; at
+        most a 32nd of the corpus; at least ``MIN_TASK_BYTES``; and never more than the memory for a task's arrays holds.
+        """
+        rate, storage = _NOMINAL[device]
+        seconds_per_byte = self._seconds_per_token(rate, rate) / _TEXT_BYTES_PER_TOKEN
+        wanted = self.sums_bytes / storage / _WRITING / seconds_per_byte
+        bounded = max(MIN_TASK_BYTES, min(wanted, _LONGEST / seconds_per_byte, total_bytes / _BLOCKS))
+        if self._saved_rows:
+            token = 4 * self._saved_rows * self.model.d_model * len(self.layers) * self.share
+            bounded = min(bounded, TASK_ARRAY_BYTES / token * _TEXT_BYTES_PER_TOKEN)
+        return max(1, int(bounded))
+
+    # ---- the engine's own way, over shapes ---------------------------------------------------------------------------
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def _streams(self) -> int:
+        return self.num_groups * len(self.layers)
+
+    @property
+    def _windows(self) -> int:
+        return max(1, self.batch_tokens // self.max_seq_len)
+
+    @property
+    def _scored(self) -> list[int]:
+        """Positions of a window: only their number counts."""
+        return list(range(min(self.max_seq_len, max(1, round(self.share * self.max_seq_len)))))
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a position's factors; the mean over several tokens has at most d_model."""
+        stacked = self.token_draws * self.estimator.num_factors(self.model.head.vocab_size, self.model.head.d_z)
+        return stacked if self.token_draws == 1 else min(stacked, self.model.d_model)
+
+    @property
+    def _saved_rows(self) -> int:
+        return {"summary": 0, "factors": self._rows, "matrices": self.model.d_model}[self.save]
+
+    def _resident(self, predicted: int) -> int:
+        """Measured: a prediction and the draw from it hold six [positions, vocab_size] tensors at their peak."""
+        return _PROCESS_BYTES + self.weight_bytes + self.sums_memory + 6 * 4 * predicted * self.model.head.vocab_size
+
+    def _pass(self, windows: int, budget: int = 0) -> _Pass:
+        """The engine's own reckoning for so many full windows."""
+        return _Pass(
+            model=self.model,
+            rows=[torch.empty(self.max_seq_len, dtype=torch.int64, device="meta")] * windows,
+            following=[-1] * windows,
+            layers=list(self.layers),
+            estimator=self.estimator,
+            draws_tokens=self.token_source == "sampled",
+            num_token_draws=self.token_draws,
+            token_top_p=1.0,
+            token_temperature=1.0,
+            keys=torch.empty(windows, 2, dtype=torch.int64, device="meta"),
+            encoder=None,
+            encoder_mask=None,
+            budget=budget,
+        )
+
+    @cached_property
+    def _work(self) -> _Work:
+        """flop a token, in a batch of full windows that memory does not cut."""
+        model, seq_len, scored = self.model, self.max_seq_len, self._scored
+        pass_ = self._pass(self._windows)
+        queries = len(scored) * self.token_draws
+        copies = 1
+        ids = torch.zeros(1, seq_len, dtype=torch.long, device="meta")
+        with _counted(model.name) as forward:
+            encoded = model.encode(ids) if model.is_encoder_decoder else {}
+            if model.gradients == "own_position" and pass_._whole([*range(self._windows)], [scored] * self._windows):
+                tape = model.own_tape(ids, encoded, self.layers, (ids[0], ids[0]))
+            else:
+                copies = pass_._copies(queries * self._windows)
+                queries *= copies
+                zeros = torch.zeros(queries, dtype=torch.long, device="meta")
+                if model.gradients == "per_position":
+                    model.states(ids, encoded)
+                    each = {name: value.expand(queries, *value.shape[1:]) for name, value in encoded.items()}
+                    tape = model.alone_tape(ids.expand(queries, -1), each, self.layers, zeros)
+                else:
+                    context, _ = model.record(ids, encoded)
+                    tape = model.replay_tape(zeros[None], zeros[None], context, encoded, self.layers, (zeros, zeros))
+        with _counted(model.name) as backward:
+            tape.pull(tape.z)
+        pulls = -(-pass_.num_factors // copies)
+        window = forward.get_total_flops() + pulls * backward.get_total_flops()
+        return _Work(window / seq_len, len(scored) / seq_len * self._float32_flop)
+
+    @cached_property
+    def _float32_flop(self) -> float:
+        """flop of one scored position outside the model: head, cotangents, factors' mean, Gram matrix, sums."""
+        head, d, draws, layers = self.model.head, self.model.d_model, self.token_draws, len(self.layers)
+        at = torch.zeros(draws, dtype=torch.int64, device="meta")
+        keys = torch.zeros(draws, 2, dtype=torch.int64, device="meta")
+        z = torch.empty(draws, head.d_z, device="meta")
+        factors = torch.empty(draws, self._pass(1).num_factors, d, device="meta")
+        with _counted(self.model.name) as once, torch.no_grad():
+            self.estimator.cotangents(head.predict(z), Draws(keys, at, at, "score"))
+            if self.token_source == "sampled":
+                head.predict(z[:1])
+        with _counted(self.model.name) as each_layer, torch.no_grad():
+            factor_eigenvalues(self._pass(1)._averaged(factors, draws))
+        products = 2 * self._rows + draws + (self._rows if self.save == "matrices" else 0)
+        return once.get_total_flops() + layers * (each_layer.get_total_flops() + 2 * products * d * d)
+
+    def _seconds_per_token(self, model_rate: float, float32_rate: float) -> float:
+        eigenvalues = _EIGENVALUE_FLOP * len(self.layers) * self.share * min(self._rows, self.model.d_model) ** 3
+        return self._work.model / model_rate + (self._work.float32 + eigenvalues) / float32_rate
+
+    def _remedies(self, hardware: Hardware, gpus: int) -> Iterator[str]:
+        """What would fit, from what changes least."""
+        room = gpus * hardware.memory
+        for count in range(len(self.layers) - 1, 0, -1):
+            if replace(self, layers=self.layers[:count]).memory(1) <= room:
+                yield f"at most {count} layers (--layers)"
+                break
+        for count in range(self.num_groups - 1, 0, -1):
+            if replace(self, num_groups=count).memory(1) <= room:
+                yield f"at most {count} groups"
+                break
+        if self.model.dtype == torch.float32 and self.memory(1) - self.weight_bytes // 2 <= room:
+            yield "half-precision weights (--dtype bfloat16)"
+        if hardware.name != "cpu":
+            enough = -(-self.memory(1) // hardware.memory)
+            yield f"{enough} GPUs an actor (--gpus-per-actor {enough})"
+        larger = [name for name, other in HARDWARE.items() if name != "cpu" and gpus * other.memory >= self.memory(1)]
+        if larger:
+            yield f"the GPU {larger[0]}" if gpus == 1 else f"{gpus} x {larger[0]}"
+
+
+@contextmanager
+def _counted(name: str) -> Iterator[FlopCounterMode]:
+    """Count the flop of matrix products on the meta device."""
+    try:
+        with _NoValues(), FlopCounterMode(display=False) as counter:
+            yield counter
+    except (RuntimeError, NotImplementedError) as error:
+        first = " ".join(str(error).split())
+        raise ModelError(f"what {name} costs cannot be counted without its weights: {first}") from error
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
