@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test test-faults check benchmark clean
 
 demo: .venv/ready
 	rm -rf $(DEMO)
@@ -14,6 +14,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-faults: .venv/ready
+	$(BIN)/python -m pytest -m faults
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

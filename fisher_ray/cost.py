@@ -68,6 +68,10 @@ class Hardware:
         """flop/s that products in ``dtype`` reach."""
         return self.share * self.peak["float32" if dtype in ("float32", "float64") else "bfloat16"]
 
+    def measured(self, tflops: float) -> Hardware:
+        """The same device at a rate that was measured, in 1e12 flop/s."""
+        return replace(self, peak=dict.fromkeys(self.peak, tflops * 1e12), share=1.0)
+
 
 def _gpu(name: str, gib: int, float32: float, bfloat16: float) -> Hardware:
     return Hardware(name, gib << 30, {"float32": float32 * 1e12, "bfloat16": bfloat16 * 1e12}, share=0.5)
@@ -211,8 +215,8 @@ class Cost:
 
     @property
     def requests(self) -> int:
-        """Files written a task: table, sums and receipt, and the arrays of each layer."""
-        return 3 + (len(self.layers) if self.save != "summary" else 0)
+        """Files written a task: table and receipt, and for each layer the sums and the arrays asked for."""
+        return 2 + len(self.layers) * (1 if self.save == "summary" else 2)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
