@@ -28,11 +28,14 @@ from fisher_ray.driver import LocalPool, Outcome, Progress, RunError, StoppedErr
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
 from fisher_ray.report import layer_table
 from fisher_ray.shards import Lease, RefusedError, RunStore
-from fisher_ray.storage import DamagedError, StorageError
+from fisher_ray.storage import DamagedError, StorageError, is_transient
 from fisher_ray.sweep import read_sweep, run_sweep
 
 # Exit codes. DAMAGED is that of verify.
 COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3, 4, 5, 130
+
+# Settings of the pool that the published script's flags are joined by.
+_POOL = ("executor", "min_actors", "max_actors", "gpus_per_actor", "cpus_per_actor", "device", "retry_quarantined")
 
 _LOG_EVERY = 15.0
 _NAMED = 20  # tasks, files or problems that are listed one by one
@@ -134,6 +137,13 @@ def reference_main(argv: Sequence[str] | None = None) -> int:
     add("--random_seed", type=int, default=0, help="of all draws (0)")
     add("--estimator", choices=("exact", "sampled"), help="sampled, or exact with --token_source sampled")
     add("--token_source", choices=("observed", "sampled"), default="observed", help="token at each position (observed)")
+    add("--executor", choices=("ray", "local"), default="ray", help="local: in this process, without Ray (ray)")
+    add("--min_actors", type=int, default=1, help="workers to ask for at least (1)")
+    add("--max_actors", type=int, help="workers to ask for at most, also of nodes to come (what has room now)")
+    add("--gpus_per_actor", type=float, help="a fraction, one, or several for a large model (1 if there are any)")
+    add("--cpus_per_actor", type=int, default=1, help="cores and threads of a worker (1)")
+    add("--device", choices=("cpu", "cuda"), help="(cuda where a worker has a GPU)")
+    add("--retry_quarantined", action="store_true", help="try again the tasks that were given up before")
     given = parser.parse_args(argv)
     return _guarded(lambda: _run(_reference_config(given)))
 
@@ -163,6 +173,7 @@ def _reference_config(given: argparse.Namespace) -> RunConfig:
         "positions": f"0:{stop}:{given.position_skip}",
         "max_docs": given.num_sequences,
         "seed": given.random_seed,
+        **{name: getattr(given, name) for name in _POOL},
     }
     return RunConfig(**values)
 
@@ -279,6 +290,12 @@ def _guarded(act: Callable[[], int]) -> int:
         if isinstance(error, RefusedError):
             return REFUSED
         return FAILED if isinstance(error, RunError | MemoryError) else BAD_INPUT
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        errors.print(f"error: the storage did not answer: {said} The same command goes on.", style="red", markup=False)
+        return FAILED
 
 
 def _console() -> Console:

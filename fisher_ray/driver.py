@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
@@ -370,7 +370,9 @@ class Dispatch:
 
     def _ended(self, key: Any, outcome: Any) -> Iterator[tuple[Call, Any]]:
         """Take note of an attempt's end; yield the call if it is that of the call too."""
-        running = self._running.pop(key)
+        running = self._running.pop(key, None)
+        if running is None:  # of an earlier round that was broken off
+            return
         call = running.call
         tries = self._tries.get(call.name)
         if tries is None or key not in tries.running:
@@ -667,7 +669,7 @@ class _Run:
         for name in self.store.names("done"):
             if name.isdigit() and int(name) < len(self.done):
                 self.done[int(name)] = 1
-        resumed = sum(self.done)
+        resumed = self.done.count(1)
         for path in self.store.list("quarantine"):
             task = int(Path(path).stem)
             if self.plan.config.retry_quarantined or self.done[task]:
@@ -681,15 +683,17 @@ class _Run:
 
     def _map(self, check: bool) -> None:
         """Compute what is not done; read back what is, and compute again what turns out damaged."""
-        checks = list(self._checks()) if check else []
         failed_first = 0
         while True:
-            open_tasks = len(self.done) - sum(self.done) - len(self.quarantined)
-            if not open_tasks and not checks:
+            closed = bytearray(self.done)  # as it is now: flags change while calls are handed out
+            for task in self.quarantined:
+                closed[task] = 1
+            todo = (_computing(task) for task in self.tasks if not closed[task.id])
+            checks, number = self._checks() if check else (iter(()), 0)
+            if not closed.count(0) and not number:
                 break
-            todo = (task for task in self.tasks if not self.done[task.id] and task.id not in self.quarantined)
-            calls = chain((_computing(task) for task in todo), checks)
-            for call, outcome in self.dispatch.run(calls, open_tasks + len(checks)):
+            check = False
+            for call, outcome in self.dispatch.run(chain(todo, checks), closed.count(0) + number):
                 if call.method == "check":
                     self._checked(call, outcome)
                 elif isinstance(outcome, Failure):
@@ -697,17 +701,22 @@ class _Run:
                     self._give_up(call.args[0], outcome, hopeless=failed_first >= _HOPELESS and not any(self.done))
                 else:
                     self._computed(call.args[0], outcome)
-            checks = []
         if not any(self.done):
             # Nothing could be computed: the first reason is as good as an answer to the command.
             raise self._first_failure.to_exception() if self._first_failure else RunError(self._given_up())
 
-    def _checks(self) -> Iterator[Call]:
-        for folder, names in (("done", self.store.names("done")), ("tree", self.store.names("tree"))):
-            ordered = sorted(names)
-            for i in range(0, len(ordered), _CHECKED):
-                some = ordered[i : i + _CHECKED]
-                yield Call(f"check of {folder}/{some[0]}", "check", (folder, some), 0)
+    def _checks(self) -> tuple[Iterator[Call], int]:
+        """Calls that read back everything done, and how many they are."""
+        done = bytes(self.done)
+        tasks = (task_name(i) for i, flag in enumerate(done) if flag)
+        nodes = sorted(self.store.names("tree"))
+
+        def calls() -> Iterator[Call]:
+            for folder, names in (("done", tasks), ("tree", iter(nodes))):
+                while some := list(islice(names, _CHECKED)):
+                    yield Call(f"check of {folder}/{some[0]}", "check", (folder, some), 0)
+
+        return calls(), -(-done.count(1) // _CHECKED) - (-len(nodes) // _CHECKED)
 
     def _checked(self, call: Call, outcome: Any) -> None:
         folder = call.args[0]
@@ -815,7 +824,7 @@ class _Run:
         files |= write_summary(self.store, rows, covering, missing)
         picture = spectra_png(self.plan, self.store, [row for row in rows if row["group"] is None])
         files["reduced/spectra.png"] = self.store.store("reduced/spectra.png", picture)
-        made = manifest(self.plan, trees, sum(self.done), files) | {"counts": asdict(counts)}
+        made = manifest(self.plan, trees, self.done.count(1), files) | {"counts": asdict(counts)}
         self.store.write_sealed("reduced/manifest.json", made)
         return rows, covering
 
@@ -869,7 +878,7 @@ class _Run:
         left = (now - self._began) * (self.tasks.weight - self.weight) / new if new > 0 else None
         return Progress(
             self.state,
-            sum(self.done),
+            self.done.count(1),
             len(self.tasks),
             self.weight,
             self.tasks.weight,

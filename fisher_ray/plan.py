@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisher_ray.architecture import DTYPES, ModelFacts, load_tokenizer, tokenizer_digest, weights_digest
+from fisher_ray.architecture import DTYPES, ModelError, ModelFacts, load_tokenizer, tokenizer_digest, weights_digest
 from fisher_ray.corpus import (
     Document,
     Layout,
@@ -34,7 +34,7 @@ from fisher_ray.corpus import (
     take,
     windows,
 )
-from fisher_ray.cost import Cost, Save, outline
+from fisher_ray.cost import MIN_TASK_BYTES, Cost, Save, outline
 from fisher_ray.estimators import Estimator, Exact, Sampled, check_tempering
 from fisher_ray.scores import TokenSource
 from fisher_ray.shards import POSITION_FIELDS
@@ -486,7 +486,10 @@ class Plan:
         Raises:
             CorpusError: a file that cannot be what its ending says, or nothing in any of them.
         """
-        target = self.cost.task_bytes(self.config.device or "cpu", self.total_bytes)
+        try:
+            target = self.cost.task_bytes(self.config.device or "cpu", self.total_bytes)
+        except ModelError:  # some architectures cannot run without values; the run can, with small tasks
+            target = MIN_TASK_BYTES
         ranges = find_ranges(self.sources, self.config.layout, target)
         if self.config.max_docs is not None:
             ranges = take(ranges, self.config.max_docs, self.config.layout)

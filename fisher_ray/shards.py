@@ -254,7 +254,11 @@ class RunStore(Storage):
         done, nodes, quarantined = self.names("done"), self.names("tree"), self.names("quarantine")
         for name in sorted(done - set(expected)):
             yield Problem(f"done/{name}.json", "is of no task of the plan")
-        tasks = (("done", name) for name in expected if name in done or name not in quarantined)
+        unfinished = [name for name in expected if name not in done and name not in quarantined]
+        if len(unfinished) > len(done):
+            yield Problem("done", f"holds {len(done)} receipts of {len(expected)} tasks: the run is not complete")
+            unfinished = []
+        tasks = (("done", name) for name in sorted([*(done & set(expected)), *unfinished]))
         checks = chain(tasks, (("tree", name) for name in sorted(nodes)))
         for _, problems in self._several(lambda item: self.check(item[0], item[1], fingerprint), checks):
             yield from problems

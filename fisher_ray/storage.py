@@ -185,12 +185,6 @@ class Storage:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(top or self._root, recursive=True)
 
-    def modified(self, path: str) -> float:
-        """When a file was last written, in seconds since the epoch by the storage's own clock."""
-        info = self._fs.info(self._at(path))
-        when = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("created") or 0.0
-        return float(when.timestamp() if hasattr(when, "timestamp") else when)
-
     def is_file(self) -> bool:
         return self._patiently(f"opening {self.uri}", lambda: bool(self._fs.isfile(self._root)))
 
