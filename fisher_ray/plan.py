@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
-from fisher_ray.architecture import DTYPES, ModelFacts, weights_digest
+from fisher_ray.architecture import DTYPES, ModelFacts, tokenizer_digest, weights_digest
 from fisher_ray.corpus import Layout, SourceRange, Unit, find_ranges, take
 from fisher_ray.estimators import Estimator, Exact, Sampled, check_tempering
 from fisher_ray.scores import TokenSource
@@ -318,6 +318,7 @@ def make_plan(config: RunConfig) -> Plan:
         "layers": layers,
         "corpus": sources,
         "weights": weights_digest(config.model, config.revision),
+        "tokenizer": tokenizer_digest(config.model, config.revision),
         "result_version": RESULT_VERSION,
     }
     return Plan(config, facts, tasks, fixed)

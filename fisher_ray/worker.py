@@ -29,7 +29,7 @@ from fisher_ray.shards import (
     positions_schema,
 )
 from fisher_ray.spectrum import entropy_rank, factor_eigenvalues, participation_ratio, trace_rank
-from fisher_ray.split import SplitModel
+from fisher_ray.split import SplitModel, deterministic_kernels
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Worker:
     def __init__(self, plan: Plan, store: RunStore):
         self.plan, self.config, self.store = plan, plan.config, store
         torch.set_num_threads(self.config.cpus_per_actor)
+        deterministic_kernels()
         config = self.config
         self.model = SplitModel.from_pretrained(
             config.model,
