@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,32 +57,58 @@ class ModelFacts:
 
 
 def weights_digest(name: str, revision: str | None = None) -> str:
-    """What identifies a model's weights and tokenizer: a hub model's commit, else a sha256 over a local one's files.
+    """What identifies a model's function: a hub model's commit, else a sha256 over a local one's configuration,
+    code and weights.
 
-    Of weight files the digest takes names, sizes and 64 KiB at 64 places, so that a large model costs no full read.
+    Of each file it takes the name, the size and 64 KiB at 64 places, so that a large model costs no full read.
     """
+    return _digest(name, revision, _is_of_model, 64)
+
+
+def tokenizer_digest(name: str, revision: str | None = None) -> str:
+    """What identifies a model's tokenizer: a hub model's commit, else a sha256 over all files a tokenizer may read.
+
+    Which names those are is each tokenizer's own affair. Chat templates in files of their own are none of them.
+    """
+    return _digest(name, revision, lambda file: not _is_of_model(file) and file.suffix in _TOKENIZER_SUFFIXES, None)
+
+
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab")
+
+
+def _is_of_model(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".py") or file.name in ("config.json", "model.safetensors.index.json")
+
+
+def _digest(name: str, revision: str | None, wanted: Callable[[Path], bool], places: int | None) -> str:
+    """A hub model's commit, or the sha256 of a local one's wanted files: whole, or 64 KiB at so many places of each."""
     path = Path(name)
     if not path.is_dir():
         with _load_errors(name):
             return str(AutoConfig.from_pretrained(name, revision=revision)._commit_hash)
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".txt")):
+    for file in sorted(file for file in path.iterdir() if wanted(file) and file.name != "generation_config.json"):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
+        step = 1 << 16 if places is None else max(1 << 16, size // places)
         with file.open("rb") as raw:
-            for start in range(0, max(size, 1), max(1 << 16, size // 64)):
+            for start in range(0, max(size, 1), step):
                 raw.seek(start)
                 digest.update(raw.read(1 << 16))
     return digest.hexdigest()
 
 
 def load_pretrained(
-    name: str, dtype: str | torch.dtype | None, revision: str | None, trust_remote_code: bool
+    name: str,
+    dtype: str | torch.dtype | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    device_map: str | Mapping[str, int | str | torch.device] | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model and its tokenizer (None where there is none), weights from safetensors only.
 
     Raises:
-        ModelError: not found, not readable, or not a language model.
+        ModelError: not found, not readable, not a language model, or larger than the devices of ``device_map``.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -94,7 +120,13 @@ def load_pretrained(
         config = AutoConfig.from_pretrained(name, **common)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, report = auto.from_pretrained(
-            name, config=config, dtype=weights, use_safetensors=True, output_loading_info=True, **common
+            name,
+            config=config,
+            dtype=weights,
+            use_safetensors=True,
+            output_loading_info=True,
+            device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
+            **common,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **common) if _may_have_tokenizer(name) else None
     missing = sorted(report["missing_keys"])
@@ -103,6 +135,13 @@ def load_pretrained(
         raise ModelError(
             f"{name} holds no weights for {missing[0]}{others}; they would be random numbers. "
             "Check that the files are complete and are those of a language model."
+        )
+    # Offloaded weights come and go with each forward pass, and backward passes would find them gone.
+    offloaded = [parameter for parameter, tensor in model.named_parameters() if tensor.is_meta]
+    if offloaded:
+        raise ModelError(
+            f"{name} does not fit: device_map {device_map!r} leaves {len(offloaded)} of its weights, {offloaded[0]} the "
+            "first, to main memory or disk. Give it more GPUs (--gpus-per-actor), or half-precision weights (--dtype)."
         )
     return model, tokenizer
 
@@ -120,6 +159,14 @@ def meta_model(name: str, dtype: str = "float32", revision: str | None = None, t
         config = AutoConfig.from_pretrained(name, revision=revision, experts_implementation="batched_mm", **common)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return auto.from_config(config, dtype=DTYPES[dtype], **common)
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A model's tokenizer alone; ModelError where it has none."""
+    if not _may_have_tokenizer(name):
+        raise ModelError(f"{name} has no tokenizer. Put tokenizer files beside the model, or give token ids.")
+    with _load_errors(name):
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def fuse_activations(model: nn.Module) -> None:

@@ -134,7 +134,7 @@ def _attention(
             layer = mode.context.layers[module]
         except KeyError:
             raise RuntimeError(f"{type(module).__name__} attends in replay but did not in recording") from None
-        where = mode.positions
+        where = mode.positions.to(query.device)  # blocks may be on several devices
         key, value, broken = layer.key, layer.value, layer.broken
         attention_mask, position_bias = _rows(layer.mask, where), _rows(layer.bias, where)
     else:

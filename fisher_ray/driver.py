@@ -165,9 +165,17 @@ class Servant:
 class Pool(Protocol):
     """Where workers run. A worker is whatever value :meth:`room` gives, a key whatever :meth:`submit` gives."""
 
-    device: Device
-    alive: int
-    pending: int
+    @property
+    def device(self) -> Device:
+        """What the workers compute on."""
+
+    @property
+    def alive(self) -> int:
+        """Workers that have their model."""
+
+    @property
+    def pending(self) -> int:
+        """Workers that wait for a machine, or load their model."""
 
     def open(self, plan: Plan) -> None:
         """Start no worker yet, but know how."""

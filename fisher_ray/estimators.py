@@ -17,6 +17,8 @@ from torch import Tensor
 from fisher_ray.draws import Draws
 from fisher_ray.head import Prediction
 
+_ONE = 2.0**52  # in fixed point
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -86,11 +88,11 @@ def tempered(
         weights = (scaled - scaled.max(-1, keepdim=True).values).exp()
     if top_p == 1.0:
         return weights, torch.ones_like(prediction.entropy)
-    ranked, order = weights.sort(-1, descending=True)
-    before = ranked.cumsum(-1) - ranked
-    outside = torch.empty_like(before, dtype=torch.bool).scatter_(
-        1, order, before >= top_p * ranked.sum(-1, keepdim=True)
-    )
+    ranked, order = weights.sort(dim=-1, descending=True, stable=True)
+    # In fixed point, where sums do not depend on the order: CUDA's prefix sums of floats add in an order of their own.
+    share = (ranked / ranked.sum(-1, keepdim=True) * _ONE).long()
+    before = share.cumsum(-1) - share
+    outside = torch.empty_like(before, dtype=torch.bool).scatter_(1, order, before >= int(top_p * _ONE))
     outside.scatter_(1, order[:, :1], False)
     weights = weights.masked_fill(outside, 0.0)
     return weights, prediction.prob.masked_fill(outside, 0.0).sum(-1)

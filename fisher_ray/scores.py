@@ -110,8 +110,8 @@ def score_factors(
         encoder_attention_mask: true at the encoder's real tokens.
         following: the token after each sequence's last, or None; for the surprisal there.
         seed: of all draws.
-        memory_budget: bytes that one micro-batch may take; default: 2 GiB, on a GPU half of its memory. Changing it may
-            change rounding.
+        memory_budget: bytes that one micro-batch may take; default: 2 GiB, on a GPU half of what the weights leave of
+            its memory. Changing it may change rounding.
 
     Returns:
         Scores in float32 (float64 for a float64 model), on the model's device.
@@ -232,17 +232,22 @@ def iter_scores(
         ),
         encoder=None if encoder_input_ids is None else encoder_input_ids.to(model.device),
         encoder_mask=None if encoder_attention_mask is None else encoder_attention_mask.to(model.device).bool(),
-        budget=memory_budget if memory_budget is not None else default_memory_budget(model.device),
+        budget=memory_budget if memory_budget is not None else default_memory_budget(model),
     )
     chosen = _chosen_positions(rows, positions, first=1 if token_source == "sampled" else 0)
     return pass_.run(chosen)
 
 
-def default_memory_budget(device: torch.device) -> int:
-    """Bytes for one micro-batch: 2 GiB, on a GPU half of its memory."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 2
-    return 2 << 30
+def default_memory_budget(model: SplitModel) -> int:
+    """Bytes for one micro-batch: 2 GiB, on a GPU half of what the weights leave of its memory, on several the least."""
+    if model.device.type != "cuda":
+        return 2 << 30
+    weights: dict[torch.device, int] = {}
+    for parameter in model.model.parameters():
+        weights[parameter.device] = weights.get(parameter.device, 0) + parameter.nbytes
+    return min(
+        (torch.cuda.get_device_properties(device).total_memory - taken) // 2 for device, taken in weights.items()
+    )
 
 
 def _real_tokens(model: SplitModel, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:

@@ -8,6 +8,7 @@ the one copy of the weights of a transformers model, through hooks on its blocks
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -79,14 +80,19 @@ class Tape:
     def __init__(self, z: Tensor, streams: Mapping[int, Tensor], where: tuple[Tensor, Tensor]):
         self._z, self._streams, self._where = z, dict(streams), where
         self.z = z.detach()[where]
-        self.streams = {layer: stream.detach()[where] for layer, stream in streams.items()}
+        self.streams = {layer: self._gathered(stream.detach()) for layer, stream in streams.items()}
 
     def pull(self, cotangents: Float[Tensor, "n d_z"]) -> dict[int, Float[Tensor, "n d_model"]]:
         """``J_z^T`` applied to one cotangent a query, at every layer, by one backward pass."""
         padded = torch.zeros_like(self._z)
         padded[self._where] = cotangents.to(padded.dtype)
         grads = torch.autograd.grad(self._z, list(self._streams.values()), padded, retain_graph=True)
-        return {layer: grad[self._where] for layer, grad in zip(self._streams, grads, strict=True)}
+        return {layer: self._gathered(grad) for layer, grad in zip(self._streams, grads, strict=True)}
+
+    def _gathered(self, padded: Tensor) -> Tensor:
+        """The queries' rows, on z's device; a stream and its gradient live where the block below left them."""
+        row, column = (index.to(padded.device) for index in self._where)
+        return padded[row, column].to(self._z.device)
 
 
 _SLOW_PATH = "Pass gradients='per_position' (--gradients per_position): slower, right for any causal model."
@@ -138,6 +144,7 @@ class SplitModel:
         name_or_path: str | Path,
         *,
         device: str | torch.device | None = None,
+        device_map: str | Mapping[str, int | str | torch.device] | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -149,6 +156,8 @@ class SplitModel:
         Args:
             name_or_path: hub name or directory.
             device: default: the GPU when there is one.
+            device_map: in place of ``device``, for a model larger than one GPU: ``auto``, or the device of each module
+                by name, as transformers takes it. All weights must fit on those devices: none is offloaded.
             dtype: of the weights, ``float32`` unless given; scores are float32 in any case.
             revision: branch, tag or commit on the hub.
             trust_remote_code: run code that comes with the model; off unless asked for.
@@ -157,14 +166,25 @@ class SplitModel:
 
         Raises:
             ModelError: not found, not readable, not a language model, or failing its check.
+            ValueError: both ``device`` and ``device_map`` are given.
         """
-        model, tokenizer = load_pretrained(str(name_or_path), dtype, revision, trust_remote_code)
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model.to(where), tokenizer, gradients=gradients, check=check)
+        if device is not None and device_map is not None:
+            raise ValueError(f"give device or device_map, not both; got {device!r} and {device_map!r}.")
+        model, tokenizer = load_pretrained(str(name_or_path), dtype, revision, trust_remote_code, device_map)
+        if device_map is None:
+            model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        return cls(model, tokenizer, gradients=gradients, check=check)
 
     @property
     def device(self) -> torch.device:
+        """The head's device. What passes take and give is here, wherever the blocks are."""
         return self.head.weight.device
+
+    @property
+    def _first_device(self) -> torch.device:
+        """Where passes begin. Models make their positions and masks there, out of arguments that must be there too."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,9 +199,10 @@ class SplitModel:
         """The encoder's output, as the constant context that the decoder's arguments ask for."""
         if mask is None:
             mask = torch.ones_like(encoder_input_ids)
-        mask = mask.long()
-        out = self.model.get_encoder()(input_ids=encoder_input_ids, attention_mask=mask)
-        return {"encoder_hidden_states": out.last_hidden_state, "encoder_attention_mask": mask}
+        ids, mask = encoder_input_ids.to(self._first_device), mask.long().to(self._first_device)
+        out = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
+        encoded = {"encoder_hidden_states": out.last_hidden_state, "encoder_attention_mask": mask}
+        return {name: value.to(self.device) for name, value in encoded.items()}
 
     def record(
         self,
@@ -278,7 +299,7 @@ class SplitModel:
             {} if encoder_input_ids is None else self.encode(encoder_input_ids.to(self.device), encoder_attention_mask)
         )
         stream = self.lower(input_ids, encoded, [layer_idx])[layer_idx][0, positions]
-        direction = direction.to(stream.dtype)
+        direction = direction.to(stream)
         step = 1e-2 * stream.norm(dim=-1, keepdim=True) / direction.norm()
         sides = torch.stack([stream + step * direction, stream - step * direction])
         twice = input_ids.expand(2, -1)
@@ -286,9 +307,10 @@ class SplitModel:
         if self.gradients == "per_position":
             n = len(positions)
             hidden = self.lower(input_ids, encoded, [layer_idx])[layer_idx].expand(2 * n, -1, -1).clone()
-            hidden[torch.arange(2 * n), positions.repeat(2)] = sides.flatten(0, 1)
+            at = (torch.arange(2 * n, device=self.device), positions.repeat(2))
+            hidden[at] = sides.flatten(0, 1)
             each = {name: value.expand(2 * n, *value.shape[1:]) for name, value in encoded.items()}
-            z = self.upper(hidden, layer_idx, each)[torch.arange(2 * n), positions.repeat(2)].unflatten(0, (2, n))
+            z = self.upper(hidden, layer_idx, each)[at].unflatten(0, (2, n))
         else:
             context, _ = self.record(twice, both)
             with attention_mode(self.model, "replay", context, positions.expand(2, -1)):
@@ -302,7 +324,7 @@ class SplitModel:
         """The residual streams at ``layers``; blocks above the highest of them do not run."""
         with torch.no_grad():
             streams, _ = self._run(input_ids, encoded, layers, stop=max(layers))
-        return streams
+        return {layer: stream.to(self.device) for layer, stream in streams.items()}
 
     @torch.no_grad()
     def upper(
@@ -324,7 +346,7 @@ class SplitModel:
         hidden: tuple[int, Tensor] | None = None,
         stop: int | None = None,
     ) -> tuple[dict[int, Tensor], Tensor]:
-        """One pass of the decoder: the streams at ``layers`` and z.
+        """One pass of the decoder: the streams at ``layers``, each on the device it is on there, and z on the head's.
 
         The stream at the lowest of ``layers`` becomes a leaf when gradients are on, so no graph grows below it.
         ``hidden = (layer, stream)`` replaces the stream there.
@@ -345,15 +367,19 @@ class SplitModel:
 
         visited = set(layers) | ({hidden[0]} if hidden else set())
         handles = [on_stream(self.blocks, layer, visit) for layer in visited]
-        extra = {"position_ids": positions} if positions is not None and self._takes_position_ids else {}
+        arguments = {"input_ids": input_ids, **encoded}
+        if positions is not None and self._takes_position_ids:
+            arguments["position_ids"] = positions
         try:
-            out = self.decoder(input_ids=input_ids, use_cache=False, **extra, **encoded)
+            out = self.decoder(
+                use_cache=False, **{name: value.to(self._first_device) for name, value in arguments.items()}
+            )
         except _ReachedError:
             return streams, torch.empty(0)
         finally:
             for handle in handles:
                 handle.remove()
-        return streams, out[0]
+        return streams, out[0].to(self.device)
 
     # ---- what a pass costs -------------------------------------------------------------------------------------------
 
@@ -552,6 +578,22 @@ def load(model: str | Path | SplitModel) -> SplitModel:
 @lru_cache(maxsize=4)
 def _load_named(name: str) -> SplitModel:
     return SplitModel.from_pretrained(name)
+
+
+def deterministic_kernels() -> None:
+    """From here on the same inputs give the same bits on a GPU as well; for worker processes, before a model is loaded.
+
+    Own-position passes write by distinct indices and add through none, so nothing in them depends on the order of
+    threads but matrix products that cuBLAS splits over streams. What models and their attention may bring: sums over
+    the tokens of an expert (``index_add``, the backward pass of indexing), which are atomic otherwise, also on several
+    CPU threads; and attention kernels whose backward pass knows no fixed order. What has no other way only warns:
+    a model that no one can run is worse than one whose last bits are not the same.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager

@@ -212,13 +212,11 @@ def test_slow_is_by_weight(clock: Clock) -> None:
 
 
 def test_a_stop_lets_what_is_in_flight_finish(clock: Clock) -> None:
-    asked = False
     pool = Pool(clock, 2, lambda call, attempt: "fine")
-    found = []
+    found: list[str] = []
+    ended = dispatch(pool, stopping=lambda: 10.0 if found else None).run(calls(100), 100)
     with pytest.raises(StoppedError):
-        for call, _ in dispatch(pool, stopping=lambda: 10.0 if asked else None).run(calls(100), 100):
-            found.append(call.name)
-            asked = True
+        found.extend(call.name for call, _ in ended)
     assert len(found) == len(pool.attempts) == 4  # both workers' two
 
 

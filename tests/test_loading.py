@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from families import FAMILIES, build, eager_experts
 from safetensors.torch import load_file, save_file
 
 from fisher_ray import Exact, ModelError, Sampled, Scores, SplitModel, calculate_fisher, score_factors
+from fisher_ray.architecture import tokenizer_digest, weights_digest
 from fisher_ray.split import ModelFacts
 
 # Median over positions of the relative error of exact matrices against float64 with the same weights. The worst position
@@ -122,6 +124,79 @@ def test_the_facts_of_a_model_are_read_before_its_weights(tmp_path: Path):
     with pytest.raises(ModelError) as refusal:
         ModelFacts.read("nobody/no-such-model")
     assert "\n" not in str(refusal.value)
+
+
+# ---- what identifies a model -----------------------------------------------------------------------------------------
+
+TOKENIZER_FILES = [
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "tokenizer.model", "spiece.model", "tokenizer.tiktoken", "qwen.tiktoken", "source.spm", "bpe.codes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", TOKENIZER_FILES)
+def test_any_tokenizer_file_is_in_the_tokenizers_digest(file: str, tmp_path: Path):
+    """Its name, its presence, and every byte of it, were it larger than what is read of weights."""
+    folder = saved("gpt2", tmp_path)
+    weights, before = weights_digest(str(folder)), tokenizer_digest(str(folder))
+    assert weights != before
+    content = bytearray(b"x" * (9 << 20))
+    digests = {before}
+    for changed in (None, 0, 70_000, 5_000_001, len(content) - 1):
+        if changed is not None:
+            content[changed] ^= 1
+        (folder / file).write_bytes(content)
+        digests.add(tokenizer_digest(str(folder)))
+    (folder / file).rename(folder / f"other_{file}")
+    digests.add(tokenizer_digest(str(folder)))
+    assert len(digests) == 7
+    assert weights_digest(str(folder)) == weights
+    (folder / f"other_{file}").unlink()
+    assert tokenizer_digest(str(folder)) == before
+
+
+def test_weights_configuration_and_code_are_in_the_weights_digest(tmp_path: Path):
+    folder = saved("gpt2", tmp_path)
+    tokenizer, digests = tokenizer_digest(str(folder)), {weights_digest(str(folder))}
+    config(folder, activation_function="relu")
+    digests.add(weights_digest(str(folder)))
+    (folder / "modeling.py").write_text("pass")
+    digests.add(weights_digest(str(folder)))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.bias"][3] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    digests.add(weights_digest(str(folder)))
+    (folder / "model.safetensors.index.json").write_text("{}")
+    digests.add(weights_digest(str(folder)))
+    assert len(digests) == 5
+    assert tokenizer_digest(str(folder)) == tokenizer
+
+
+def test_what_changes_no_score_is_in_no_digest(tmp_path: Path):
+    folder = saved("gpt2", tmp_path)
+    before = weights_digest(str(folder)), tokenizer_digest(str(folder))
+    for file in ("chat_template.jinja", "README.md", "generation_config.json", "pytorch_model.bin"):
+        (folder / file).write_text("{}")
+    (folder / "original").mkdir()
+    assert (weights_digest(str(folder)), tokenizer_digest(str(folder))) == before
+
+
+def test_large_weights_cost_no_full_read(tmp_path: Path):
+    """A sparse file of 8 GiB: reading it would take seconds."""
+    folder = saved("gpt2", tmp_path)
+    with (folder / "model.safetensors").open("r+b") as raw:
+        raw.truncate(8 << 30)
+    start = time.perf_counter()
+    weights_digest(str(folder))
+    tokenizer_digest(str(folder))
+    assert time.perf_counter() - start < 1
+
+
+def test_a_hub_models_commit_identifies_both(monkeypatch: pytest.MonkeyPatch):
+    found = tf.GPT2Config()
+    found._commit_hash = "607a30d"
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", lambda name, revision: found)
+    assert weights_digest("nobody/some-model") == tokenizer_digest("nobody/some-model") == "607a30d"
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -1,0 +1,115 @@
+"""Kernels that give the same bits each time: what is asked of PyTorch, and that the engine needs nothing that has none."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, build
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisher_ray import Exact, Sampled, SplitModel, score_factors
+from fisher_ray.spectrum import factor_eigenvalues, symmetric_eigh, trace_rank, whitened_eigenvalues
+from fisher_ray.split import deterministic_kernels
+
+IDS = torch.arange(1, 29).view(2, 14)
+
+
+@pytest.fixture
+def as_it_was() -> Iterator[None]:
+    """The settings are the process's own."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def scores(split: SplitModel) -> list[torch.Tensor]:
+    encoder = {"encoder_input_ids": IDS[:, :5]} if split.is_encoder_decoder else {}
+    found = []
+    for estimator, more in [
+        (Exact(), {"positions": [3, 10]}),
+        (Sampled(2, top_p=0.8, temperature=0.7), {}),
+        (Sampled(2), {"token_source": "sampled", "num_token_draws": 2, "token_top_p": 0.9}),
+    ]:
+        arguments: dict[str, Any] = {"layers": [0, 2, 3], "estimator": estimator, **more, **encoder}
+        found += [*score_factors(split, IDS, **arguments).factors.values()]
+    return found
+
+
+def statistics(factors: torch.Tensor) -> None:
+    trace_rank(factor_eigenvalues(factors))
+    moment = (factors.mT @ factors).mean(0)
+    symmetric_eigh(moment)
+    whitened_eigenvalues(moment, moment[0], moment)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5"])
+@pytest.mark.parametrize("gradients", ["own_position", "per_position"])
+def test_nothing_changes_on_the_cpu(name: str, gradients: Any, as_it_was: None):
+    split = SplitModel(build(FAMILIES[name], torch.float32), gradients=gradients)
+    before = scores(split)
+    deterministic_kernels()
+    for got, expected in zip(scores(split), before, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_what_is_asked_for(as_it_was: None):
+    deterministic_kernels()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_memory_is_not_filled_before_use(as_it_was: None):
+    """It would cost a pass over every new tensor: 64 MiB then take milliseconds and not microseconds."""
+    deterministic_kernels()
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.empty(2**26, dtype=torch.uint8)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1e-3
+
+
+class _Operations(TorchDispatchMode):
+    """Names of the operations that ran; those of CUDA are the same where the kernel is no attention of PyTorch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name()
+        exact = isinstance(out, torch.Tensor) and not out.is_floating_point()
+        self.names.add(f"{name} of integers" if exact and "cumsum" in name else name)
+        return out
+
+
+# PyTorch's list of operations without a deterministic CUDA kernel, as far as a language model could have them.
+NONDETERMINISTIC = (
+    "cumsum", "put_", "bincount", "median.dim", "kthvalue", "nll_loss", "scatter_reduce", "_embedding_bag",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "mixtral", "deepseek_v3", "t5"])
+def test_no_operation_lacks_a_deterministic_kernel(name: str):
+    split = SplitModel(build(FAMILIES[name]))
+    with _Operations() as operations:
+        for factors in scores(split):
+            statistics(factors)
+    assert "aten::cumsum of integers" in operations.names
+    assert "aten::mm" in operations.names
+    assert not {op for op in operations.names if op.removeprefix("aten::").startswith(NONDETERMINISTIC)} - {
+        "aten::cumsum of integers"
+    }
