@@ -25,6 +25,23 @@ from fisher_ray.shards import Receipt
 _MAX_LOADS = 3
 _LOOK_EVERY = 1.0
 
+# Metrics, which Ray exports as ray_fisher_ray_NAME: of the driver by what of Progress they show, of the actors by what of a
+# receipt's Counts they add up. The actors' histogram is fisher_ray_task_seconds, by stage.
+GAUGES = {
+    "tasks_done": "tasks_done",
+    "tasks_total": "tasks",
+    "tasks_quarantined": "quarantined",
+    "tasks_retried": "retried",
+    "actors_alive": "actors_alive",
+    "actors_pending": "actors_pending",
+}
+COUNTERS = {
+    "tokens": ("tokens", "tokens of the corpus read"),
+    "positions": ("scored", "positions scored"),
+    "invalid": ("invalid", "positions whose activations or scores were not finite"),
+    "halvings": ("halvings", "micro-batches halved for want of memory"),
+}
+
 
 class _Actor:
     """A :class:`Servant` in a process of its own, that counts what it does."""
@@ -33,13 +50,8 @@ class _Actor:
         self._servant = Servant(plan)
         run = {"run": plan.config.output}
         self._counters = {
-            name: metrics.Counter(f"fisher_ray_{name}", description=what, tag_keys=("run",))
-            for name, what in (
-                ("tokens", "tokens of the corpus read"),
-                ("positions", "positions scored"),
-                ("invalid", "positions whose activations or scores were not finite"),
-                ("halvings", "micro-batches halved for want of memory"),
-            )
+            added: metrics.Counter(f"fisher_ray_{name}", description=what, tag_keys=("run",))
+            for name, (added, what) in COUNTERS.items()
         }
         self._seconds = metrics.Histogram(
             "fisher_ray_task_seconds",
@@ -61,11 +73,9 @@ class _Actor:
     def answer(self, call: Call) -> Any:
         result = self._servant.answer(call)
         if isinstance(result, Receipt):
-            counts = result.counts
-            values = {"tokens": counts.tokens, "positions": counts.scored, "invalid": counts.invalid}
-            for name, value in {**values, "halvings": counts.halvings}.items():
-                if value:
-                    self._counters[name].inc(value)
+            for added, counter in self._counters.items():
+                if value := getattr(result.counts, added):
+                    counter.inc(value)
             for stage, seconds in result.seconds.items():
                 self._seconds.observe(seconds, tags={"stage": stage})
         return result
@@ -147,8 +157,8 @@ class RayPool:
         self._class = ray.remote(**options)(_Actor)
         self._plan = ray.put(plan)
         self._gauges = {
-            name: metrics.Gauge(f"fisher_ray_{name}", description=name.replace("_", " "), tag_keys=("run",))
-            for name in _GAUGES
+            shown: metrics.Gauge(f"fisher_ray_{name}", description=name.replace("_", " "), tag_keys=("run",))
+            for name, shown in GAUGES.items()
         }
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": plan.config.output})
@@ -213,8 +223,8 @@ class RayPool:
         self._drop(worker)
 
     def report(self, progress: Progress) -> None:
-        for name, gauge in self._gauges.items():
-            gauge.set(getattr(progress, _GAUGES[name]))
+        for shown, gauge in self._gauges.items():
+            gauge.set(getattr(progress, shown))
 
     # ---- members -----------------------------------------------------------------------------------------------------
 
@@ -272,17 +282,6 @@ class RayPool:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         lost = member.node is not None and member.node not in alive
         return Failure("lost" if lost else "died", " ".join(str(error).split())[:300])
-
-
-# Names of the driver's metrics, and of what they show.
-_GAUGES = {
-    "tasks_done": "tasks_done",
-    "tasks_total": "tasks",
-    "tasks_quarantined": "quarantined",
-    "tasks_retried": "retried",
-    "actors_alive": "actors_alive",
-    "actors_pending": "actors_pending",
-}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -196,7 +196,8 @@ class Cost:
     def sums_bytes(self) -> int:
         """Written once a task: packed float32 triangles of three matrices, and the sum of h in float64."""
         d = self.model.d_model
-        return self._streams * (3 * d * (d + 1) // 2 * 4 + 8 * d + 3 * 8) + 2048  # headers of the .npz
+        headers = 1750 * len(self.layers)  # of an .npz each
+        return self._streams * (3 * d * (d + 1) // 2 * 4 + 8 * d + 3 * 8) + headers
 
     @property
     def position_bytes(self) -> float:
@@ -206,10 +207,10 @@ class Cost:
     def reduced_bytes(self, num_tasks: int = 1) -> int:
         """Written by the reduction: four float64 matrices and three vectors a layer and group, and the nodes of the tree.
 
-        A node holds the packed float64 sums of up to 32 tasks or nodes.
+        A node holds the packed float64 sums of up to 32 tasks or nodes; that of all tasks is not stored.
         """
         d = self.model.d_model
-        nodes = -(-(num_tasks - 1) // (_FAN_IN - 1))
+        nodes = _inner_nodes(num_tasks)
         arrays = 8 * (4 * d * d + 3 * d) + 7 * 128  # an .npy's header
         return self._streams * (arrays + nodes * 8 * (3 * d * (d + 1) // 2 + d))
 
@@ -425,6 +426,16 @@ def _counted(name: str) -> Iterator[FlopCounterMode]:
     except (RuntimeError, NotImplementedError) as error:
         first = " ".join(str(error).split())
         raise ModelError(f"what {name} costs cannot be counted without its weights: {first}") from error
+
+
+@cache
+def _inner_nodes(num_tasks: int) -> int:
+    """Nodes of the reduction tree between its root and the tasks: parts of nearly equal length, as many as fan in."""
+    if num_tasks <= _FAN_IN:
+        return 0
+    part, longer = divmod(num_tasks, _FAN_IN)
+    lengths = ((part, _FAN_IN - longer), (part + 1, longer))
+    return sum(count * (1 + _inner_nodes(length)) for length, count in lengths if length > 1)
 
 
 def _gib(size: float) -> str:

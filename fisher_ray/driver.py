@@ -504,6 +504,8 @@ def run(
                     return _Run(plan, tasks, store, pool, lease, stop, tell).go()
             finally:
                 lease.release()
+        except RefusedError:
+            raise  # it is another driver's now
         except (ValueError, RunError, StorageError):
             if is_new and not _scored(store):
                 store.remove_all(made)
@@ -539,11 +541,11 @@ def _opened(plan: Plan, store: RunStore) -> tuple[Tasks, bool]:
     """The tasks of a run, and whether it is new; what is damaged of its description is written again."""
     try:
         existing = store.read_run()
-    except DamagedError:
-        # Receipts tell whether it was this run.
-        existing = {"fingerprint": plan.fingerprint} if _has_receipts_of(plan, store) else None
-        if existing is None:
-            raise
+    except DamagedError as error:
+        if not _has_receipts_of(plan, store):
+            raise StorageError(
+                f"{error} No receipt tells whether it was this run; choose another directory."
+            ) from error
         tasks = plan.make_tasks()
         store.write("plan.parquet", tasks.raw)
         store.write("run.json", seal(_description(plan, tasks)))
@@ -764,7 +766,8 @@ class _Run:
         more = f" and {len(task.ranges) - 1} more ranges" if len(task.ranges) > 1 else ""
         line = f"task {task.id} ({where.path}, {span}{more}): {_said(failure)}"
         if hopeless:
-            raise RunError(f"the first {_HOPELESS} tasks failed, and none succeeded. The last: {line}")
+            many = f"the first {_HOPELESS} tasks failed, and none succeeded. The last: {line}"
+            raise replace(failure, message=many).to_exception()
         self.quarantined[task.id] = line
         note = {"task": task.id, "kind": failure.kind, "error": line, "ranges": [asdict(r) for r in task.ranges]}
         self.store.write(f"quarantine/{task_name(task.id)}.json", seal(note))

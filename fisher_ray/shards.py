@@ -160,9 +160,9 @@ class RunStore(Storage):
             raw = self.read("run.json")
         except FileNotFoundError:
             found = self.list()
-            if any(path.startswith(("done/", "plan.parquet")) for path in found):
+            if any(path.startswith("done/") for path in found):
                 raise DamagedError("run.json", f"{self.uri}/run.json is gone.") from None
-            if found:
+            if set(found) - {"plan.parquet"}:  # which a driver that was killed right then has left
                 raise StorageError(
                     f"output directory {self.uri} is not empty and holds no run of ours. Choose a new or empty one."
                 ) from None
@@ -428,11 +428,12 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine was started, in the kernel's ticks."""
+    """When a process of this machine was started, in the kernel's ticks; None for one that has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def _alive(holder: dict[str, Any]) -> bool:

@@ -99,7 +99,7 @@ class Storage:
 
     def read(self, path: str) -> bytes:
         """A file's bytes."""
-        return self._patiently(f"reading {path}", lambda: bytes(self._fs.cat_file(self._at(path))))
+        return self._patiently(f"reading {path}", lambda: bytes(self._fs.cat_file(self._at(path))), reading=True)
 
     def write(self, path: str, raw: bytes) -> None:
         """Write a file whole or not at all; the file may exist."""
@@ -156,20 +156,13 @@ class Storage:
     def list(self, folder: str = "") -> dict[str, int]:
         """Bytes of all files in a folder and below, by path below the run, without what is being written."""
 
-        def find() -> dict[str, int]:
-            try:
-                found = self._fs.find(self._at(folder), detail=True)
-            except FileNotFoundError:
-                return {}
-            return {path[len(self._root) + 1 :]: int(info["size"]) for path, info in found.items()}
-
-        found = self._patiently(f"listing {folder or self.uri}", find)
+        found = self._patiently(f"listing {folder or self.uri}", lambda: self._find(folder))
         return {path: size for path, size in sorted(found.items()) if not path.rsplit("/", 1)[-1].startswith(_WRITING)}
 
     def unfinished(self) -> list[str]:
         """Temporary files of writers that were killed, or that write now."""
-        found = self._fs.find(self._root) if self._local and self._fs.isdir(self._root) else []
-        return [p[len(self._root) + 1 :] for p in found if p.rsplit("/", 1)[1].startswith(_WRITING)]
+        found = self._patiently(f"listing {self.uri}", lambda: self._find("")) if self._local else {}
+        return [path for path in found if path.rsplit("/", 1)[-1].startswith(_WRITING)]
 
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
@@ -201,6 +194,21 @@ class Storage:
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
+    def _find(self, folder: str) -> dict[str, int]:
+        if not self._local:
+            try:
+                found = self._fs.find(self._at(folder), detail=True)
+            except FileNotFoundError:
+                return {}
+            return {path[len(self._root) + 1 :]: int(info["size"]) for path, info in found.items()}
+        # fsspec takes a local folder that cannot be read for an empty one.
+        sizes: dict[str, int] = {}
+        for parent, _, names in os.walk(self._at(folder), onerror=_unless_gone):
+            for path in (Path(parent, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[path.relative_to(self._root).as_posix()] = path.stat().st_size
+        return sizes
+
     def _write(self, path: str, raw: bytes) -> None:
         if not self._local:
             self._fs.pipe_file(self._at(path), raw)
@@ -214,6 +222,12 @@ class Storage:
                 self._fs.pipe_file(self._at(path), raw, mode="create")
             except FileExistsError:
                 return False
+            except OSError as error:
+                # Some services do not say which condition has failed; there is only one.
+                answer = getattr(error.__cause__, "response", None) or {}
+                if answer.get("Error", {}).get("Code") == "PreconditionFailed":
+                    return False
+                raise
             return True
         with self._temporary(path, raw) as temporary:
             try:
@@ -224,16 +238,21 @@ class Storage:
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                return self._create_without_links(path, raw)
+                return self._create_without_links(path, temporary)
             return True
 
-    def _create_without_links(self, path: str, raw: bytes) -> bool:
-        """Exclusive, though a reader may see a part of it for a moment; sealed markers tell."""
+    def _create_without_links(self, path: str, temporary: str) -> bool:
+        """Exclusive, though a reader may see an empty file for a moment; sealed markers tell."""
+        target = Path(self._at(path))
         try:
-            with Path(self._at(path)).open("xb") as file:
-                file.write(raw)
+            target.open("xb").close()
         except FileExistsError:
             return False
+        try:
+            Path(temporary).replace(target)
+        except OSError:
+            target.unlink()
+            raise
         return True
 
     @contextlib.contextmanager
@@ -252,14 +271,14 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 Path(temporary).unlink()
 
-    def _patiently(self, what: str, attempt: Callable[[], T]) -> T:
+    def _patiently(self, what: str, attempt: Callable[[], T], reading: bool = False) -> T:
         """The result of an attempt that may be made again."""
         for delay in (*_DELAYS, None):
             try:
                 return attempt()
-            except (FileNotFoundError, FileExistsError):
-                raise
             except Exception as error:
+                if reading and isinstance(error, FileNotFoundError):
+                    raise
                 if not is_transient(error) and not isinstance(error, OSError):
                     raise
                 if delay is None or not is_transient(error):
@@ -269,6 +288,11 @@ class Storage:
 
 
 _WRITING = ".writing-"
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _explained(what: str, error: BaseException, tried: bool) -> str:

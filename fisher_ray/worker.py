@@ -342,7 +342,7 @@ class Worker:
         rows = [work.encoder_tokens[work.windows[i].document] for i in batch]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
         return {"encoder_input_ids": ids, "encoder_attention_mask": mask}
 
     # ---- the table ---------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from fisher_ray.driver import LocalPool, Outcome, run
 from fisher_ray.plan import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+POISON = ROOT / "tests/poison"
 VOCAB = 400
 D_MODEL = 12
 LAYERS = 2
@@ -122,10 +123,15 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """Ray, once a session; more CPUs than any run here asks for, so that one that ends does not hold up the next."""
+    """Ray, once a session; more CPUs than any run here asks for, so that one that ends does not hold up the next.
+
+    Its workers fail where a test asks them to: see poison/sitecustomize.py.
+    """
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", python_path(POISON))
+            ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     if started:
         ray.shutdown()
@@ -212,10 +218,15 @@ def command(*argv: str, task_bytes: int | None = None, **variables: str) -> subp
     )
 
 
+def python_path(*more: Path) -> str:
+    """PYTHONPATH of other processes: where the package is, and more."""
+    paths = [*map(str, more), str(Path(inspect.getfile(RunConfig)).parent.parent)]
+    return os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def python(*argv: str, **variables: str) -> subprocess.Popen[str]:
     """Python in a process of its own, that imports the package from where this one has it."""
-    paths = [str(Path(inspect.getfile(RunConfig)).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    own = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *argv], env={**os.environ, **own}, start_new_session=True, **pipes)
 

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 import jobs
-from fisher_ray import plan
+from fisher_ray import cost
 from fisher_ray.cli import main, reference_main
 from fisher_ray.corpus import CorpusError
 from jobs import VOCAB, cluster, gpt2  # noqa: F401
@@ -44,7 +44,13 @@ class Place:
         return path
 
     def argv(self, **changed: Any) -> list[str]:
-        flags = {"model": self.model, "corpus": self.folder / "good.jsonl", "output": self.run, "actors": 1, **changed}
+        flags = {
+            "model": self.model,
+            "corpus": self.folder / "good.jsonl",
+            "output": self.run,
+            "max_actors": 1,
+            **changed,
+        }
         given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items() if value is not None]
         return ["run", *(part for pair in given for part in pair)]
 
@@ -98,9 +104,10 @@ def refused(place: Place, capsys: pytest.CaptureFixture[str], **changed: Any) ->
         ({"stride": "47"}, "stride"),
         ({"stride": "-1"}, "stride"),
         ({"max_docs": "0"}, "max_docs must be at least 1"),
-        ({"actors": "0"}, "actors must be at least 1"),
+        ({"max_actors": "0"}, "actors must be at least 1"),
         ({"cpus_per_actor": "0"}, "cpus_per_actor must be at least 1"),
-        ({"gpus_per_actor": "-1"}, "gpus_per_actor must not be negative"),
+        ({"gpus_per_actor": "-1"}, "gpus_per_actor must be a fraction"),
+        ({"gpus_per_actor": "1.5"}, "gpus_per_actor must be a fraction"),
         ({"token_draws": "2"}, "token_draws is for token_source sampled"),
         ({"positions": "some"}, "positions must be"),
         ({"column": "body"}, "no column 'body'; it has text"),
@@ -176,13 +183,13 @@ def test_a_folder_without_a_corpus(place: Place, capsys: pytest.CaptureFixture[s
         ("num_samples: '8'", "num_samples"), ("num_samples: 2.5", "num_samples"), ("top_p: high", "top_p"),
         ("max_seq_len: '20'", "max_seq_len"), ("trust_remote_code: 'no'", "trust_remote_code"),
         ("batch_tokens: []", "batch_tokens"), ("columns: 3", "columns"), ("layers: {a: 1}", "layers"),
-        ("positions: [1]", "positions"), ("stride: x", "stride"), ("actors: many", "actors"),
+        ("positions: [1]", "positions"), ("stride: x", "stride"), ("max-actors: many", "actors"),
     ],
 )  # fmt: skip
 def test_config_files(
     content: Any, message: str, place: Place, capsys: pytest.CaptureFixture[str], unchecked_shapes: None
 ) -> None:
-    actors = {"actors": None} if message == "actors" else {}
+    actors = {"max_actors": None} if message == "actors" else {}
     assert message in refused(place, capsys, config=place.file("run.yaml", content), **actors)
 
 
@@ -304,7 +311,7 @@ def test_found_by_a_worker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """In one task: where others were done before, they are kept."""
-    monkeypatch.setattr(plan, "_TASK_BYTES", 1 << 30)
+    monkeypatch.setattr(cost, "MIN_TASK_BYTES", 1 << 30)
     changed = spoil(place)
     assert message in refused(place, capsys, **changed)
 
@@ -329,7 +336,9 @@ def test_the_command_says_it_in_one_line(place: Place) -> None:
     assert not place.run.exists()
 
 
-@pytest.mark.parametrize("asked", [{"gpus_per_actor": 1}, {"cpus_per_actor": 1000, "actors": None}])
+@pytest.mark.parametrize(
+    "asked", [{"gpus_per_actor": 1, "max_actors": None}, {"cpus_per_actor": 1000, "max_actors": None}]
+)
 def test_more_than_the_machine_has(asked: Any, place: Place, cluster: None) -> None:  # noqa: F811
     """Refused, not waited for: hence in a process that can be ended."""
     if ray.cluster_resources().get("GPU", 0) and "gpus_per_actor" in asked:

@@ -26,7 +26,7 @@ from ray.autoscaler._private.aws import config as aws_config
 from ray.autoscaler._private.aws import node_provider as aws_provider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from fisher_ray import __version__, cli
+from fisher_ray import __version__, cli, cluster
 from fisher_ray.plan import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -39,18 +39,8 @@ CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 PINS = dict(line.split("==") for line in CONSTRAINTS.splitlines() if "==" in line)
 
 # What the package exports, as Ray names it at its metrics port.
-GAUGES = {
-    f"ray_fisher_ray_{name}"
-    for name in (
-        "tasks_done",
-        "tasks_total",
-        "tasks_quarantined",
-        "tasks_retried",
-        "actors_alive",
-        "actors_pending",
-    )
-}
-COUNTERS = {f"ray_fisher_ray_{name}_total" for name in ("tokens", "positions", "invalid", "halvings")}
+GAUGES = {f"ray_fisher_ray_{name}" for name in cluster.GAUGES}
+COUNTERS = {f"ray_fisher_ray_{name}_total" for name in cluster.COUNTERS}
 HISTOGRAMS = {f"ray_fisher_ray_task_seconds_{part}" for part in ("bucket", "count", "sum")}
 RAYS_OWN = {"ray_node_gpus_utilization"}
 
@@ -399,7 +389,7 @@ def test_the_entrypoint_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Asked(Exception):  # noqa: N818
         """The run that would have been."""
 
-    def asked(config: RunConfig, progress: Any) -> None:
+    def asked(config: RunConfig, *_: Any) -> None:
         raise Asked(config)
 
     monkeypatch.setattr(cli, "run", asked)
@@ -412,7 +402,7 @@ def test_the_entrypoint_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.output.startswith("s3://")
     # Nothing has a GPU before the first worker is up: how many an actor needs must be said.
     assert config.gpus_per_actor == 1
-    assert config.actors == RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplicas"]
+    assert config.max_actors == RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplicas"]
 
 
 # ---- compose.yaml ------------------------------------------------------------------------------------------------------

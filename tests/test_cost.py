@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
 from families import FAMILIES, VOCAB, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import jobs
 from fisher_ray import Exact, Sampled, SplitModel, cost
 from fisher_ray.architecture import ModelError
 from fisher_ray.cost import HARDWARE, Cost, outline
-from fisher_ray.plan import RunConfig, make_plan
-from fisher_ray.reduce import reduce_shards
+from fisher_ray.plan import RunConfig
+from fisher_ray.reduce import Node, levels
 from fisher_ray.scores import iter_scores
-from fisher_ray.shards import RunStore, Sums
 from fisher_ray.spectrum import factor_eigenvalues
-from fisher_ray.worker import Worker
+from fisher_ray.sums import Sums
 
 DEMO = Path(__file__).parent.parent / "demo"
 SEQ = 20
@@ -245,13 +247,21 @@ def test_sums_as_held_and_written(num_layers: int, d_model: int, tmp_path: Path)
     layers = tuple(range(num_layers))
     cost = Cost(outline(str(tmp_path)), layers, Sampled(1))
     sums = Sums(list(layers), d_model)
-    written = len(sums.to_bytes())
+    for layer in layers:
+        sums.add(layer, torch.ones(1, 1, d_model), torch.ones(1, 1, d_model))
+    written = sum(len(sums.packed(layer).to_bytes(np.float32)) for layer in layers)
     assert cost.sums_bytes == pytest.approx(written, rel=0.001, abs=512)
     held = (sums.fisher, sums.normalised, sums.second_moment, sums.activation)
     assert cost.sums_memory == sum(tensor.nbytes for tensor in held)
     grouped = replace(cost, num_groups=3)
     assert grouped.sums_memory == 3 * cost.sums_memory
-    assert grouped.sums_bytes == pytest.approx(3 * written, rel=0.001, abs=5000)
+    numbers = sum(array.nbytes for layer in layers for array in _arrays(sums.packed(layer).to_bytes(np.float32)))
+    assert grouped.sums_bytes - cost.sums_bytes == pytest.approx(2 * numbers, rel=0.01)
+
+
+def _arrays(raw: bytes) -> list[np.ndarray]:
+    with np.load(io.BytesIO(raw)) as arrays:
+        return [arrays[name] for name in arrays]
 
 
 @pytest.mark.parametrize("save", ["summary", "factors", "matrices"])
@@ -260,27 +270,26 @@ def test_files_of_a_run(save: cost.Save, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"save": save, "layers": "0,3,6", "num_samples": 4, "max_docs": 20}
     corpus = (str(DEMO / "corpus.jsonl"),)
     config = RunConfig(model=str(DEMO / "model"), corpus=corpus, output=str(tmp_path), **settings)
-    plan, store = make_plan(config), RunStore(str(tmp_path))
-    receipt = Worker(plan, store).compute(plan.tasks[0])
-    reduce_shards(plan, store, [receipt])
+    stored, outcome = jobs.run_here(config)
     expected = Cost(outline(config.model), (0, 3, 6), Sampled(4), save=save)
 
-    size = {name: stored.bytes for name, stored in receipt.files.items()}
-    written = [path for path in tmp_path.rglob("*") if path.is_file() and "reduced" not in path.parts]
-    assert expected.requests == len(written)
-    assert expected.sums_bytes == pytest.approx(size.pop("sums"), abs=512)
+    receipt = stored.receipts[0]
+    size = {name: file["bytes"] for name, file in receipt["files"].items()}
+    assert expected.requests == len(size) + 1  # and the receipt
+    assert expected.sums_bytes == pytest.approx(sum(size.pop(f"sums_{layer}") for layer in (0, 3, 6)), abs=512)
     # A table's row varies with the text; arrays do not.
     within = 0.25 if save == "summary" else 0.05
-    assert expected.position_bytes == pytest.approx(sum(size.values()) / receipt.counts.scored, rel=within)
+    assert expected.position_bytes == pytest.approx(sum(size.values()) / receipt["counts"]["scored"], rel=within)
     reduced = sum(path.stat().st_size for path in (tmp_path / "reduced").rglob("*.npy"))
-    assert expected.reduced_bytes() == reduced
+    assert expected.reduced_bytes(outcome.tasks) == reduced
 
 
 def test_nodes_of_the_reduction_tree(gpt2: SplitModel) -> None:
-    """Counted level by level: 32 tasks or nodes to a node, until one is left."""
+    """Counted on the tree itself."""
     cost = Cost(gpt2, (0, 6), Sampled(8), num_groups=2)
     node = 2 * 2 * 8 * (3 * 768 * 769 // 2 + 768)
-    for tasks, nodes in ((1, 0), (2, 1), (32, 1), (1024, 32 + 1), (32**3, 32**2 + 32 + 1)):
+    for tasks in (1, 2, 32, 33, 40, 64, 65, 1000, 1024, 1025, 40_000):
+        nodes = sum(map(len, levels(Node(0, tasks, (0,)))))
         assert cost.reduced_bytes(tasks) - cost.reduced_bytes() == nodes * node
 
 

@@ -18,10 +18,7 @@ from families import build
 import jobs
 from fisher_ray.cli import main
 from fisher_ray.estimators import Exact
-from fisher_ray.plan import make_plan
-from fisher_ray.reduce import reduce_shards
 from fisher_ray.scores import score_factors
-from fisher_ray.shards import RunStore
 from fisher_ray.split import SplitModel
 from fisher_ray.worker import Worker
 from jobs import LAYERS, MAX_POSITIONS, VOCAB, Stored, cluster, gpt2  # noqa: F401
@@ -86,8 +83,8 @@ def test_many_small_files_share_tasks(gpt2: str, tmp_path: Path) -> None:  # noq
     files.mkdir()
     for i in range(20):
         (files / f"{i:02}.txt").write_text(f"file number {i}\n\nand more\n")
-    stored, plan = jobs.run_here(jobs.settings(gpt2, files, tmp_path / "run", num_samples=1, layers="1"))
-    assert len(plan.tasks) == 1
+    stored, outcome = jobs.run_here(jobs.settings(gpt2, files, tmp_path / "run", num_samples=1, layers="1"))
+    assert outcome.tasks == 1
     first = {r["document"]: r["token"] for r in stored.rows(1) if r["position"] == 0}
     assert [name.partition(":")[0] for name in first] == [f"{i:02}.txt" for i in range(20) for _ in range(2)]
     assert stored.counts()["documents"] == 40
@@ -108,7 +105,7 @@ def test_positions(spec: str, chosen: slice | None, gpt2: str, corpus: Path, doc
     tokens = sum(map(len, documents))
     assert stored.counts() == {
         "documents": len(documents), "empty": 0, "tokens": tokens, "scored": len(rows), "skipped": tokens - len(rows),
-        "invalid": 0,
+        "invalid": 0, "halvings": 0,
     }  # fmt: skip
     # The same numbers as where all are scored: draws and context of a position do not depend on the others.
     same = {(r["document"], r["position"]): r for r in every.rows(1)}
@@ -212,26 +209,30 @@ def test_token_ids_without_a_tokenizer(ending: str, tmp_path: Path) -> None:
     else:
         pq.write_table(pa.table({"text": list(ids)}), tmp_path / "a.parquet", row_group_size=2)
     config = jobs.settings(model, tmp_path / f"a.{ending}", tmp_path / "run", layers="0,2", num_samples=2)
-    stored, plan = jobs.run_here(config)
+    stored, outcome = jobs.run_here(config)
     rows = stored.rows(2)
     assert [r["token"] for r in rows] == ids.flatten().tolist() and [r["text"] for r in rows] == list(
         map(str, ids.flat)
     )
-    moved = Worker(plan, RunStore(config.output)).moved_tokens(plan.tasks[0], {2: np.eye(jobs.D_MODEL)[0]})
+    moved = Worker(outcome.plan, outcome.store).moved_tokens(outcome.plan.make_tasks()[0], {2: np.eye(jobs.D_MODEL)[0]})
     assert all(0 <= int(token) < VOCAB for tokens in moved[2] for token in tokens)
 
 
-def test_positions_that_are_not_finite_are_left_out_and_counted(corpus: Path, documents: Any, tmp_path: Path) -> None:
+def test_positions_that_are_not_finite_are_left_out_and_counted(
+    corpus: Path, documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One token overflows: no position that sees it is scored, every window without it is, and nothing else is lost."""
     path = jobs.save_model(tmp_path / "model", "untied")
     config = jobs.settings(path, corpus, tmp_path / "run", num_samples=1)
-    plan, store = make_plan(config), RunStore(config.output)
-    store.create_run({}, plan.table())
-    worker, token = Worker(plan, store), documents[0][3]
-    with torch.no_grad():
-        worker.model.model.transformer.wte.weight[token] = float("inf")
-    reduce_shards(plan, store, [worker.compute(task) for task in plan.tasks])
-    stored = Stored(config.output)
+    token, init = documents[0][3], Worker.__init__
+
+    def spoiled_worker(self: Worker, *args: Any) -> None:
+        init(self, *args)
+        with torch.no_grad():
+            self.model.model.transformer.wte.weight[token] = float("inf")
+
+    monkeypatch.setattr(Worker, "__init__", spoiled_worker)
+    stored, _ = jobs.run_here(config)
     clean, spoiled = set(), set()
     for (offset, _), ids in zip(jobs.paragraphs(corpus.read_bytes()), documents, strict=True):
         for first, new, end in jobs.token_windows(len(ids), MAX_POSITIONS, 12):
@@ -258,13 +259,15 @@ def test_a_megabyte(cluster: None, tmp_path: Path) -> None:  # noqa: F811
     text = jobs.some_text(1 << 20)
     (tmp_path / "docs.txt").write_text(text)
     argv = ["run", "--model", tmp_path / "model", "--corpus", tmp_path / "docs.txt", "--output", tmp_path / "run"]
-    assert main([*map(str, argv), "--actors", "2", "--layers", "1", "--num-samples", "1", "--positions", "::2"]) == 0
+    assert (
+        main([*map(str, argv), "--max-actors", "2", "--layers", "1", "--num-samples", "1", "--positions", "::2"]) == 0
+    )
     documents = [len(jobs.tokenizer()(part)["input_ids"]) for _, part in jobs.paragraphs(text.encode())]
     stored = Stored(tmp_path / "run")
     scored = sum(-(-length // 2) for length in documents)
     assert stored.counts() == {
         "documents": len(documents), "empty": 0, "tokens": sum(documents), "scored": scored,
-        "skipped": sum(documents) - scored, "invalid": 0,
+        "skipped": sum(documents) - scored, "invalid": 0, "halvings": 0,
     }  # fmt: skip
     places = stored.table.select(["document", "position"])
     assert places.num_rows == scored == places.group_by(["document", "position"]).aggregate([]).num_rows

@@ -1,0 +1,264 @@
+"""Ray clusters of several nodes on one machine: each node a tree of processes that is killed as a whole, as machines are.
+
+Nothing here touches another Ray: every cluster has its own ports and folder, and what ends is what it started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from ray.util.state import list_nodes
+
+import jobs  # before Ray: it says how Ray authenticates
+
+BIN = Path(sys.executable).parent
+RAY = str(BIN / "ray")
+_LIBC = ctypes.CDLL(None)
+_ADOPT_ORPHANS = 36  # prctl's PR_SET_CHILD_SUBREAPER
+
+# A lost node is noticed after 5 s instead of 19.
+WATCHFUL = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_failure_threshold": "4",
+}
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """What a condition gives once it holds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {seconds} s in vain until {what}")
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """A command and all that descends from it, daemons too; what it says, with the times of its lines."""
+
+    def __init__(self, *argv: Any, cwd: str | Path = "/", **variables: str):
+        ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
+        path = os.pathsep.join([str(BIN), os.environ["PATH"]])  # jobs say "python"
+        # Where the package comes from is the test's to say, and 120 columns are what a job's log has.
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS", "COLUMNS")}
+        self.process = subprocess.Popen(
+            [str(arg) for arg in argv], cwd=cwd, env={**kept, **ours, "PATH": path, **variables}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: _LIBC.prctl(_ADOPT_ORPHANS, 1),
+        )  # fmt: skip
+        self.pid = self.process.pid
+        self.lines: list[tuple[float, str]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line.rstrip("\n")))
+
+    @property
+    def said(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+    def code(self, seconds: float = 240) -> int:
+        """The exit code; with all that was said."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s: {self.said}") from None
+        self._reader.join(10)
+        return code
+
+    def actors(self) -> list[int]:
+        """Workers of runs below it."""
+        found = []
+        for pid in jobs.descendants(self.pid):
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_Actor"):
+                    found.append(pid)
+        return found
+
+    def signal(self, number: int) -> None:
+        """To every process of it."""
+        for pid in [*jobs.descendants(self.pid), self.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def end(self) -> None:
+        """SIGKILL, from above so that nobody mourns its children, until none is left."""
+        self.process.send_signal(signal.SIGSTOP)  # the foster parent has to outlive them all
+        end = time.monotonic() + 20
+        while time.monotonic() < end and (left := [pid for pid in jobs.descendants(self.pid) if not _is_dead(pid)]):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        self.process.kill()
+        self.process.wait(10)
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def fisher_ray(*argv: Any, **variables: str) -> Tree:
+    """``fisher-ray argv``."""
+    return Tree(sys.executable, "-m", "fisher_ray.cli", *argv, **{"PYTHONPATH": str(jobs.ROOT), **variables})
+
+
+# ---- clusters ----------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Cluster:
+    """A head, and nodes that come and go."""
+
+    port: int
+    dashboard_port: int
+    folder: Path
+    head: Tree
+    nodes: list[Tree] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def jobs_address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def add(self, *options: Any) -> Tree:
+        """A node more; it is there when :meth:`alive` counts it."""
+        argv = [RAY, "start", "--block", "--address", self.address, *node_options(), *options]
+        self.nodes.append(Tree(*argv, **self.variables))
+        return self.nodes[-1]
+
+    def alive(self) -> int:
+        """Nodes, the head among them."""
+        return sum(node.state == "ALIVE" for node in list_nodes(address=self.jobs_address))
+
+
+def node_options() -> list[Any]:
+    """No more memory than these tests need, and no port that another node of this machine has."""
+    return [
+        "--disable-usage-stats", "--object-store-memory", 80_000_000, "--dashboard-agent-listen-port", free_port(),
+        "--min-worker-port", 0, "--max-worker-port", 0,
+    ]  # fmt: skip
+
+
+@contextmanager
+def cluster(
+    *options: Any, wait: bool = True, autoscaling: dict[str, Any] | None = None, **variables: str
+) -> Iterator[Cluster]:
+    """A head with ``ray start``'s options; ended with all its nodes and all that they started."""
+    # Sockets lie in it, whose names must be short.
+    folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
+    port, dashboard_port = free_port(), free_port()
+    if autoscaling is not None:
+        autoscaling["provider"]["gcs_address"] = f"127.0.0.1:{port}"
+        (folder / "autoscaling.yaml").write_text(json.dumps(autoscaling))
+        options += ("--autoscaling-config", folder / "autoscaling.yaml")
+    head = Tree(
+        RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", port, "--dashboard-port",
+        dashboard_port, "--ray-client-server-port", free_port(), "--temp-dir", folder, *node_options(), *options,
+        **WATCHFUL, **variables,
+    )  # fmt: skip
+    made = Cluster(port, dashboard_port, folder, head, variables={**WATCHFUL, **variables})
+    try:
+        until(lambda: _answers(f"{made.jobs_address}/api/jobs/"), 90, "the job server answers")
+        yield made
+    finally:
+        for tree in [*made.nodes, head]:
+            tree.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers(url: str) -> bool:
+    with suppress(OSError), urlopen(url, timeout=5) as answer:
+        return answer.status == 200
+    return False
+
+
+# ---- hosts in namespaces of their own ----------------------------------------------------------------------------------
+
+
+def can_make_hosts() -> bool:
+    return os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "unshare"))
+
+
+class Host:
+    """A machine of its own as far as network, processes and name go; files are shared, as on NFS."""
+
+    def __init__(self, name: str, ip: str):
+        self.name, self.ip = name, ip
+        self.trees: list[Tree] = []
+
+    def run(self, *argv: Any, **variables: str) -> Tree:
+        named = ["sh", "-c", f'hostname {self.name.replace("_", "-")}; exec "$@"', "sh"]
+        inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", *named]
+        self.trees.append(Tree("ip", "netns", "exec", self.name, *inside, *argv, **variables))
+        return self.trees[-1]
+
+    def link(self, state: str) -> None:
+        """``down`` cuts it off, ``up`` brings it back."""
+        _ip("-n", self.name, "link", "set", "eth0", state)
+
+
+def _ip(*argv: str) -> None:
+    subprocess.run(["ip", *argv], check=True, capture_output=True, timeout=20)
+
+
+@contextmanager
+def two_hosts() -> Iterator[tuple[Host, Host]]:
+    """Two machines on one wire."""
+    number = os.getpid()
+    hosts = tuple(Host(f"fr{number}{letter}", f"10.87.0.{i}") for i, letter in enumerate("ab", 1))
+    try:
+        for host in hosts:
+            _ip("netns", "add", host.name)
+        _ip("link", "add", "eth0", "netns", hosts[0].name, "type", "veth", "peer", "eth0", "netns", hosts[1].name)
+        for host in hosts:
+            _ip("-n", host.name, "addr", "add", f"{host.ip}/24", "dev", "eth0")
+            _ip("-n", host.name, "link", "set", "lo", "up")
+            host.link("up")
+        yield hosts
+    finally:
+        for host in hosts:
+            for tree in host.trees:
+                tree.end()
+            with suppress(subprocess.CalledProcessError):
+                _ip("netns", "del", host.name)
+
+
+def run_flags(model: str, corpus: Path, output: Path, *more: Any) -> Sequence[Any]:
+    return ["--model", model, "--corpus", corpus, "--output", output, "--batch-tokens", 85 * jobs.MAX_POSITIONS, *more]

@@ -1,0 +1,371 @@
+"""Real clusters on this machine: jobs stopped and killed, nodes lost, nodes that come on demand; always the same bits.
+
+Run by ``pytest -m faults``. Nothing of the package is patched: tasks are as small as tasks get.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from clusters import RAY, Cluster, Host, Tree, can_make_hosts, cluster, fisher_ray, run_flags, two_hosts, until
+
+import jobs
+from jobs import MAX_POSITIONS, ROOT, Stored, gpt2  # noqa: F401
+
+pytestmark = pytest.mark.faults
+
+ONE_GPU = ("--gpus-per-actor", 1, "--device", "cpu")  # a logical one: no such hardware is needed
+DEMANDED = ("--min-actors", 1, "--max-actors", 2, *ONE_GPU)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dozen tasks of 32 KiB, each a second or so."""
+    path = tmp_path_factory.mktemp("corpus") / "docs.txt"
+    path.write_text(jobs.some_text(390_000))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(gpt2: str, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:  # noqa: F811
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    stored, outcome = jobs.run_here(jobs.settings(gpt2, corpus, folder, batch_tokens=85 * MAX_POSITIONS))
+    assert outcome.tasks >= 11
+    return stored
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def flags(gpt2: str, corpus: Path, output: Path) -> list[Any]:  # noqa: F811
+    return run_flags(gpt2, corpus, output)
+
+
+def done(output: Path) -> int:
+    return len(list(output.glob("done/[0-9]*.json")))
+
+
+def when_done(output: Path, tasks: int, seconds: float = 120) -> None:
+    until(lambda: done(output) >= tasks, seconds, f"{tasks} tasks are done")
+
+
+def driver_of(output: Path) -> int | None:
+    """The process that holds the lease."""
+    for path in sorted(output.glob("lease/[0-9]*.json"), reverse=True):
+        try:
+            return int(json.loads(path.read_text())["pid"])
+        except (OSError, ValueError):  # it is being written
+            return None
+    return None
+
+
+def same(output: Path, undisturbed: Stored) -> None:
+    stored = Stored(output)
+    assert stored.bits() == undisturbed.bits()
+    assert stored.table.equals(undisturbed.table)
+
+
+def kept(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in output.glob("done/[0-9]*.json")}
+
+
+def still_there(output: Path, before: dict[str, bytes]) -> None:
+    now = kept(output)
+    assert {name: now[name] for name in before} == before
+
+
+# ---- jobs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job_server() -> Iterator[Cluster]:
+    with cluster("--num-cpus", 2) as made:
+        yield made
+
+
+def submit(server: Cluster, *argv: Any) -> Tree:
+    """``fisher-ray submit`` from the folder of the project, as the README says."""
+    command = (sys.executable, "-m", "fisher_ray.cli", "submit", "--address", server.jobs_address, "--", *argv)
+    return Tree(*command, cwd=ROOT)
+
+
+def job_of(submission: Tree) -> str:
+    return until(lambda: re.search(r"job (raysubmit_\w+):", submission.said), 60, "the job is accepted").group(1)
+
+
+def test_the_published_script_as_a_job(
+    job_server: Cluster, gpt2: str, corpus: Path, output: Path, undisturbed: Stored  # noqa: F811
+) -> None:  # fmt: skip
+    script = ("python", "jobs/calculate_fisher_matrices.py", "--model_name", gpt2, "--corpus", corpus)
+    settings = ("--layer_idx", "all", "--max_seq_len", MAX_POSITIONS, "--batch_size", 85, "--output_dir", output)
+    address = ("--address", job_server.jobs_address)
+    job = Tree(RAY, "job", "submit", *address, "--working-dir", ".", "--", *script, *settings, cwd=ROOT)
+    assert job.code() == 0, job.said
+    assert "picture:" in job.said and "reducing: " in job.said
+    same(output, undisturbed)
+
+
+def test_a_job_is_followed_with_plain_lines(
+    job_server: Cluster, flags: list[Any], output: Path, undisturbed: Stored
+) -> None:
+    job = submit(job_server, "run", *flags, "--max-actors", 1)
+    try:
+        when_done(output, 1)
+        (actor,) = job_server.head.actors()
+        os.kill(actor, signal.SIGSTOP)  # as slow as it takes for two lines more, on any machine
+        until(lambda: job.said.count("computing: ") >= 3, 45, "two lines of progress have come since the first")
+        assert done(output) < len(undisturbed.receipts)
+        os.kill(actor, signal.SIGCONT)
+        assert job.code() == 0, job.said
+    finally:
+        job.end()
+    times = [at for at, line in job.lines if line.startswith("computing: ")]
+    assert all(13 < later - earlier < 18 for earlier, later in zip(times, times[1:], strict=False))
+    number = r"[\d,]+"
+    progress = re.compile(
+        rf"(computing|reducing|complete): {number}/{number} tasks, {number} tokens/s(, [\d:]+ left)?, actors \d+ alive "
+        r"\d+ pending, \d+ retried, \d+ quarantined"
+    )
+    lines = [line for _, line in job.lines if "tokens/s" in line]
+    assert lines[-1].startswith("complete: ") and all(progress.fullmatch(line) for line in lines), lines
+    assert not re.search("[\r\x1b\u2588\u2501]|it/s", job.said)
+    same(output, undisturbed)
+
+
+def test_bad_input_passes_through(job_server: Cluster, flags: list[Any], output: Path) -> None:
+    job = submit(job_server, "run", *flags, "--layers", 9)
+    assert job.code(120) == 2, job.said
+    (line,) = [line for _, line in job.lines if line.startswith("error:")]
+    assert "9" in line and "Traceback" not in job.said
+    assert not output.exists()
+
+
+def test_a_job_stopped_goes_on(job_server: Cluster, flags: list[Any], output: Path, undisturbed: Stored) -> None:
+    job = submit(job_server, "run", *flags)
+    try:
+        when_done(output, 2)
+        stopping = Tree(RAY, "job", "stop", "--address", job_server.jobs_address, job_of(job))
+        assert stopping.code(120) == 0, stopping.said
+        assert job.code(60) == 130, job.said
+    finally:
+        job.end()
+    assert "stopped; what is done is kept, and the same command goes on." in job.said
+    assert "job stopped" in job.said and "Traceback" not in job.said
+    before = kept(output)
+    assert 2 <= len(before) < len(undisturbed.receipts)
+    assert json.loads((output / "progress.json").read_text())["state"] == "stopped"
+    assert not list(output.glob("lease/*")) and not (output / "reduced").exists()
+
+    again = submit(job_server, "run", *flags)
+    assert again.code() == 0, again.said
+    assert f"{len(before)} of {len(undisturbed.receipts)} tasks were done before" in again.said
+    still_there(output, before)
+    assert len(list(output.glob("sums/*"))) == len(
+        undisturbed.receipts
+    )  # nothing was computed twice, nothing left over
+    same(output, undisturbed)
+
+
+def test_a_job_whose_driver_is_killed_three_times(
+    job_server: Cluster, flags: list[Any], output: Path, undisturbed: Stored
+) -> None:
+    draw = random.Random(1)
+    before: dict[str, bytes] = {}
+    for _ in range(3):
+        job = submit(job_server, "run", *flags)
+        try:
+            driver = until(lambda: driver_of(output), 90, "a driver works")
+            # Anywhere between its first moments, with no worker yet, and a few tasks later.
+            when_done(output, len(before) + draw.choice([0, 1, 2, 3]))
+            time.sleep(draw.uniform(0, 1.5))
+            os.kill(driver, signal.SIGKILL)
+            assert job.code(60) not in (0, 2, 130), job.said
+        finally:
+            job.end()
+        assert "job failed" in job.said
+        still_there(output, before)
+        # Workers of a driver that is gone may commit what they were at before Ray ends them.
+        until(lambda: not job_server.head.actors(), 60, "its workers are gone")
+        before = kept(output)
+        assert len(before) < len(undisturbed.receipts)
+    again = submit(job_server, "run", *flags)
+    assert again.code() == 0, again.said
+    if before:
+        assert f"{len(before)} of {len(undisturbed.receipts)} tasks were done before" in again.said
+    still_there(output, before)
+    same(output, undisturbed)
+
+
+def test_a_sweep_as_a_job(job_server: Cluster, gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    """One of four points is killed; the sweep as a whole goes on."""
+    other = jobs.save_model(tmp_path / "other", seed=1)
+    (tmp_path / "docs.txt").write_text(jobs.some_text(70_000))
+    product = {"model": [gpt2, other], "estimator": ["sampled", "exact"]}
+    common = {"corpus": [str(tmp_path / "docs.txt")], "num_samples": 2, "max_actors": 1}
+    sweep = {"output": str(tmp_path / "sweep"), "side_by_side": 2, "common": common, "product": product}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+
+    job = submit(job_server, "jobs/sweep.py", tmp_path / "sweep.yaml")
+    try:
+
+        def a_point() -> Path | None:
+            return next((p for p in (tmp_path / "sweep").glob("*") if driver_of(p) and done(p) >= 1), None)
+
+        killed = until(a_point, 120, "a point works")
+        os.kill(driver_of(killed), signal.SIGKILL)
+        code = job.code()
+    finally:
+        job.end()
+    points = {path.name: path for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
+    assert len(points) == 4 and code not in (0, 2), job.said
+    rows = pq.read_table(tmp_path / "sweep/summary.parquet").to_pylist()
+    assert {row["point"]: row["code"] for row in rows} == {name: -9 * (name == killed.name) for name in points}
+    assert [row["layer"] for row in rows if row["point"] == killed.name] == [None]
+    table = job.said[job.said.index("entropy rank") :]
+    assert re.search(r"-9 +- +- ", table)
+
+    complete = {name: path for name, path in points.items() if path != killed}
+    before = {name: kept(path) for name, path in complete.items()}
+    again = submit(job_server, "jobs/sweep.py", tmp_path / "sweep.yaml")
+    assert again.code() == 0, again.said
+    assert f"{killed.name}: begun" in again.said
+    assert {name: kept(path) for name, path in complete.items()} == before
+    rows = pq.read_table(tmp_path / "sweep/summary.parquet").to_pylist()
+    assert {row["code"] for row in rows} == {0} and len(rows) == 4 * (jobs.LAYERS + 1)
+    for name, path in points.items():
+        config = json.loads((path / "run.json").read_text())["config"]
+        alone = jobs.settings(
+            config["model"],
+            tmp_path / "docs.txt",
+            tmp_path / "alone" / name,
+            num_samples=2,
+            estimator=config["estimator"],
+        )
+        same(path, jobs.run_here(alone)[0])
+
+
+# ---- nodes that are lost -----------------------------------------------------------------------------------------------
+
+
+def test_a_node_lost(flags: list[Any], output: Path, undisturbed: Stored) -> None:
+    """With a single attempt a task: a machine that goes is not the task's failure."""
+    with cluster("--num-cpus", 0) as made:
+        nodes = [made.add("--num-cpus", 1, "--num-gpus", 1) for _ in range(2)]
+        flags += ["--max-actors", 2, *ONE_GPU, "--max-attempts", 1]
+        run = fisher_ray("run", *flags, RAY_ADDRESS=made.address)
+        try:
+            until(lambda: all(node.actors() for node in nodes), 90, "a worker is on each node")
+            when_done(output, 3)
+            nodes[1].end()
+            assert run.code() == 0, run.said
+        finally:
+            run.end()
+    assert done(output) == len(undisturbed.receipts)
+    assert re.search(r"reducing: .* [1-9]\d* retried, 0 quarantined", run.said), run.said
+    same(output, undisturbed)
+
+
+def test_two_workers_share_a_gpu(flags: list[Any], output: Path, undisturbed: Stored) -> None:
+    with cluster("--num-cpus", 0) as made:
+        node = made.add("--num-cpus", 4, "--num-gpus", 1)
+        until(lambda: made.alive() == 2, 60, "the node is there")
+        run = fisher_ray("run", *flags, "--gpus-per-actor", 0.5, "--device", "cpu", RAY_ADDRESS=made.address)
+        most = 0
+        try:
+            while run.process.poll() is None:
+                most = max(most, len(node.actors()))
+                time.sleep(0.05)
+            assert run.code() == 0, run.said
+        finally:
+            run.end()
+    assert most == 2 and "actors 2 alive" in run.said
+    same(output, undisturbed)
+
+
+# ---- nodes that come ---------------------------------------------------------------------------------------------------
+
+
+def test_nodes_come_on_demand_and_leave(flags: list[Any], output: Path, undisturbed: Stored) -> None:
+    """From no worker node to two and back, under Ray's autoscaler."""
+    autoscaling = {
+        "cluster_name": "fake", "max_workers": 4, "idle_timeout_minutes": 0.1, "upscaling_speed": 10.0,
+        "provider": {"type": "fake_multinode"},
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 4},
+        },
+        "head_node_type": "ray.head.default",
+        "auth": {}, "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [],
+        "head_start_ray_commands": [], "worker_start_ray_commands": [], "file_mounts": {},
+        "cluster_synced_files": [], "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [],
+        "initialization_commands": [],
+    }  # fmt: skip
+    fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "0"}
+    with cluster("--num-cpus", 0, autoscaling=autoscaling, **fake) as made:
+        assert made.alive() == 1
+        run = fisher_ray("run", *flags, *DEMANDED, RAY_ADDRESS=made.address)
+        seen, workers = {1}, set()
+        try:
+            while run.process.poll() is None:
+                seen.add(made.alive())
+                workers.add(len(made.head.actors()))
+                time.sleep(0.1)
+            assert run.code() == 0, run.said
+        finally:
+            run.end()
+        assert max(seen) == 3, f"{seen} nodes, the head among them, where two were asked for: {run.said}"
+        assert {1, 2} <= workers and "actors 2 alive" in run.said
+        until(lambda: made.alive() == 1, 90, "idle nodes have left")
+    same(output, undisturbed)
+
+
+def test_a_node_that_comes_late_is_used(flags: list[Any], output: Path, undisturbed: Stored) -> None:
+    with cluster("--num-cpus", 1) as made:
+        run = fisher_ray("run", *flags, RAY_ADDRESS=made.address)
+        try:
+            when_done(output, 1)
+            assert len(made.head.actors()) == 1
+            late = made.add("--num-cpus", 1)
+            until(late.actors, 60, "a worker is on the new node")
+            assert run.code() == 0, run.said
+        finally:
+            run.end()
+    assert "reducing: " in run.said and "actors 2 alive" in run.said
+    same(output, undisturbed)
+
+
+def test_no_gpus_and_none_to_come(flags: list[Any], output: Path) -> None:
+    with cluster("--num-cpus", 1) as made:
+        begun = time.monotonic()
+        run = fisher_ray("run", *flags, *ONE_GPU, RAY_ADDRESS=made.address)
+        assert run.code(60) == 2, run.said
+        assert time.monotonic() - begun < 30
+    (line,) = run.said.splitlines()
+    assert line.startswith("error: an actor needs 1 CPUs and 1 GPUs; the cluster has 1 and 0.")
+    assert "--max-actors" in line and not output.exists()
+
+
+# ---- hosts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    if not can_make_hosts():
+        pytest.skip("network namespaces need root and iproute2")
+    with two_hosts() as made:
+        yield made

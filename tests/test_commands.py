@@ -1,0 +1,320 @@
+"""The commands beside run, and what a job's log says."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from rich.console import Console
+
+import jobs
+from fisher_ray import cli, cost
+from fisher_ray.cli import main
+from fisher_ray.driver import Progress
+from fisher_ray.plan import ConfigError, make_plan, reckon
+from fisher_ray.shards import Counts, Lease, RunStore
+from fisher_ray.sweep import read_sweep
+from jobs import LAYERS, Stored, cluster, gpt2  # noqa: F401
+
+TASK_BYTES = 1_500
+
+
+@pytest.fixture(scope="module")
+def finished(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> Stored:  # noqa: F811
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "docs.txt").write_text(jobs.some_text(9_000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "MIN_TASK_BYTES", TASK_BYTES)
+        stored, outcome = jobs.run_here(jobs.settings(gpt2, folder / "docs.txt", folder / "run"))
+    assert outcome.tasks > 4
+    return stored
+
+
+@pytest.fixture
+def run(finished: Stored, tmp_path: Path) -> Stored:
+    """A copy to damage."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    return Stored(tmp_path / "run")
+
+
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "MIN_TASK_BYTES", TASK_BYTES)
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 0) -> str:
+    assert main([str(a) for a in argv]) == code
+    return capsys.readouterr().out
+
+
+# ---- status, verify, clean -----------------------------------------------------------------------------------------------
+
+
+def test_status_of_a_finished_run(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = len(run.receipts)
+    out = said(capsys, "status", run.folder)
+    assert "complete" in out and f"{tasks} of {tasks} done" in out and "driver: none" in out
+    facts = json.loads(said(capsys, "status", run.folder, "--json"))
+    assert facts["state"] == "complete" and facts["tasks_done"] == facts["tasks"] == tasks
+    assert facts["counts"] == {**run.counts(), "halvings": 0} and facts["quarantine"] == []
+
+
+def test_status_of_a_run_at_work(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.folder / "done/00000001.json").unlink()
+    lease = Lease(RunStore(str(run.folder)))
+    facts = json.loads(said(capsys, "status", run.folder, "--json"))
+    lease.release()
+    assert facts["tasks_done"] == facts["tasks"] - 1 and facts["driver"].startswith("process ")
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "clean"])
+def test_of_no_run(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(tmp_path / "nothing")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds no run" in line
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main([command, str(tmp_path)]) == 2
+    assert "no run of ours" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_verify_names_what_is_wrong(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "everything as it was written" in said(capsys, "verify", run.folder)
+    victim = run.folder / run.receipts[1]["files"]["positions"]["path"]
+    raw = bytearray(victim.read_bytes())
+    raw[100] ^= 4
+    victim.write_bytes(raw)
+    (run.folder / "reduced/layer_000/fisher.npy").unlink()
+    out = said(capsys, "verify", run.folder, code=5)
+    assert (
+        f"positions/{victim.name} is damaged" in out
+        and "layer_000/fisher.npy is missing" in out
+        and "2 problems" in out
+    )
+    for name in ("00000000", "00000001", "00000002", "00000003"):
+        (run.folder / f"done/{name}.json").unlink()
+    assert "the run is not complete" in said(capsys, "verify", run.folder, code=5)
+
+
+def test_clean_removes_what_no_receipt_names_and_asks_first(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path for path in run.folder.rglob("*") if path.is_file())
+    orphan = run.folder / "sums/00000001-dead0000/layer_000.npz"
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"half")
+    temporary = run.folder / "positions/.writing-abc"
+    temporary.write_bytes(b"ha")
+    out = said(capsys, "clean", run.folder)
+    assert "sums/00000001-dead0000/layer_000.npz" in out and ".writing-abc" in out and "2 files" in out
+    assert orphan.exists() and temporary.exists()
+    assert "2 files that no receipt names removed" in said(capsys, "clean", run.folder, "--remove")
+    assert sorted(path for path in run.folder.rglob("*") if path.is_file()) == before
+    assert "everything as it was written" in said(capsys, "verify", run.folder)
+
+
+def test_clean_keeps_away_from_a_run_at_work(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.folder / "sums/x").write_bytes(b"in the making")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lease.__init__, "__defaults__", (2.0,))
+        lease = Lease(RunStore(str(run.folder)))
+        assert main(["clean", str(run.folder), "--remove"]) == 3
+    lease.release()
+    assert "another driver works on" in capsys.readouterr().err
+    assert (run.folder / "sums/x").exists()
+
+
+# ---- settings that come back --------------------------------------------------------------------------------------------
+
+
+def test_a_runs_own_description_replays_it(
+    finished: Stored, tmp_path: Path, small_tasks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = said(capsys, "run", "--config", finished.folder / "run.json", "--output", tmp_path / "again")
+    assert "reduced/spectra.png" in out
+    assert Stored(tmp_path / "again").bits() == finished.bits()
+
+
+def test_a_finished_run_is_not_computed_again(
+    run: Stored, small_tasks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks, files = len(run.receipts), {p: p.stat().st_mtime_ns for p in run.folder.rglob("*.np[yz]")}
+    assert f"{tasks} of {tasks} tasks were done before" in said(
+        capsys, "run", "--config", run.folder / "run.json", "--output", run.folder
+    )
+    assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*.np[yz]")} == files
+
+
+def test_a_plan_is_made_once(run: Stored, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever size tasks would have now, a run keeps its own."""
+    monkeypatch.setattr(cost, "MIN_TASK_BYTES", 10 * TASK_BYTES)
+    out = said(capsys, "run", "--config", run.folder / "run.json", "--output", run.folder)
+    assert f"{len(run.receipts)} of {len(run.receipts)} tasks" in out
+
+
+# ---- plan ----------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_counts_what_the_run_counts(
+    finished: Stored, gpt2: str, small_tasks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    corpus = finished.description["config"]["corpus"][0]
+    flags = ["--model", gpt2, "--corpus", corpus, "--output", tmp_path / "run"]
+    facts = json.loads(said(capsys, "plan", *flags, "--json", "--gpu", "h100,cpu"))
+    counts = finished.counts()
+    assert facts["exact"] and facts["tasks"] == len(finished.receipts)
+    assert (facts["documents"], facts["tokens"], facts["scored"]) == tuple(
+        counts[name] for name in ("documents", "tokens", "scored")
+    )
+    written = sum(
+        (finished.folder / p["path"]).stat().st_size
+        for r in finished.receipts
+        for n, p in r["files"].items()
+        if "sums" in n
+    )
+    assert 0.8 < facts["tasks"] * cost_of(gpt2, corpus).sums_bytes / written < 1.3
+    assert [m["hardware"] for m in facts["hardware"]] == ["h100", "cpu"] and not any(
+        m["fits"] for m in facts["hardware"]
+    )
+    assert not (tmp_path / "run").exists()
+    out = said(capsys, "plan", *flags)
+    assert f"{counts['tokens']:,} in" in out and "(exact)" in out and "device hours" in out
+
+
+def cost_of(model: str, corpus: str) -> Any:
+    return make_plan(jobs.settings(model, corpus, "run")).cost
+
+
+def test_plan_says_when_it_estimates(gpt2: str, tmp_path: Path, small_tasks: None) -> None:  # noqa: F811
+    (tmp_path / "docs.txt").write_text(jobs.some_text(60_000))
+    plan = make_plan(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run"))
+    tasks = plan.make_tasks()
+    assert len(tasks) > 20
+    amount = reckon(plan, tasks)
+    assert amount.sampled == 8
+    truth = sum(len(jobs.tokenizer()(p)["input_ids"]) for _, p in jobs.paragraphs((tmp_path / "docs.txt").read_bytes()))
+    assert amount.tokens == pytest.approx(truth, rel=0.25) and amount.tokens != truth
+
+
+def test_plan_refuses_what_cannot_fit(gpt2: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:  # noqa: F811
+    (tmp_path / "docs.txt").write_text("one\n")
+    monkeypatch.setitem(cost.HARDWARE, "l4", replace(cost.HARDWARE["l4"], memory=1 << 20))
+    flags = ["--model", gpt2, "--corpus", str(tmp_path / "docs.txt"), "--output", str(tmp_path / "run")]
+    assert main(["plan", *flags, "--gpu", "l4"]) == 2
+    captured = capsys.readouterr()
+    assert "of memory" in captured.err and "What would fit" in captured.err
+    assert main(["plan", *flags, "--gpu", "l5"]) == 2
+    assert "gpu must be of" in capsys.readouterr().err
+
+
+# ---- the log -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 100.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(cli, "time", clock)
+    text = io.StringIO()
+    state = Progress("computing", 1, 40, 10, 400, Counts(tokens=5), 1234.5, 3725.0, 2, 1, 3, 4)
+    with cli._progress(Console(file=text, width=40)) as tell:
+        for _ in range(100):
+            tell(state)
+            clock.now += 1.0
+        tell(replace(state, state="reducing"))
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 100 // 15 + 1 + 1
+    assert lines[0] == (
+        "computing: 1/40 tasks, 1,234 tokens/s, 1:02:05 left, actors 2 alive 1 pending, 3 retried, 4 quarantined"
+    )
+    assert lines[-1].startswith("reducing: ")
+
+
+# ---- sweeps --------------------------------------------------------------------------------------------------------------
+
+
+def sweep_file(folder: Path, **values: Any) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_sweep_is_a_run_for_each_point(
+    gpt2: str, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    (tmp_path / "docs.txt").write_text(jobs.some_text(2_000))
+    common = {"model": gpt2, "corpus": str(tmp_path / "docs.txt"), "layers": "0,2", "max_docs": 5, "max-actors": 1}
+    product = {"estimator": ["exact", "sampled"], "seed": [0, 1]}
+    path = sweep_file(tmp_path, output=str(tmp_path / "out"), side_by_side=2, common=common, product=product)
+    out = said(capsys, "sweep", path)
+    names = [f"estimator={e},seed={s}" for e in ("exact", "sampled") for s in (0, 1)]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*names, "summary.parquet"])
+    rows = pq.read_table(tmp_path / "out/summary.parquet").to_pylist()
+    assert [(row["point"], row["layer"]) for row in rows] == [(name, layer) for name in names for layer in (0, 2)]
+    for row in rows:
+        fisher = np.load(tmp_path / "out" / row["point"] / f"reduced/layer_{row['layer']:03d}/fisher.npy")
+        assert row["trace"] == pytest.approx(fisher.trace()) and row["code"] == 0
+    exact = [row["trace"] for row in rows if "exact" in row["point"]]
+    assert exact[:2] == exact[2:] and exact[0] != rows[4]["trace"]  # the seed changes only what is sampled
+    table = out[out.rindex("99 % rank") :]
+    assert all(table.count(name) == 2 for name in names)
+    # One point is lost, and the same command brings it back.
+    shutil.rmtree(tmp_path / "out" / names[2])
+    again = said(capsys, "sweep", path)
+    assert again.count("tasks were done before") == 3
+    assert pq.read_table(tmp_path / "out/summary.parquet").to_pylist() == rows
+
+
+def test_a_sweep_goes_on_past_a_point_that_fails(
+    gpt2: str, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    (tmp_path / "docs.txt").write_text("one two\n\nthree four\n")
+    points = [{"layers": "1", "seed": 1}, {"layers": "77", "seed": 2}, {"layers": 2, "seed": 3}]
+    common = {"model": gpt2, "corpus": [str(tmp_path / "docs.txt")], "executor": "local"}
+    out = said(
+        capsys, "sweep", sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=points), code=2
+    )
+    assert f"layer_idx must be in [0, {LAYERS}], got 77" in out
+    rows = {row["point"]: row for row in pq.read_table(tmp_path / "out/summary.parquet").to_pylist()}
+    assert {point: row["code"] for point, row in rows.items()} == {
+        "layers=1,seed=1": 0, "layers=77,seed=2": 2, "layers=2,seed=3": 0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"output": "o", "points": []}, "points"),
+        ({"output": "o", "product": {"seed": 3}}, "each with a list of values"),
+        ({"output": "o", "product": {"seed": [1]}, "points": [{"seed": 1}]}, "either product"),
+        ({"output": "o"}, "either product"),
+        ({"points": [{"seed": 1}]}, "must hold output"),
+        ({"output": "o", "points": [{"seed": 1}], "parallel": 2}, "unknown setting 'parallel'"),
+        ({"output": "o", "points": [{"seed": 1}], "side_by_side": 0}, "side_by_side"),
+        ({"output": "o", "points": [{"sead": 1}], "common": {"model": "m", "corpus": "c"}}, "unknown setting 'sead'"),
+        ({"output": "o", "points": [{"top_p": 3.0}], "common": {"model": "m", "corpus": "c"}}, "point top_p=3.0: "),
+        ({"output": "o", "points": [{"seed": 1}], "common": {"corpus": "c"}}, "model must be given"),
+    ],
+)
+def test_a_sweeps_file_is_checked_before_anything_runs(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_sweep(sweep_file(tmp_path, **values))
+
+
+def test_points_have_folders_of_their_own(tmp_path: Path) -> None:
+    models = ["a/b", "a-b", "a b", "x" * 300, "x" * 299 + "y"]
+    product = {"model": models, "columns": [["one"], ["one", "two"]]}
+    sweep = read_sweep(sweep_file(tmp_path, output="s3://bucket/out/", common={"corpus": "c"}, product=product))
+    assert len(sweep.points) == 10
+    for name, config in sweep.points.items():
+        assert config.output == f"s3://bucket/out/{name}" and "/" not in name and len(name) <= 100
