@@ -163,17 +163,16 @@ class RayPool:
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": plan.config.output})
 
-    def resize(self, wanted: int) -> None:
+    def resize(self, wanted: int, kept: int) -> None:
         # A second call on a worker hides reading and writing; where others would stand idle it only delays the end.
         self._spread = wanted > len(self._members)
         if time.monotonic() - self._looked < _LOOK_EVERY:
             return
         self._looked = time.monotonic()
-        most = self._config.max_actors or max(1, self._room())
-        target = min(max(wanted, min(self._config.min_actors, wanted)), most)
-        for _ in range(target - len(self._members)):
+        most = self._config.max_actors or max(self._config.min_actors, self._room())
+        for _ in range(min(wanted, most) - len(self._members)):
             self._start()
-        surplus = len(self._members) - max(target, 1)
+        surplus = len(self._members) - max(min(kept, most), 1)
         for member in [*self._loading.values(), *self._idle][: max(0, surplus)]:
             self._drop(member)
 

@@ -180,8 +180,8 @@ class Pool(Protocol):
     def open(self, plan: Plan) -> None:
         """Start no worker yet, but know how."""
 
-    def resize(self, wanted: int) -> None:
-        """Grow or shrink towards so many workers, within what the configuration and the cluster allow."""
+    def resize(self, wanted: int, kept: int) -> None:
+        """Grow to so many workers, within what configuration and cluster allow; drop idle ones beyond ``kept``."""
 
     def room(self, alone: bool, avoid: Collection[Any]) -> Any:
         """A worker that can take a call, with nothing else on it if ``alone``; None if there is none now."""
@@ -218,7 +218,7 @@ class LocalPool:
     def open(self, plan: Plan) -> None:
         self._servant = Servant(plan)
 
-    def resize(self, wanted: int) -> None:
+    def resize(self, wanted: int, kept: int) -> None:
         pass
 
     def room(self, alone: bool, avoid: Collection[Any]) -> Any:
@@ -314,7 +314,8 @@ class Dispatch:
             if seconds is not None and (seconds <= 0 or not self._running):
                 raise StoppedError("stopped; what is done is kept, and the same command goes on.")
             if seconds is None:
-                self._pool.resize(-(-left // width))
+                wanted = -(-left // width)
+                self._pool.resize(wanted, 2 * wanted)  # as many again for second attempts, if they are there
                 self._fill()
             if time.monotonic() - looked > 1.0:
                 looked = time.monotonic()
@@ -764,7 +765,7 @@ class _Run:
         where = task.ranges[0]
         span = f"rows or bytes {where.start} to {where.stop}" if where.stop >= 0 else "whole"
         more = f" and {len(task.ranges) - 1} more ranges" if len(task.ranges) > 1 else ""
-        line = f"task {task.id} ({where.path}, {span}{more}): {_said(failure)}"
+        line = f"task {task.id} ({where.path.removeprefix('file://')}, {span}{more}): {_said(failure)}"
         if hopeless:
             many = f"the first {_HOPELESS} tasks failed, and none succeeded. The last: {line}"
             raise replace(failure, message=many).to_exception()

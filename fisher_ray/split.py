@@ -550,6 +550,10 @@ def _check_head(split: SplitModel, ids: Tensor, encoded: Mapping[str, Tensor]) -
             else:
                 out = split.model(input_ids=ids, use_cache=False)
             logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
+            if logits.isnan().any():
+                raise ModelError(
+                    f"the logits of {split.label} are not finite: its weights are damaged, or too large for {split.dtype}."
+                )
             few = logits[0, -4:].log_softmax(-1)
             token = few.argmin(-1, keepdim=True)
             (truth,) = torch.autograd.grad(few.gather(1, token).sum(), kept["z"])

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_a_job_is_followed_with_plain_lines(
     finally:
         job.end()
     times = [at for at, line in job.lines if line.startswith("computing: ")]
-    assert all(13 < later - earlier < 18 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(13 < later - earlier < 18 for earlier, later in pairwise(times))
     number = r"[\d,]+"
     progress = re.compile(
         rf"(computing|reducing|complete): {number}/{number} tasks, {number} tokens/s(, [\d:]+ left)?, actors \d+ alive "

@@ -57,7 +57,8 @@ class Pool:
     def report(self, progress: Any) -> None:
         pass
 
-    def resize(self, wanted: int) -> None:
+    def resize(self, wanted: int, kept: int) -> None:
+        assert kept >= wanted
         self.most = max(self.most, wanted)
 
     def room(self, alone: bool, avoid: Collection[Any]) -> int | None:

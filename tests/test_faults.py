@@ -400,8 +400,8 @@ def test_a_file_changed_during_the_run(place: Place, faults_here: None, capsys: 
 def test_an_unreadable_document(
     flags: tuple[Any, ...], place: Place, cluster: None, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
-    raw = bytearray(place.corpus.read_bytes())
-    raw[15_000] = 0xFF
+    raw = bytearray(jobs.some_text(75_000).encode())  # the first 64 KiB are looked at before anything starts
+    raw[70_000] = 0xFF
     place = replace(place, corpus=place.folder / "docs.txt")
     place.corpus.write_bytes(raw)
     place.faults({})
@@ -409,10 +409,10 @@ def test_an_unreadable_document(
     plan = pq.read_table(place.run / "plan.parquet").to_pylist()
     (bad,) = place.quarantined()
     (row,) = (row for row in plan if row["task"] == bad)
-    assert row["start"] <= 15_000 < row["stop"] + 3_000  # a paragraph belongs to where it begins
+    assert row["start"] <= 70_000 < row["stop"] + 3_000  # a paragraph belongs to where it begins
     assert place.quarantined()[bad]["kind"] == "input"
     first, _ = lines_of(capsys.readouterr().err)
-    assert first.startswith(f"given up: task {bad} ({place.corpus}, ") and "not UTF-8: byte 15000 is 0xff" in first
+    assert first.startswith(f"given up: task {bad} ({place.corpus}, ") and "not UTF-8: byte 70000 is 0xff" in first
     assert place.done().keys() == {row["task"] for row in plan} - {bad}
     assert place.tries()[bad] <= 1
 
