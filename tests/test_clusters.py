@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,7 +21,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from clusters import RAY, Cluster, Host, Tree, can_make_hosts, cluster, fisher_ray, run_flags, two_hosts, until
+from clusters import (
+    RAY,
+    WATCHFUL,
+    Cluster,
+    Host,
+    Tree,
+    can_make_hosts,
+    cluster,
+    fisher_ray,
+    node_options,
+    run_flags,
+    two_hosts,
+    until,
+)
 
 import jobs
 from jobs import MAX_POSITIONS, ROOT, Stored, gpt2  # noqa: F401
@@ -370,3 +384,53 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         pytest.skip("network namespaces need root and iproute2")
     with two_hosts() as made:
         yield made
+
+
+def test_a_host_cut_off_and_back(
+    hosts: tuple[Host, Host], flags: list[Any], output: Path, tmp_path: Path, undisturbed: Stored
+) -> None:
+    """Its tasks go to the other one; what it commits on its own, and that it comes back, changes nothing."""
+    here, there = hosts
+    address = f"{here.ip}:6399"
+    with tempfile.TemporaryDirectory(prefix="fr-", dir="/tmp") as folder:
+        common = ("--block", "--num-cpus", 1, *node_options())
+        head = ("--head", "--port", 6399, "--node-ip-address", here.ip, "--temp-dir", folder)
+        first = here.run(RAY, "start", *head, "--include-dashboard", "false", *common, **WATCHFUL)
+        until(lambda: "Ray runtime started" in first.said, 90, f"the head is up: {first.said}")
+        second = there.run(RAY, "start", "--address", address, "--node-ip-address", there.ip, *common, **WATCHFUL)
+        until(lambda: "Ray runtime started" in second.said, 90, f"the other host has joined: {second.said}")
+        package = {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
+        run = here.run(sys.executable, "-m", "fisher_ray.cli", "run", *flags, "--max-actors", 2, **package)
+        until(lambda: first.actors() and second.actors(), 90, f"a worker is on each host: {run.said}")
+        when_done(output, 2)
+        there.link("down")
+        at_the_cut = done(output)
+        when_done(output, at_the_cut + 2)
+        there.link("up")
+        assert run.code() == 0, run.said
+        for tree in (run, second, first):
+            tree.end()
+    assert re.search(r"reducing: .* [1-9]\d* retried, 0 quarantined", run.said), run.said
+    same(output, undisturbed)
+
+
+def test_a_driver_cut_off_is_succeeded(
+    hosts: tuple[Host, Host], gpt2: str, corpus: Path, output: Path, undisturbed: Stored  # noqa: F811
+) -> None:  # fmt: skip
+    """Two hosts, one folder, a lease: the second waits its turn, and the first, asleep for too long, finds itself replaced."""
+    here, there = hosts
+    command = (sys.executable, "-m", "fisher_ray.cli", "run", *run_flags(gpt2, corpus, output), "--executor", "local")
+    package = {"PYTHONPATH": str(ROOT)}
+    first = here.run(*command, **package)
+    when_done(output, 2)
+    refused = there.run(*command, **package)
+    assert refused.code(120) == 3, refused.said
+    assert "error: another driver works on" in refused.said
+    first.signal(signal.SIGSTOP)  # the host stands still, as a machine does that is moved
+    second = there.run(*command, **package)
+    until(lambda: "tasks," in second.said, 120, "the second has taken over")
+    first.signal(signal.SIGCONT)
+    assert first.code(120) == 3, first.said
+    assert "taken this run over" in first.said
+    assert second.code() == 0, second.said
+    same(output, undisturbed)

@@ -127,7 +127,7 @@ def check_given_up(err: str, place: Place, reasons: dict[int, str]) -> None:
         (line,) = (line for line in named if line.startswith(f"given up: task {task} ("))
         assert f"({place.corpus}, rows or bytes " in line and reason in line, line
         assert line == f"given up: {notes[task]['error']}"
-        assert {part["path"] for part in notes[task]["ranges"]} == {str(place.corpus)}
+        assert {part["path"] for part in notes[task]["ranges"]} == {f"file://{place.corpus}"}
     assert last.startswith(f"error: {len(reasons)} of 11 tasks were given up") and "--retry-quarantined" in last
 
 
