@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +32,9 @@ RAY = str(BIN / "ray")
 _LIBC = ctypes.CDLL(None)
 _ADOPT_ORPHANS = 36  # prctl's PR_SET_CHILD_SUBREAPER
 
-# A lost node is noticed after 5 s instead of 19.
+# A lost node is noticed after 5 s instead of 19; workers are not nicer than what else the machine does.
 WATCHFUL = {
+    "RAY_worker_niceness": "0",
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "4",
@@ -99,8 +100,8 @@ class Tree:
         return found
 
     def signal(self, number: int) -> None:
-        """To every process of it."""
-        for pid in [*jobs.descendants(self.pid), self.pid]:
+        """To every process of it but the first, which only waits for the others."""
+        for pid in jobs.descendants(self.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -229,6 +230,10 @@ class Host:
         self.trees.append(Tree("ip", "netns", "exec", self.name, *inside, *argv, **variables))
         return self.trees[-1]
 
+    def end(self) -> None:
+        for tree in self.trees:
+            tree.end()
+
     def link(self, state: str) -> None:
         """``down`` cuts it off, ``up`` brings it back."""
         _ip("-n", self.name, "link", "set", "eth0", state)
@@ -254,11 +259,6 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         yield hosts
     finally:
         for host in hosts:
-            for tree in host.trees:
-                tree.end()
+            host.end()
             with suppress(subprocess.CalledProcessError):
                 _ip("netns", "del", host.name)
-
-
-def run_flags(model: str, corpus: Path, output: Path, *more: Any) -> Sequence[Any]:
-    return ["--model", model, "--corpus", corpus, "--output", output, "--batch-tokens", 85 * jobs.MAX_POSITIONS, *more]

@@ -9,11 +9,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,26 +23,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from clusters import (
-    RAY,
-    WATCHFUL,
-    Cluster,
-    Host,
-    Tree,
-    can_make_hosts,
-    cluster,
-    fisher_ray,
-    node_options,
-    run_flags,
-    two_hosts,
-    until,
-)
+from clusters import RAY, WATCHFUL, Cluster, Host, Tree, can_make_hosts, cluster, fisher_ray, two_hosts, until
 
 import jobs
 from jobs import MAX_POSITIONS, ROOT, Stored, gpt2  # noqa: F401
 
 pytestmark = pytest.mark.faults
 
+# What `run` and the published script both can be told.
+NUM_SAMPLES, SEQUENCES = 2, 85
 ONE_GPU = ("--gpus-per-actor", 1, "--device", "cpu")  # a logical one: no such hardware is needed
 DEMANDED = ("--min-actors", 1, "--max-actors", 2, *ONE_GPU)
 
@@ -56,7 +47,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(gpt2: str, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:  # noqa: F811
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    stored, outcome = jobs.run_here(jobs.settings(gpt2, corpus, folder, batch_tokens=85 * MAX_POSITIONS))
+    stored, outcome = jobs.run_here(
+        jobs.settings(gpt2, corpus, folder, num_samples=NUM_SAMPLES, batch_tokens=SEQUENCES * MAX_POSITIONS)
+    )
     assert outcome.tasks >= 11
     return stored
 
@@ -68,7 +61,10 @@ def output(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def flags(gpt2: str, corpus: Path, output: Path) -> list[Any]:  # noqa: F811
-    return run_flags(gpt2, corpus, output)
+    tokens = SEQUENCES * MAX_POSITIONS
+    return [
+        "--model", gpt2, "--corpus", corpus, "--output", output, "--num-samples", NUM_SAMPLES, "--batch-tokens", tokens
+    ]  # fmt: skip
 
 
 def done(output: Path) -> int:
@@ -127,11 +123,12 @@ def test_the_published_script_as_a_job(
     job_server: Cluster, gpt2: str, corpus: Path, output: Path, undisturbed: Stored  # noqa: F811
 ) -> None:  # fmt: skip
     script = ("python", "jobs/calculate_fisher_matrices.py", "--model_name", gpt2, "--corpus", corpus)
-    settings = ("--layer_idx", "all", "--max_seq_len", MAX_POSITIONS, "--batch_size", 85, "--output_dir", output)
+    settings = ("--layer_idx", "all", "--max_seq_len", MAX_POSITIONS, "--output_dir", output)
+    settings += ("--num_samples", NUM_SAMPLES, "--batch_size", SEQUENCES)
     address = ("--address", job_server.jobs_address)
     job = Tree(RAY, "job", "submit", *address, "--working-dir", ".", "--", *script, *settings, cwd=ROOT)
     assert job.code() == 0, job.said
-    assert "picture:" in job.said and "reducing: " in job.said
+    assert "picture:" in job.said and "complete: " in job.said
     same(output, undisturbed)
 
 
@@ -174,7 +171,13 @@ def test_a_job_stopped_goes_on(job_server: Cluster, flags: list[Any], output: Pa
     job = submit(job_server, "run", *flags)
     try:
         when_done(output, 2)
+        workers = job_server.head.actors()
+        for pid in workers:  # or they may be through before Ray's command has started
+            os.kill(pid, signal.SIGSTOP)
         stopping = Tree(RAY, "job", "stop", "--address", job_server.jobs_address, job_of(job))
+        until(lambda: "Attempting to stop" in stopping.said, 60, "Ray is about to stop the job")
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
         assert stopping.code(120) == 0, stopping.said
         assert job.code(60) == 130, job.said
     finally:
@@ -202,12 +205,12 @@ def test_a_job_whose_driver_is_killed_three_times(
     draw = random.Random(1)
     before: dict[str, bytes] = {}
     for _ in range(3):
-        job = submit(job_server, "run", *flags)
+        job = submit(job_server, "run", *flags, "--max-actors", 1)
         try:
             driver = until(lambda: driver_of(output), 90, "a driver works")
             # Anywhere between its first moments, with no worker yet, and a few tasks later.
-            when_done(output, len(before) + draw.choice([0, 1, 2, 3]))
-            time.sleep(draw.uniform(0, 1.5))
+            when_done(output, len(before) + draw.choice([0, 1, 2]))
+            time.sleep(draw.uniform(0, 0.8))
             os.kill(driver, signal.SIGKILL)
             assert job.code(60) not in (0, 2, 130), job.said
         finally:
@@ -291,7 +294,7 @@ def test_a_node_lost(flags: list[Any], output: Path, undisturbed: Stored) -> Non
         finally:
             run.end()
     assert done(output) == len(undisturbed.receipts)
-    assert re.search(r"reducing: .* [1-9]\d* retried, 0 quarantined", run.said), run.said
+    assert re.search(r"complete: .* [1-9]\d* retried, 0 quarantined", run.said), run.said
     same(output, undisturbed)
 
 
@@ -308,7 +311,7 @@ def test_two_workers_share_a_gpu(flags: list[Any], output: Path, undisturbed: St
             assert run.code() == 0, run.said
         finally:
             run.end()
-    assert most == 2 and "actors 2 alive" in run.said
+    assert most == 2
     same(output, undisturbed)
 
 
@@ -344,7 +347,7 @@ def test_nodes_come_on_demand_and_leave(flags: list[Any], output: Path, undistur
         finally:
             run.end()
         assert max(seen) == 3, f"{seen} nodes, the head among them, where two were asked for: {run.said}"
-        assert {1, 2} <= workers and "actors 2 alive" in run.said
+        assert max(workers) == 2
         until(lambda: made.alive() == 1, 90, "idle nodes have left")
     same(output, undisturbed)
 
@@ -354,13 +357,16 @@ def test_a_node_that_comes_late_is_used(flags: list[Any], output: Path, undistur
         run = fisher_ray("run", *flags, RAY_ADDRESS=made.address)
         try:
             when_done(output, 1)
-            assert len(made.head.actors()) == 1
+            (first,) = made.head.actors()
+            os.kill(first, signal.SIGSTOP)  # from now on whatever is done is done elsewhere
+            before = done(output)
             late = made.add("--num-cpus", 1)
             until(late.actors, 60, "a worker is on the new node")
+            when_done(output, before + 2)
+            os.kill(first, signal.SIGCONT)
             assert run.code() == 0, run.said
         finally:
             run.end()
-    assert "reducing: " in run.said and "actors 2 alive" in run.said
     same(output, undisturbed)
 
 
@@ -387,50 +393,71 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def test_a_host_cut_off_and_back(
-    hosts: tuple[Host, Host], flags: list[Any], output: Path, tmp_path: Path, undisturbed: Stored
+    hosts: tuple[Host, Host], flags: list[Any], output: Path, undisturbed: Stored, tmp_path: Path
 ) -> None:
-    """Its tasks go to the other one; what it commits on its own, and that it comes back, changes nothing."""
-    here, there = hosts
-    address = f"{here.ip}:6399"
-    with tempfile.TemporaryDirectory(prefix="fr-", dir="/tmp") as folder:
-        common = ("--block", "--num-cpus", 1, *node_options())
-        head = ("--head", "--port", 6399, "--node-ip-address", here.ip, "--temp-dir", folder)
-        first = here.run(RAY, "start", *head, "--include-dashboard", "false", *common, **WATCHFUL)
-        until(lambda: "Ray runtime started" in first.said, 90, f"the head is up: {first.said}")
-        second = there.run(RAY, "start", "--address", address, "--node-ip-address", there.ip, *common, **WATCHFUL)
-        until(lambda: "Ray runtime started" in second.said, 90, f"the other host has joined: {second.said}")
-        package = {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
-        run = here.run(sys.executable, "-m", "fisher_ray.cli", "run", *flags, "--max-actors", 2, **package)
-        until(lambda: first.actors() and second.actors(), 90, f"a worker is on each host: {run.said}")
+    """A cable is pulled: no process ends, no connection is closed, and what ran there goes on for a while."""
+    with ray_on(hosts) as (head, node):
+        run = hosts[0].run(
+            sys.executable, "-m", "fisher_ray.cli", "run", *flags, "--max-actors", 2, *ONE_GPU, "--max-attempts", 1,
+            RAY_ADDRESS=f"{hosts[0].ip}:6379", PYTHONPATH=str(ROOT),
+        )  # fmt: skip
+        until(lambda: head.actors() and node.actors(), 90, "a worker is on each host")
         when_done(output, 2)
-        there.link("down")
-        at_the_cut = done(output)
-        when_done(output, at_the_cut + 2)
-        there.link("up")
+        (cut_off,) = node.actors()
+        os.kill(cut_off, signal.SIGSTOP)  # or it may have committed what it was at
+        hosts[1].link("down")
+        lost = done(output)
+        when_done(output, lost + 2)
+        os.kill(cut_off, signal.SIGCONT)
+        hosts[1].link("up")
         assert run.code() == 0, run.said
-        for tree in (run, second, first):
-            tree.end()
-    assert re.search(r"reducing: .* [1-9]\d* retried, 0 quarantined", run.said), run.said
+    assert done(output) == len(undisturbed.receipts)
+    assert re.search(r"complete: .* [1-9]\d* retried, 0 quarantined", run.said), run.said
     same(output, undisturbed)
 
 
-def test_a_driver_cut_off_is_succeeded(
-    hosts: tuple[Host, Host], gpt2: str, corpus: Path, output: Path, undisturbed: Stored  # noqa: F811
-) -> None:  # fmt: skip
-    """Two hosts, one folder, a lease: the second waits its turn, and the first, asleep for too long, finds itself replaced."""
-    here, there = hosts
-    command = (sys.executable, "-m", "fisher_ray.cli", "run", *run_flags(gpt2, corpus, output), "--executor", "local")
-    package = {"PYTHONPATH": str(ROOT)}
-    first = here.run(*command, **package)
-    when_done(output, 2)
-    refused = there.run(*command, **package)
-    assert refused.code(120) == 3, refused.said
-    assert "error: another driver works on" in refused.said
-    first.signal(signal.SIGSTOP)  # the host stands still, as a machine does that is moved
-    second = there.run(*command, **package)
-    until(lambda: "tasks," in second.said, 120, "the second has taken over")
+@contextmanager
+def ray_on(hosts: tuple[Host, Host]) -> Iterator[tuple[Tree, Tree]]:
+    """A head and a node, each with a logical GPU."""
+    folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
+    common = ("--block", "--disable-usage-stats", "--object-store-memory", 80_000_000, "--num-gpus", 1, "--num-cpus", 1)
+    head_options = ("--head", "--port", 6379, "--temp-dir", folder / "a", "--include-dashboard", "false")
+    try:
+        head = hosts[0].run(RAY, "start", *head_options, "--node-ip-address", hosts[0].ip, *common, **WATCHFUL)
+        until(lambda: "Ray runtime started" in head.said, 60, f"the head has started: {head.said}")
+        joining = ("--address", f"{hosts[0].ip}:6379", "--node-ip-address", hosts[1].ip, "--temp-dir", folder / "b")
+        node = hosts[1].run(RAY, "start", *joining, *common, **WATCHFUL)
+        yield head, node
+    finally:
+        for host in hosts:
+            host.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_one_driver_of_two_hosts(hosts: tuple[Host, Host], flags: list[Any], output: Path, undisturbed: Stored) -> None:
+    """Refused while the other works, let in when it has not been heard of; the other stops when it is back.
+
+    A host cut off from its storage stands still, as with NFS mounted hard, and so does one that is suspended.
+    """
+    command = (sys.executable, "-m", "fisher_ray.cli", "run", *flags, "--executor", "local", "--num-samples", 8)
+    first = hosts[0].run(*command, PYTHONPATH=str(ROOT))
+    when_done(output, 1)
+    second = hosts[1].run(*command, PYTHONPATH=str(ROOT))
+    assert second.code(60) == 3, second.said
+    (line,) = [line for line in second.said.splitlines() if line.startswith("error:")]
+    assert "another driver works on" in line and f"on {hosts[0].name}" in line
+    assert first.process.poll() is None, first.said
+
+    first.signal(signal.SIGSTOP)
+    hosts[0].link("down")
+    began, before = time.monotonic(), done(output)
+    second = hosts[1].run(*command, PYTHONPATH=str(ROOT))
+    when_done(output, before + 1)
+    assert time.monotonic() - began > 15  # the lease's patience
+    hosts[0].link("up")
     first.signal(signal.SIGCONT)
-    assert first.code(120) == 3, first.said
-    assert "taken this run over" in first.said
+    assert first.code(60) == 3, first.said
+    assert "another driver has taken this run over" in first.said and "Traceback" not in first.said
     assert second.code() == 0, second.said
-    same(output, undisturbed)
+    assert "tasks were done before" in second.said
+    assert Stored(output).receipts and not list(output.glob("lease/*"))
