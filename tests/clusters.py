@@ -81,7 +81,7 @@ class Tree:
     def said(self) -> str:
         return "\n".join(line for _, line in self.lines)
 
-    def code(self, seconds: float = 240) -> int:
+    def code(self, seconds: float = 400) -> int:
         """The exit code; with all that was said."""
         try:
             code = self.process.wait(seconds)
@@ -109,7 +109,7 @@ class Tree:
         """SIGKILL, from above so that nobody mourns its children, until none is left."""
         self.process.send_signal(signal.SIGSTOP)  # the foster parent has to outlive them all
         end = time.monotonic() + 20
-        while time.monotonic() < end and (left := [pid for pid in jobs.descendants(self.pid) if not _is_dead(pid)]):
+        while time.monotonic() < end and (left := [pid for pid in jobs.descendants(self.pid) if not is_dead(pid)]):
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -118,7 +118,7 @@ class Tree:
         self.process.wait(10)
 
 
-def _is_dead(pid: int) -> bool:
+def is_dead(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from clusters import RAY, WATCHFUL, Cluster, Host, Tree, can_make_hosts, cluster, fisher_ray, two_hosts, until
+from clusters import RAY, WATCHFUL, Cluster, Host, Tree, can_make_hosts, cluster, fisher_ray, is_dead, two_hosts, until
 
 import jobs
 from jobs import MAX_POSITIONS, ROOT, Stored, gpt2  # noqa: F401
@@ -76,12 +76,12 @@ def when_done(output: Path, tasks: int, seconds: float = 120) -> None:
 
 
 def driver_of(output: Path) -> int | None:
-    """The process that holds the lease."""
-    for path in sorted(output.glob("lease/[0-9]*.json"), reverse=True):
-        try:
-            return int(json.loads(path.read_text())["pid"])
-        except (OSError, ValueError):  # it is being written
-            return None
+    """The living process that holds the lease."""
+    for path in output.glob("lease/[0-9]*.json"):
+        with suppress(OSError, ValueError):  # it is being written
+            pid = int(json.loads(path.read_text())["pid"])
+            if not is_dead(pid):
+                return pid
     return None
 
 
@@ -232,7 +232,7 @@ def test_a_job_whose_driver_is_killed_three_times(
 def test_a_sweep_as_a_job(job_server: Cluster, gpt2: str, tmp_path: Path) -> None:  # noqa: F811
     """One of four points is killed; the sweep as a whole goes on."""
     other = jobs.save_model(tmp_path / "other", seed=1)
-    (tmp_path / "docs.txt").write_text(jobs.some_text(70_000))
+    (tmp_path / "docs.txt").write_text(jobs.some_text(40_000))
     product = {"model": [gpt2, other], "estimator": ["sampled", "exact"]}
     common = {"corpus": [str(tmp_path / "docs.txt")], "num_samples": 2, "max_actors": 1}
     sweep = {"output": str(tmp_path / "sweep"), "side_by_side": 2, "common": common, "product": product}
