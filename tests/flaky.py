@@ -1,4 +1,4 @@
-"""An S3 server on this machine, behind a proxy that stumbles on request: refuses, forgets to answer, cuts answers short."""
+"""Storage that refuses: an S3 server behind a proxy that stumbles on request, and permissions that bind root too."""
 
 from __future__ import annotations
 
@@ -190,3 +190,18 @@ def s3(s3_server: Flaky) -> Flaky:
     """S3 clients of this process find a bucket, behind a proxy that does nothing wrong until it is told to."""
     s3_server.calm()
     return s3_server
+
+
+# Permissions do not bind root; without the capabilities to override them (1) and to search everywhere (2), they do.
+_BOUND = """
+import ctypes, os, sys
+if os.geteuid() == 0:
+    for capability in (1, 2):
+        assert ctypes.CDLL(None, use_errno=True).prctl(24, capability, 0, 0, 0) == 0
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def bound(*argv: str) -> list[str]:
+    """Arguments of a Python that runs Python with these, bound by permissions whoever runs it."""
+    return ["-c", _BOUND, *argv]

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from flaky import BUCKET, FAULTS, Flaky, s3, s3_server, variables  # noqa: F401
+from flaky import BUCKET, FAULTS, Flaky, s3, s3_server  # noqa: F401
 
 import jobs
 from fisher_ray import cost

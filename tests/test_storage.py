@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError
-from flaky import BUCKET, Flaky, s3, s3_server, variables  # noqa: F401
+from flaky import BUCKET, Flaky, bound, s3, s3_server  # noqa: F401
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fisher_ray import storage
@@ -67,7 +67,7 @@ def one_line(error: BaseException) -> str:
 # ---- other processes ---------------------------------------------------------------------------------------------------
 
 
-def alone(code: str, *argv: str) -> subprocess.Popen[str]:
+def alone(code: str, *argv: str, unprivileged: bool = False) -> subprocess.Popen[str]:
     """Code in a process that has nothing but the storage module, as ``storage``: quick to start."""
     load = (
         "import importlib.util, sys; spec = importlib.util.spec_from_file_location('storage', sys.argv[1]); "
@@ -76,7 +76,8 @@ def alone(code: str, *argv: str) -> subprocess.Popen[str]:
     found = importlib.util.find_spec("fisher_ray.storage")
     assert found is not None and found.origin is not None
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", load + code, found.origin, *argv], **pipes)
+    given = ["-c", load + code, found.origin, *argv]
+    return subprocess.Popen([sys.executable, *(bound(*given) if unprivileged else given)], **pipes)
 
 
 def said(process: subprocess.Popen[str], timeout: float = 60) -> str:
@@ -526,8 +527,7 @@ def test_a_listing_misses_nothing_while_others_write(tmp_path: Path) -> None:
 
 
 UNREADABLE = """
-import os, sys
-os.setuid(int(sys.argv[3])) if os.getuid() == 0 else None
+import sys
 store = storage.Storage(sys.argv[2])
 try:
     print(store.list())
@@ -536,38 +536,22 @@ except storage.StorageError as error:
 """
 
 
-def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(open_folder: Path) -> None:
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path) -> None:
     """Taken for one, it would make everything undone, and every data file an orphan that may be removed."""
-    store = Storage(str(open_folder))
+    store = Storage(str(tmp_path))
     store.write("done/1", b"1")
     store.write("sums/1", b"1")
-    (open_folder / "done").chmod(0o000)
+    (tmp_path / "done").chmod(0o000)
     try:
-        assert said(alone(UNREADABLE, str(open_folder), str(NOBODY))).startswith("error listing")
+        assert said(alone(UNREADABLE, str(tmp_path), unprivileged=True)).startswith("error listing")
     finally:
-        (open_folder / "done").chmod(0o755)
+        (tmp_path / "done").chmod(0o755)
 
 
 # ---- real refusals -----------------------------------------------------------------------------------------------------
 
-NOBODY = 65534
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that other users can reach, unlike pytest's."""
-    import shutil
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="fisher-ray-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
 ATTEMPT = """
-import os, sys, time
-os.setuid(int(sys.argv[3])) if len(sys.argv) > 3 and os.getuid() == 0 else None
+import sys
 storage.time.sleep = lambda seconds: print("waited")
 store = storage.Storage(sys.argv[2])
 for method in (store.write, store.create):
@@ -579,22 +563,22 @@ for method in (store.write, store.create):
 """
 
 
-def test_permission_denied(open_folder: Path) -> None:
-    (open_folder / "run").mkdir(mode=0o555)
-    lines = said(alone(ATTEMPT, str(open_folder / "run"), str(NOBODY))).splitlines()
+def test_permission_denied(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o555)
+    lines = said(alone(ATTEMPT, str(tmp_path / "run"), unprivileged=True)).splitlines()
     assert [line.split(" ")[0] for line in lines] == ["writing", "creating"]
     assert all("Permission denied" in line and "Choose a directory that can be written" in line for line in lines)
 
 
 @pytest.fixture
-def small_disk(open_folder: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a megabyte."""
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(open_folder)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True
     ).returncode:
         pytest.skip("mounting needs root")
-    yield open_folder
-    subprocess.run(["umount", str(open_folder)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_disk_full(small_disk: Path) -> None:
