@@ -284,12 +284,15 @@ class Cost:
         """Bytes of text a task, from nominal speeds.
 
         Enough that writing the sums takes at most 5 % of computing them, unless that would take more than 10 minutes; at
-        most a 32nd of the corpus; at least ``MIN_TASK_BYTES``; and never more than the memory for a task's arrays holds.
+        most a 32nd of the corpus; at least ``MIN_TASK_BYTES``, or what takes 10 minutes where that is less, as exact
+        matrices do; and never more than the memory for a task's arrays holds.
         """
         rate, storage = _NOMINAL[device]
         seconds_per_byte = self._seconds_per_token(rate, rate) / _TEXT_BYTES_PER_TOKEN
         wanted = self.sums_bytes / storage / _WRITING / seconds_per_byte
-        bounded = max(MIN_TASK_BYTES, min(wanted, _LONGEST / seconds_per_byte, total_bytes / _BLOCKS))
+        longest = _LONGEST / seconds_per_byte
+        least = min(MIN_TASK_BYTES, max(256, longest))
+        bounded = max(least, min(wanted, longest, total_bytes / _BLOCKS))
         if self._saved_rows:
             token = 4 * self._saved_rows * self.model.d_model * len(self.layers) * self.share
             bounded = min(bounded, TASK_ARRAY_BYTES / token * _TEXT_BYTES_PER_TOKEN)

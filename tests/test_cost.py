@@ -321,10 +321,11 @@ def test_text_of_a_task(
     for each in some_costs:
         text = each.task_bytes(device, total)
         computing, writing = text / 4 * each.flop_per_token / rate, each.sums_bytes / storage
-        assert least <= text <= max(least, total // 32)
-        assert computing <= 601 or text == least
+        assert min(least, 256) <= text <= max(least, total // 32)
+        assert text >= least or computing >= 580  # shorter than asked for only where it takes long
+        assert computing <= 601 or text == 256
         assert writing <= 0.052 * computing or text == max(least, total // 32) or computing >= 580
-        assert writing >= 0.048 * computing or text == least  # no larger than writing asks for
+        assert writing >= 0.048 * computing or text <= least  # no larger than writing asks for
 
 
 def test_arrays_of_a_task_fit_in_memory(gpt2: SplitModel) -> None:
