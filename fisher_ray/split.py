@@ -181,12 +181,6 @@ class SplitModel:
         return self.head.weight.device
 
     @property
-    def _first_device(self) -> torch.device:
-        """Where passes begin. Models make their positions and masks there, out of arguments that must be there too."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
 
@@ -199,8 +193,8 @@ class SplitModel:
         """The encoder's output, as the constant context that the decoder's arguments ask for."""
         if mask is None:
             mask = torch.ones_like(encoder_input_ids)
-        ids, mask = encoder_input_ids.to(self._first_device), mask.long().to(self._first_device)
-        out = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
+        mask = mask.long()
+        out = self.model.get_encoder()(input_ids=encoder_input_ids, attention_mask=mask)
         encoded = {"encoder_hidden_states": out.last_hidden_state, "encoder_attention_mask": mask}
         return {name: value.to(self.device) for name, value in encoded.items()}
 
@@ -370,10 +364,10 @@ class SplitModel:
         arguments = {"input_ids": input_ids, **encoded}
         if positions is not None and self._takes_position_ids:
             arguments["position_ids"] = positions
+        # A decoder makes its positions and masks on the device of its embeddings.
+        first = self.decoder.get_input_embeddings().weight.device
         try:
-            out = self.decoder(
-                use_cache=False, **{name: value.to(self._first_device) for name, value in arguments.items()}
-            )
+            out = self.decoder(use_cache=False, **{name: value.to(first) for name, value in arguments.items()})
         except _ReachedError:
             return streams, torch.empty(0)
         finally:

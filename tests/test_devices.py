@@ -37,7 +37,7 @@ def auto(model: Any) -> dict[str, str]:
 
 
 def shuffled(model: Any) -> dict[str, str]:
-    """Neighbours on different devices: embeddings, blocks, norm and head in turn; tied weights stay together."""
+    """Neighbours on different devices: embeddings first, the rest in turn, the head last; tied weights stay together."""
     placed: dict[str, str] = {}
     owners: dict[int, str] = {}
 
@@ -47,7 +47,8 @@ def shuffled(model: Any) -> dict[str, str]:
                 place(f"{path}.{name}".lstrip("."), child)
             return
         tied = [owners[id(parameter)] for parameter in module.parameters() if id(parameter) in owners]
-        placed[path] = tied[0] if tied else f"meta:{len(placed) % 3}"
+        turn = 2 if module is model.get_output_embeddings() else len(placed) % 3
+        placed[path] = tied[0] if tied else f"meta:{turn}"
         owners.update({id(parameter): placed[path] for parameter in module.parameters()})
 
     place("", model)
