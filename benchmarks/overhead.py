@@ -1,7 +1,7 @@
 """What a job costs beyond its arithmetic: one actor on Ray against the bare engine on the same tokens with the same threads.
 
-    python benchmarks/overhead.py --model mid             # 6 layers, d = 256, text and the demo's tokenizer
-    python benchmarks/overhead.py --model gpt2 --tasks 4  # GPT2Config(), token ids
+    python benchmarks/overhead.py --model mid  # 6 layers, d = 256, text and the demo's tokenizer
+    python benchmarks/overhead.py --model gpt2 --tasks 2 --task-bytes 16384 --repeats 1  # GPT2Config(), token ids
 
 Three things take turns in one call:
 
@@ -54,7 +54,7 @@ SEQ_LEN = 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("mid", "gpt2"), default="mid")
-    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--tasks", type=int, default=4)
     parser.add_argument("--task-bytes", type=int, help="of text, or 4 a token id (what the plan of a large corpus has)")
     parser.add_argument("--layers", default="all")
     parser.add_argument("--num-samples", type=int, default=8)
@@ -97,7 +97,6 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
         )
         bare(engine, works[:1])
         seconds: dict[str, list[float]] = {}
-        stages: list[dict[str, float]] = []
         for i in range(args.repeats):
             taken = {
                 "engine": bare(engine, works),
@@ -105,9 +104,10 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
                 **job(replace(config, output=str(folder / f"job-{i}"))),
                 "engine again": bare(engine, works),
             }
+            said = ", ".join(f"{name} {taken[name]:.1f} s" for name in ("engine", "worker", "job", "engine again"))
+            print(f"round {i + 1}: {said}", flush=True)
             for name, value in taken.items():
                 seconds.setdefault(name, []).append(value)
-            stages.append(taken)
         ray.shutdown()
     report(seconds, tokens)
 
