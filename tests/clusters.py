@@ -32,23 +32,26 @@ RAY = str(BIN / "ray")
 _LIBC = ctypes.CDLL(None)
 _ADOPT_ORPHANS = 36  # prctl's PR_SET_CHILD_SUBREAPER
 
-# A lost node is noticed after 5 s instead of 19; workers are not nicer than what else the machine does.
+# A lost node is noticed after 6 s instead of 19. Not less: a busy machine's nodes would count as lost.
 WATCHFUL = {
-    "RAY_worker_niceness": "0",
     "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "6",
 }
+# What nodes have in common on a cluster whose machines have the package; jobs bring it along.
+INSTALLED = {"PYTHONPATH": str(jobs.ROOT)}
 
 
-def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What a condition gives once it holds."""
+def until(condition: Callable[[], Any], seconds: float, what: str, during: Tree | None = None) -> Any:
+    """What a condition gives once it holds, while a process that would make it hold still runs."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
             return value
+        if during is not None and during.process.poll() is not None:
+            raise AssertionError(f"ended before {what}: {during.said}")
         time.sleep(0.02)
-    raise AssertionError(f"waited {seconds} s in vain until {what}")
+    raise AssertionError(f"waited {seconds} s in vain until {what}: {during.said if during else ''}")
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------------
@@ -58,7 +61,7 @@ class Tree:
     """A command and all that descends from it, daemons too; what it says, with the times of its lines."""
 
     def __init__(self, *argv: Any, cwd: str | Path = "/", **variables: str):
-        ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
+        ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
         path = os.pathsep.join([str(BIN), os.environ["PATH"]])  # jobs say "python"
         # Where the package comes from is the test's to say, and 120 columns are what a job's log has.
         kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS", "COLUMNS")}
@@ -90,44 +93,48 @@ class Tree:
         self._reader.join(10)
         return code
 
-    def actors(self) -> list[int]:
-        """Workers of runs below it."""
+    def actors(self, doing: bytes = b"") -> list[int]:
+        """Workers of runs below it; ``.answer``: those at a task."""
         found = []
         for pid in jobs.descendants(self.pid):
             with suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_Actor"):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_Actor" + doing):
                     found.append(pid)
         return found
 
-    def signal(self, number: int) -> None:
-        """To every process of it but the first, which only waits for the others."""
-        for pid in jobs.descendants(self.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
     def end(self) -> None:
-        """SIGKILL, from above so that nobody mourns its children, until none is left."""
-        self.process.send_signal(signal.SIGSTOP)  # the foster parent has to outlive them all
-        end = time.monotonic() + 20
-        while time.monotonic() < end and (left := [pid for pid in jobs.descendants(self.pid) if not is_dead(pid)]):
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
+        """As when the power goes: all stand still at once, so that none hears of another's death, and none is left."""
+        os.kill(self.pid, signal.SIGSTOP)  # the foster parent has to outlive them all
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            end = time.monotonic() + 20
+            while time.monotonic() < end and (left := self._left(number)):
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+                time.sleep(0.02)
         self.process.kill()
         self.process.wait(10)
 
+    def _left(self, number: int) -> list[int]:
+        """Processes below it that a signal has not reached yet."""
+        return [
+            pid
+            for pid in jobs.descendants(self.pid)
+            if state(pid) not in ("T" if number == signal.SIGSTOP else "") + "ZX"
+        ]
 
-def is_dead(pid: int) -> bool:
+
+def state(pid: int) -> str:
+    """The kernel's letter for it, X where there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return True
+        return "X"
 
 
 def fisher_ray(*argv: Any, **variables: str) -> Tree:
     """``fisher-ray argv``."""
-    return Tree(sys.executable, "-m", "fisher_ray.cli", *argv, **{"PYTHONPATH": str(jobs.ROOT), **variables})
+    return Tree(sys.executable, "-m", "fisher_ray.cli", *argv, **INSTALLED, **variables)
 
 
 # ---- clusters ----------------------------------------------------------------------------------------------------------
@@ -164,6 +171,10 @@ class Cluster:
         self.nodes.append(Tree(*argv, **self.variables))
         return self.nodes[-1]
 
+    def actors(self) -> list[int]:
+        """Workers on all nodes."""
+        return [pid for tree in (self.head, *self.nodes) for pid in tree.actors()]
+
     def alive(self) -> int:
         """Nodes, the head among them."""
         return sum(node.state == "ALIVE" for node in list_nodes(address=self.jobs_address))
@@ -178,9 +189,7 @@ def node_options() -> list[Any]:
 
 
 @contextmanager
-def cluster(
-    *options: Any, wait: bool = True, autoscaling: dict[str, Any] | None = None, **variables: str
-) -> Iterator[Cluster]:
+def cluster(*options: Any, autoscaling: dict[str, Any] | None = None, **variables: str) -> Iterator[Cluster]:
     """A head with ``ray start``'s options; ended with all its nodes and all that they started."""
     # Sockets lie in it, whose names must be short.
     folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
@@ -192,9 +201,9 @@ def cluster(
     head = Tree(
         RAY, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", port, "--dashboard-port",
         dashboard_port, "--ray-client-server-port", free_port(), "--temp-dir", folder, *node_options(), *options,
-        **WATCHFUL, **variables,
+        **variables,
     )  # fmt: skip
-    made = Cluster(port, dashboard_port, folder, head, variables={**WATCHFUL, **variables})
+    made = Cluster(port, dashboard_port, folder, head, variables=variables)
     try:
         until(lambda: _answers(f"{made.jobs_address}/api/jobs/"), 90, "the job server answers")
         yield made
@@ -214,7 +223,7 @@ def _answers(url: str) -> bool:
 
 
 def can_make_hosts() -> bool:
-    return os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "unshare"))
+    return os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "unshare", "nsenter"))
 
 
 class Host:
@@ -222,21 +231,46 @@ class Host:
 
     def __init__(self, name: str, ip: str):
         self.name, self.ip = name, ip
+        _ip("netns", "add", name)
+        apart = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts")
+        boot = f"hostname {name}; echo up; exec sleep infinity"
+        self._machine = Tree("ip", "netns", "exec", name, *apart, "sh", "-c", boot)
+        until(lambda: "up" in self._machine.said, 20, f"{name} is up", self._machine)
+        (self._init,) = (pid for pid in jobs.descendants(self._machine.pid) if _inner_pid(pid) == "1")
         self.trees: list[Tree] = []
 
     def run(self, *argv: Any, **variables: str) -> Tree:
-        named = ["sh", "-c", f'hostname {self.name.replace("_", "-")}; exec "$@"', "sh"]
-        inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", *named]
-        self.trees.append(Tree("ip", "netns", "exec", self.name, *inside, *argv, **variables))
+        """A command on it."""
+        self.trees.append(
+            Tree("nsenter", "--target", self._init, "--net", "--pid", "--mount", "--uts", *argv, **variables)
+        )
         return self.trees[-1]
 
-    def end(self) -> None:
+    def freeze(self, number: int) -> None:
+        """SIGSTOP and SIGCONT for all that runs on it."""
         for tree in self.trees:
-            tree.end()
+            for pid in jobs.descendants(tree.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
-    def link(self, state: str) -> None:
+    def link(self, to: str) -> None:
         """``down`` cuts it off, ``up`` brings it back."""
-        _ip("-n", self.name, "link", "set", "eth0", state)
+        _ip("-n", self.name, "link", "set", "eth0", to)
+        if to == "up":  # Ray asks for the way to the world to know its own address
+            _ip("-n", self.name, "route", "replace", "default", "dev", "eth0")
+
+    def end(self) -> None:
+        """Switch it off."""
+        for tree in (*self.trees, self._machine):
+            tree.end()
+        with suppress(subprocess.CalledProcessError):
+            _ip("netns", "del", self.name)
+
+
+def _inner_pid(pid: int) -> str:
+    """Of a process, in the innermost namespace."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("NSpid:"))
+    return line.split()[-1]
 
 
 def _ip(*argv: str) -> None:
@@ -246,19 +280,17 @@ def _ip(*argv: str) -> None:
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Two machines on one wire."""
-    number = os.getpid()
-    hosts = tuple(Host(f"fr{number}{letter}", f"10.87.0.{i}") for i, letter in enumerate("ab", 1))
+    hosts: list[Host] = []
     try:
-        for host in hosts:
-            _ip("netns", "add", host.name)
-        _ip("link", "add", "eth0", "netns", hosts[0].name, "type", "veth", "peer", "eth0", "netns", hosts[1].name)
+        for i, letter in enumerate("ab", 1):
+            hosts.append(Host(f"fr{os.getpid()}{letter}", f"10.87.0.{i}"))
+        one, other = hosts
+        _ip("link", "add", "eth0", "netns", one.name, "type", "veth", "peer", "eth0", "netns", other.name)
         for host in hosts:
             _ip("-n", host.name, "addr", "add", f"{host.ip}/24", "dev", "eth0")
             _ip("-n", host.name, "link", "set", "lo", "up")
             host.link("up")
-        yield hosts
+        yield one, other
     finally:
         for host in hosts:
             host.end()
-            with suppress(subprocess.CalledProcessError):
-                _ip("netns", "del", host.name)

@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,19 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from clusters import RAY, WATCHFUL, Cluster, Host, Tree, can_make_hosts, cluster, fisher_ray, is_dead, two_hosts, until
+from clusters import (
+    INSTALLED,
+    RAY,
+    WATCHFUL,
+    Cluster,
+    Host,
+    Tree,
+    can_make_hosts,
+    cluster,
+    fisher_ray,
+    two_hosts,
+    until,
+)
 
 import jobs
 from jobs import MAX_POSITIONS, ROOT, Stored, gpt2  # noqa: F401
@@ -71,8 +83,30 @@ def done(output: Path) -> int:
     return len(list(output.glob("done/[0-9]*.json")))
 
 
-def when_done(output: Path, tasks: int, seconds: float = 120) -> None:
-    until(lambda: done(output) >= tasks, seconds, f"{tasks} tasks are done")
+def when_done(output: Path, tasks: int, run: Tree) -> None:
+    until(lambda: done(output) >= tasks, 120, f"{tasks} tasks are done", run)
+
+
+def together(count: int, actors: Callable[[], list[int]], run: Tree) -> None:
+    """Hold workers that have come until there are so many, or the first may be through before the last has started."""
+    held: list[int] = []
+
+    def enough() -> bool:
+        for pid in set(actors()) - set(held):
+            os.kill(pid, signal.SIGSTOP)
+            held.append(pid)
+        return len(held) >= count
+
+    until(enough, 180, f"{count} workers are there", run)
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
+
+
+def held_at_work(node: Tree, run: Tree) -> int:
+    """The worker of a node, stopped in the middle of a task."""
+    (pid,) = until(lambda: node.actors(b".answer"), 120, "the node's worker has a task", run)
+    os.kill(pid, signal.SIGSTOP)
+    return pid
 
 
 def driver_of(output: Path) -> int | None:
@@ -80,7 +114,7 @@ def driver_of(output: Path) -> int | None:
     for path in output.glob("lease/[0-9]*.json"):
         with suppress(OSError, ValueError):  # it is being written
             pid = int(json.loads(path.read_text())["pid"])
-            if not is_dead(pid):
+            if state(pid) not in "ZX":
                 return pid
     return None
 
@@ -137,7 +171,7 @@ def test_a_job_is_followed_with_plain_lines(
 ) -> None:
     job = submit(job_server, "run", *flags, "--max-actors", 1)
     try:
-        when_done(output, 1)
+        when_done(output, 1, job)
         (actor,) = job_server.head.actors()
         os.kill(actor, signal.SIGSTOP)  # as slow as it takes for two lines more, on any machine
         until(lambda: job.said.count("computing: ") >= 3, 45, "two lines of progress have come since the first")
@@ -170,7 +204,7 @@ def test_bad_input_passes_through(job_server: Cluster, flags: list[Any], output:
 def test_a_job_stopped_goes_on(job_server: Cluster, flags: list[Any], output: Path, undisturbed: Stored) -> None:
     job = submit(job_server, "run", *flags)
     try:
-        when_done(output, 2)
+        when_done(output, 2, job)
         workers = job_server.head.actors()
         for pid in workers:  # or they may be through before Ray's command has started
             os.kill(pid, signal.SIGSTOP)
@@ -207,9 +241,9 @@ def test_a_job_whose_driver_is_killed_three_times(
     for _ in range(3):
         job = submit(job_server, "run", *flags, "--max-actors", 1)
         try:
-            driver = until(lambda: driver_of(output), 90, "a driver works")
+            driver = until(lambda: driver_of(output), 90, "a driver works", job)
             # Anywhere between its first moments, with no worker yet, and a few tasks later.
-            when_done(output, len(before) + draw.choice([0, 1, 2]))
+            when_done(output, len(before) + draw.choice([0, 1, 2]), job)
             time.sleep(draw.uniform(0, 0.8))
             os.kill(driver, signal.SIGKILL)
             assert job.code(60) not in (0, 2, 130), job.said
@@ -244,7 +278,7 @@ def test_a_sweep_as_a_job(job_server: Cluster, gpt2: str, tmp_path: Path) -> Non
         def a_point() -> Path | None:
             return next((p for p in (tmp_path / "sweep").glob("*") if driver_of(p) and done(p) >= 1), None)
 
-        killed = until(a_point, 120, "a point works")
+        killed = until(a_point, 120, "a point works", job)
         os.kill(driver_of(killed), signal.SIGKILL)
         code = job.code()
     finally:
@@ -282,13 +316,14 @@ def test_a_sweep_as_a_job(job_server: Cluster, gpt2: str, tmp_path: Path) -> Non
 
 def test_a_node_lost(flags: list[Any], output: Path, undisturbed: Stored) -> None:
     """With a single attempt a task: a machine that goes is not the task's failure."""
-    with cluster("--num-cpus", 0) as made:
+    with cluster("--num-cpus", 0, **WATCHFUL, **INSTALLED) as made:
         nodes = [made.add("--num-cpus", 1, "--num-gpus", 1) for _ in range(2)]
         flags += ["--max-actors", 2, *ONE_GPU, "--max-attempts", 1]
         run = fisher_ray("run", *flags, RAY_ADDRESS=made.address)
         try:
-            until(lambda: all(node.actors() for node in nodes), 90, "a worker is on each node")
-            when_done(output, 3)
+            together(2, made.actors, run)
+            held_at_work(nodes[1], run)
+            when_done(output, done(output) + 2, run)
             nodes[1].end()
             assert run.code() == 0, run.said
         finally:
@@ -299,19 +334,15 @@ def test_a_node_lost(flags: list[Any], output: Path, undisturbed: Stored) -> Non
 
 
 def test_two_workers_share_a_gpu(flags: list[Any], output: Path, undisturbed: Stored) -> None:
-    with cluster("--num-cpus", 0) as made:
+    with cluster("--num-cpus", 0, **INSTALLED) as made:
         node = made.add("--num-cpus", 4, "--num-gpus", 1)
         until(lambda: made.alive() == 2, 60, "the node is there")
         run = fisher_ray("run", *flags, "--gpus-per-actor", 0.5, "--device", "cpu", RAY_ADDRESS=made.address)
-        most = 0
         try:
-            while run.process.poll() is None:
-                most = max(most, len(node.actors()))
-                time.sleep(0.05)
+            together(2, node.actors, run)
             assert run.code() == 0, run.said
         finally:
             run.end()
-    assert most == 2
     same(output, undisturbed)
 
 
@@ -334,35 +365,30 @@ def test_nodes_come_on_demand_and_leave(flags: list[Any], output: Path, undistur
         "initialization_commands": [],
     }  # fmt: skip
     fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "0"}
-    with cluster("--num-cpus", 0, autoscaling=autoscaling, **fake) as made:
-        assert made.alive() == 1
+    with cluster("--num-cpus", 0, autoscaling=autoscaling, **fake, **INSTALLED) as made:
+        until(lambda: made.alive() == 1, 30, "the head is there")
         run = fisher_ray("run", *flags, *DEMANDED, RAY_ADDRESS=made.address)
-        seen, workers = {1}, set()
         try:
-            while run.process.poll() is None:
-                seen.add(made.alive())
-                workers.add(len(made.head.actors()))
-                time.sleep(0.1)
+            together(2, made.actors, run)
+            assert made.alive() == 3  # each asks for a GPU, and a node has one
             assert run.code() == 0, run.said
         finally:
             run.end()
-        assert max(seen) == 3, f"{seen} nodes, the head among them, where two were asked for: {run.said}"
-        assert max(workers) == 2
         until(lambda: made.alive() == 1, 90, "idle nodes have left")
     same(output, undisturbed)
 
 
 def test_a_node_that_comes_late_is_used(flags: list[Any], output: Path, undisturbed: Stored) -> None:
-    with cluster("--num-cpus", 1) as made:
+    with cluster("--num-cpus", 1, **INSTALLED) as made:
         run = fisher_ray("run", *flags, RAY_ADDRESS=made.address)
         try:
-            when_done(output, 1)
+            when_done(output, 1, run)
             (first,) = made.head.actors()
             os.kill(first, signal.SIGSTOP)  # from now on whatever is done is done elsewhere
             before = done(output)
             late = made.add("--num-cpus", 1)
-            until(late.actors, 60, "a worker is on the new node")
-            when_done(output, before + 2)
+            until(late.actors, 60, "a worker is on the new node", run)
+            when_done(output, before + 2, run)
             os.kill(first, signal.SIGCONT)
             assert run.code() == 0, run.said
         finally:
@@ -371,7 +397,7 @@ def test_a_node_that_comes_late_is_used(flags: list[Any], output: Path, undistur
 
 
 def test_no_gpus_and_none_to_come(flags: list[Any], output: Path) -> None:
-    with cluster("--num-cpus", 1) as made:
+    with cluster("--num-cpus", 1, **INSTALLED) as made:
         begun = time.monotonic()
         run = fisher_ray("run", *flags, *ONE_GPU, RAY_ADDRESS=made.address)
         assert run.code(60) == 2, run.said
@@ -399,15 +425,13 @@ def test_a_host_cut_off_and_back(
     with ray_on(hosts) as (head, node):
         run = hosts[0].run(
             sys.executable, "-m", "fisher_ray.cli", "run", *flags, "--max-actors", 2, *ONE_GPU, "--max-attempts", 1,
-            RAY_ADDRESS=f"{hosts[0].ip}:6379", PYTHONPATH=str(ROOT),
+            RAY_ADDRESS=f"{hosts[0].ip}:6379", **INSTALLED,
         )  # fmt: skip
-        until(lambda: head.actors() and node.actors(), 90, "a worker is on each host")
-        when_done(output, 2)
-        (cut_off,) = node.actors()
-        os.kill(cut_off, signal.SIGSTOP)  # or it may have committed what it was at
+        together(2, lambda: head.actors() + node.actors(), run)
+        cut_off = held_at_work(node, run)  # or it may have committed what it was at
         hosts[1].link("down")
         lost = done(output)
-        when_done(output, lost + 2)
+        when_done(output, lost + 2, run)
         os.kill(cut_off, signal.SIGCONT)
         hosts[1].link("up")
         assert run.code() == 0, run.said
@@ -423,14 +447,16 @@ def ray_on(hosts: tuple[Host, Host]) -> Iterator[tuple[Tree, Tree]]:
     common = ("--block", "--disable-usage-stats", "--object-store-memory", 80_000_000, "--num-gpus", 1, "--num-cpus", 1)
     head_options = ("--head", "--port", 6379, "--temp-dir", folder / "a", "--include-dashboard", "false")
     try:
-        head = hosts[0].run(RAY, "start", *head_options, "--node-ip-address", hosts[0].ip, *common, **WATCHFUL)
+        head = hosts[0].run(
+            RAY, "start", *head_options, "--node-ip-address", hosts[0].ip, *common, **WATCHFUL, **INSTALLED
+        )
         until(lambda: "Ray runtime started" in head.said, 60, f"the head has started: {head.said}")
         joining = ("--address", f"{hosts[0].ip}:6379", "--node-ip-address", hosts[1].ip, "--temp-dir", folder / "b")
-        node = hosts[1].run(RAY, "start", *joining, *common, **WATCHFUL)
+        node = hosts[1].run(RAY, "start", *joining, *common, **WATCHFUL, **INSTALLED)
         yield head, node
     finally:
-        for host in hosts:
-            host.end()
+        for tree in (*hosts[0].trees, *hosts[1].trees):
+            tree.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -440,22 +466,22 @@ def test_one_driver_of_two_hosts(hosts: tuple[Host, Host], flags: list[Any], out
     A host cut off from its storage stands still, as with NFS mounted hard, and so does one that is suspended.
     """
     command = (sys.executable, "-m", "fisher_ray.cli", "run", *flags, "--executor", "local", "--num-samples", 8)
-    first = hosts[0].run(*command, PYTHONPATH=str(ROOT))
-    when_done(output, 1)
-    second = hosts[1].run(*command, PYTHONPATH=str(ROOT))
+    first = hosts[0].run(*command, **INSTALLED)
+    when_done(output, 1, first)
+    second = hosts[1].run(*command, **INSTALLED)
     assert second.code(60) == 3, second.said
     (line,) = [line for line in second.said.splitlines() if line.startswith("error:")]
     assert "another driver works on" in line and f"on {hosts[0].name}" in line
     assert first.process.poll() is None, first.said
 
-    first.signal(signal.SIGSTOP)
+    hosts[0].freeze(signal.SIGSTOP)
     hosts[0].link("down")
     began, before = time.monotonic(), done(output)
-    second = hosts[1].run(*command, PYTHONPATH=str(ROOT))
-    when_done(output, before + 1)
+    second = hosts[1].run(*command, **INSTALLED)
+    when_done(output, before + 1, second)
     assert time.monotonic() - began > 15  # the lease's patience
     hosts[0].link("up")
-    first.signal(signal.SIGCONT)
+    hosts[0].freeze(signal.SIGCONT)
     assert first.code(60) == 3, first.said
     assert "another driver has taken this run over" in first.said and "Traceback" not in first.said
     assert second.code() == 0, second.said
