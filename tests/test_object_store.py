@@ -19,7 +19,7 @@ import pytest
 from flaky import BUCKET, FAULTS, Flaky, s3, s3_server  # noqa: F401
 
 import jobs
-from fisher_ray import cost
+from fisher_ray import cost, reduce
 from fisher_ray.cli import COMPLETE, main
 from fisher_ray.storage import Storage
 from jobs import Stored, gpt2  # noqa: F401
@@ -173,8 +173,6 @@ def test_damage_on_s3_is_found_and_mended(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """In this process, and with a tree of several levels."""
-    from fisher_ray import reduce
-
     monkeypatch.setattr(reduce, "FAN_IN", 3)
     output = f"s3://{BUCKET}/{uuid.uuid4().hex}"
     flags = ["--model", gpt2, "--corpus", f"{remote}/jsonl", "--output", output, "--executor", "local"]
@@ -191,6 +189,31 @@ def test_damage_on_s3_is_found_and_mended(
     assert main(["run", *flags]) == COMPLETE
     assert main(["verify", output]) == COMPLETE
     assert fetched(output, tmp_path / "after").bits() == bits
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_run_in_memory(
+    kind: str, corpora: Path, local: dict[str, Stored], gpt2: str, small_tasks: None, tmp_path: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """On a file system that is neither a disk nor S3, as the others that fsspec knows."""
+    root = f"memory://{uuid.uuid4().hex}"
+    fs, top = fsspec.core.url_to_fs(root)
+    for path in (corpora / kind).iterdir():
+        fs.pipe_file(f"{top}/corpus/{path.name}", path.read_bytes())
+    flags = ["--model", gpt2, "--corpus", f"{root}/corpus", "--output", f"{root}/run", "--executor", "local"]
+    flags += ["--save", "factors", "--layers", "0-1"]
+    assert main(["run", *flags]) == COMPLETE
+    before = same(f"{root}/run", local[kind], tmp_path / "before")
+    fs.rm_file(f"{top}/run/done/00000003.json")
+    fs.pipe_file(f"{top}/run/{before.receipts[1]['files']['sums_0']['path']}", b"other bytes")
+    assert main(["verify", f"{root}/run"]) == 5
+    capsys.readouterr()
+    assert main(["run", *flags]) == COMPLETE
+    assert "1 of them damaged and computed again" in capsys.readouterr().out
+    assert main(["verify", f"{root}/run"]) == COMPLETE
+    assert main(["clean", f"{root}/run", "--remove"]) == COMPLETE
+    same(f"{root}/run", local[kind], tmp_path / "after")
 
 
 @pytest.mark.faults
