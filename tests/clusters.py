@@ -104,7 +104,8 @@ class Tree:
 
     def end(self) -> None:
         """As when the power goes: all stand still at once, so that none hears of another's death, and none is left."""
-        os.kill(self.pid, signal.SIGSTOP)  # the foster parent has to outlive them all
+        if self.process.poll() is None:
+            os.kill(self.pid, signal.SIGSTOP)  # the foster parent has to outlive them all
         for number in (signal.SIGSTOP, signal.SIGKILL):
             end = time.monotonic() + 20
             while time.monotonic() < end and (left := self._left(number)):
