@@ -38,7 +38,8 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # the cluster here is this machine's o
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fisher_ray import cluster
-from fisher_ray.driver import Call, LocalPool, _for_workers, _Run, _Stop
+from fisher_ray.dispatch import Call, LocalPool
+from fisher_ray.driver import _for_workers, _Run, _Stop
 from fisher_ray.plan import Plan, RunConfig, make_plan
 from fisher_ray.reduce import levels, roots
 from fisher_ray.shards import Counts, Lease, Receipt, RunStore, task_name

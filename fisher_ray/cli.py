@@ -24,7 +24,8 @@ from rich.table import Table
 from fisher_ray import __version__
 from fisher_ray.cluster import RayPool, submit
 from fisher_ray.cost import HARDWARE, Hardware
-from fisher_ray.driver import LocalPool, Outcome, Progress, RunError, StoppedError, run
+from fisher_ray.dispatch import LocalPool, RunError, StoppedError
+from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
 from fisher_ray.report import layer_table
 from fisher_ray.shards import Lease, RefusedError, RunStore

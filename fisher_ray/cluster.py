@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobSubmissionClient
 from ray.util import metrics
 
-from fisher_ray.driver import Call, Failure, Progress, Servant
+from fisher_ray.dispatch import Call, Failure, Servant
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig
 from fisher_ray.shards import Receipt
 
@@ -221,9 +221,9 @@ class RayPool:
     def kill(self, worker: _Member) -> None:
         self._drop(worker)
 
-    def report(self, progress: Progress) -> None:
+    def report(self, progress: Mapping[str, Any]) -> None:
         for shown, gauge in self._gauges.items():
-            gauge.set(getattr(progress, shown))
+            gauge.set(progress[shown])
 
     # ---- members -----------------------------------------------------------------------------------------------------
 

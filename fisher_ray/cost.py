@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fisher_ray.architecture import ModelError, meta_model
 from fisher_ray.draws import Draws
 from fisher_ray.estimators import Estimator
-from fisher_ray.scores import TokenSource, _Pass
+from fisher_ray.scores import Pass, TokenSource
 from fisher_ray.spectrum import factor_eigenvalues
 from fisher_ray.split import Gradients, SplitModel
 
@@ -250,7 +250,7 @@ class Cost:
         """
         wanted = self._scored[:positions]
         windows = max(1, -(-positions // len(self._scored)))
-        graph = int(self._pass(1)._bytes([0] * windows, [wanted] * windows))
+        graph = int(self._pass(1).memory([0] * windows, [wanted] * windows))
         return self._resident(min(windows * len(wanted) * self.token_draws, self.model.head.rows())) + graph
 
     def micro_batch(self, memory_bytes: int) -> int:
@@ -258,7 +258,7 @@ class Cost:
         if self.memory(1) > memory_bytes:
             return 0
         windows = self._windows
-        cut = self._pass(windows, memory_bytes - self.resident_bytes)._batches([self._scored] * windows)
+        cut = self._pass(windows, memory_bytes - self.resident_bytes).batches([self._scored] * windows)
         return sum(map(len, next(cut).positions))
 
     def fits(self, hardware: Hardware, gpus: int = 1) -> str | None:
@@ -331,9 +331,9 @@ class Cost:
         """Measured: a prediction and the draw from it hold six [positions, vocab_size] tensors at their peak."""
         return _PROCESS_BYTES + self.weight_bytes + self.sums_memory + 6 * 4 * predicted * self.model.head.vocab_size
 
-    def _pass(self, windows: int, budget: int = 0) -> _Pass:
+    def _pass(self, windows: int, budget: int = 0) -> Pass:
         """The engine's own reckoning for so many full windows."""
-        return _Pass(
+        return Pass(
             model=self.model,
             rows=[torch.empty(self.max_seq_len, dtype=torch.int64, device="meta")] * windows,
             following=[-1] * windows,
@@ -359,10 +359,10 @@ class Cost:
         ids = torch.zeros(1, seq_len, dtype=torch.long, device="meta")
         with _counted(model.name) as forward:
             encoded = model.encode(ids) if model.is_encoder_decoder else {}
-            if model.gradients == "own_position" and pass_._whole([*range(self._windows)], [scored] * self._windows):
+            if model.gradients == "own_position" and pass_.whole([*range(self._windows)], [scored] * self._windows):
                 tape = model.own_tape(ids, encoded, self.layers, (ids[0], ids[0]))
             else:
-                copies = pass_._copies(queries * self._windows)
+                copies = pass_.copies(queries * self._windows)
                 queries *= copies
                 zeros = torch.zeros(queries, dtype=torch.long, device="meta")
                 if model.gradients == "per_position":
@@ -391,7 +391,7 @@ class Cost:
             if self.token_source == "sampled":
                 head.predict(z[:1])
         with _counted(self.model.name) as each_layer, torch.no_grad():
-            factor_eigenvalues(self._pass(1)._averaged(factors, draws))
+            factor_eigenvalues(self._pass(1).averaged(factors, draws))
         products = 2 * self._rows + draws + (self._rows if self.save == "matrices" else 0)
         return once.get_total_flops() + layers * (each_layer.get_total_flops() + 2 * products * d * d)
 

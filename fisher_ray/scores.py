@@ -213,7 +213,7 @@ def iter_scores(
     for name, given in (("keys", keys), ("following", following)):
         if given is not None and len(given) != len(rows):
             raise ValueError(f"{name} must have an entry for each of the {len(rows)} sequences, got {len(given)}.")
-    pass_ = _Pass(
+    pass_ = Pass(
         model=model,
         rows=rows,
         following=[-1 if token is None else token for token in following or [None] * len(rows)],
@@ -328,7 +328,7 @@ class _Batch:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """One call's arguments, checked, and the way from positions to scores."""
 
     model: SplitModel
@@ -350,32 +350,32 @@ class _Pass:
         return self.estimator.num_factors(self.model.head.vocab_size, self.model.head.d_z)
 
     def run(self, chosen: list[list[int]]) -> Iterator[Scores]:
-        for batch in self._batches(chosen):
+        for batch in self.batches(chosen):
             yield from self._attempt(batch, 0)
 
     # ---- cutting into micro-batches ----------------------------------------------------------------------------------
 
-    def _batches(self, chosen: list[list[int]]) -> Iterator[_Batch]:
+    def batches(self, chosen: list[list[int]]) -> Iterator[_Batch]:
         """Sequences in order, as many together as fit; a sequence that does not fit alone by blocks of positions."""
         rows: list[int] = []
         for i, positions in enumerate(chosen):
             if not positions:
                 continue
-            if rows and self._bytes([*rows, i], [*(chosen[r] for r in rows), positions]) > self.budget:
+            if rows and self.memory([*rows, i], [*(chosen[r] for r in rows), positions]) > self.budget:
                 yield _Batch(rows, [chosen[r] for r in rows])
                 rows = []
-            if self._bytes([i], [positions]) <= self.budget:
+            if self.memory([i], [positions]) <= self.budget:
                 rows.append(i)
                 continue
             size = len(positions)
-            while size > 1 and self._bytes([i], [positions[:size]]) > self.budget:
+            while size > 1 and self.memory([i], [positions[:size]]) > self.budget:
                 size = -(-size // 2)
             for start in range(0, len(positions), size):
                 yield _Batch([i], [positions[start : start + size]])
         if rows:
             yield _Batch(rows, [chosen[r] for r in rows])
 
-    def _bytes(self, rows: list[int], positions: list[list[int]]) -> float:
+    def memory(self, rows: list[int], positions: list[list[int]]) -> float:
         """Memory of a micro-batch: the graph, the factors of every layer, and what recording keeps."""
         model, queries = self.model, sum(map(len, positions)) * self.num_token_draws
         longest = max(len(self.rows[i]) for i in rows)
@@ -387,24 +387,24 @@ class _Pass:
             + queries * self.num_factors * model.head.d_z * itemsize
         )
         if model.gradients == "per_position":
-            return kept + queries * self._copies(queries) * longest * model.graph_bytes(longest, self.layers[0])
-        if self._whole(rows, positions):
+            return kept + queries * self.copies(queries) * longest * model.graph_bytes(longest, self.layers[0])
+        if self.whole(rows, positions):
             return kept + len(rows) * longest * model.graph_bytes(longest, self.layers[0])
         context = len(rows) * longest * 2 * model.d_model * model.num_layers * model.dtype.itemsize
         widest = len(rows) * max(map(len, positions)) * draws
-        return kept + context + widest * self._copies(queries) * model.graph_bytes(longest, self.layers[0])
+        return kept + context + widest * self.copies(queries) * model.graph_bytes(longest, self.layers[0])
 
-    def _copies(self, queries: int) -> int:
+    def copies(self, queries: int) -> int:
         """Copies of each query, so that one backward pass pulls as many cotangents as fill a matrix product."""
         return max(1, min(self.num_factors, _FULL_PRODUCT // queries))
 
-    def _whole(self, rows: list[int], positions: list[list[int]]) -> bool:
+    def whole(self, rows: list[int], positions: list[list[int]]) -> bool:
         """Whether one graph over all tokens is cheaper than recording them and replaying the chosen positions."""
         if self.draws_tokens:
             return False
         tokens = len(rows) * max(len(self.rows[i]) for i in rows)
         queries = len(rows) * max(map(len, positions))
-        if tokens < _FULL_PRODUCT // 2 and self._copies(queries) > 1:
+        if tokens < _FULL_PRODUCT // 2 and self.copies(queries) > 1:
             return False
         return tokens * (1 + self.num_factors) <= tokens + queries * (1 + self.num_factors)
 
@@ -451,7 +451,7 @@ class _Pass:
             draws = Draws(names.repeat_interleave(num_draws, 0), query_position, first_sample, "score")
             cotangents, entropy, surprisal, kept = self._cotangents(tape.z[::copies], draws, queried_next)
             factors = {
-                layer: self._averaged(g, num_draws) for layer, g in self._pulled(tape, cotangents, copies).items()
+                layer: self.averaged(g, num_draws) for layer, g in self._pulled(tape, cotangents, copies).items()
             }
         activations = {
             layer: stream[::copies].to(entropy.dtype).unflatten(0, (-1, num_draws))
@@ -505,13 +505,13 @@ class _Pass:
             )
         fed = tokens[row, position][:, None]
         alone = model.gradients == "per_position"
-        if not alone and self._whole(batch.rows, batch.positions):
+        if not alone and self.whole(batch.rows, batch.positions):
             return model.own_tape(tokens, encoded, self.layers, (row, position)), fed, 1
 
         context, z = (None, model.states(tokens, encoded)) if alone else model.record(tokens, encoded)
         if self.draws_tokens:
             fed = self._drawn(z[row, position - 1], Draws(names, position, torch.zeros_like(position), "token"))
-        copies = self._copies(fed.numel())
+        copies = self.copies(fed.numel())
         repeats = fed.shape[1] * copies
         flat_row, flat_position = row.repeat_interleave(repeats), position.repeat_interleave(repeats)
         flat_fed = fed.flatten().repeat_interleave(copies)
@@ -565,7 +565,7 @@ class _Pass:
                 factors[layer][:, some] = pulled.unflatten(0, (n, copies))[:, :count].to(factors[layer].dtype)
         return factors
 
-    def _averaged(self, factors: Float[Tensor, "n R d_model"], num_draws: int) -> Float[Tensor, "N R_D d_model"]:
+    def averaged(self, factors: Float[Tensor, "n R d_model"], num_draws: int) -> Float[Tensor, "N R_D d_model"]:
         """Factors of the mean matrix over token draws: the draws' own side by side, or d_model new ones where fewer."""
         if num_draws == 1:
             return factors

@@ -30,7 +30,8 @@ from families import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from fisher_ray.driver import LocalPool, Outcome, run
+from fisher_ray.dispatch import LocalPool
+from fisher_ray.driver import Outcome, run
 from fisher_ray.plan import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent

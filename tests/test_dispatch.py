@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fisher_ray import driver
+from fisher_ray import dispatch
 from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import CorpusError
-from fisher_ray.driver import Call, Dispatch, Failure, StoppedError
+from fisher_ray.dispatch import Call, Dispatch, Failure, StoppedError
 from fisher_ray.storage import DamagedError, StorageError
 
 HANGS = object()
@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(driver, "time", clock)
+    monkeypatch.setattr(dispatch, "time", clock)
     return clock
 
 
@@ -108,7 +108,7 @@ class Pool:
         self.count += 1
 
 
-def dispatch(pool: Pool, max_attempts: int = 3, timeout: float | None = None, stopping: Any = lambda: None) -> Dispatch:
+def made(pool: Pool, max_attempts: int = 3, timeout: float | None = None, stopping: Any = lambda: None) -> Dispatch:
     return Dispatch(pool, max_attempts, timeout, lambda: None, stopping)
 
 
@@ -118,7 +118,7 @@ def calls(n: int) -> list[Call]:
 
 def outcomes(pool: Pool, n: int, **settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for call, outcome in dispatch(pool, **settings).run(calls(n), n):
+    for call, outcome in made(pool, **settings).run(calls(n), n):
         assert call.name not in found
         found[call.name] = outcome
     return found
@@ -165,7 +165,7 @@ def test_lost_machines_are_not_the_tasks_fault(clock: Clock) -> None:
     assert set(outcomes(pool, 6).values()) == {"fine"}
     pool = Pool(clock, 2, lambda call, attempt: Failure("lost", "") if call.args[0] == 1 else "fine")
     assert outcomes(pool, 6)["task 1"].kind == "lost"
-    assert pool.attempts["task 1"] == driver._MAX_LOST
+    assert pool.attempts["task 1"] == dispatch._MAX_LOST
 
 
 def test_a_broken_device_costs_its_process(clock: Clock) -> None:
@@ -185,7 +185,7 @@ def test_by_itself_it_waits_30_times_the_usual(clock: Clock) -> None:
     pool = Pool(clock, 1, lambda call, attempt: HANGS if call.args[0] == 5 and attempt == 1 else "fine")
     begun = clock.now
     assert set(outcomes(pool, 6).values()) == {"fine"}
-    assert driver._HUNG_AT_LEAST < clock.now - begun < driver._HUNG_AT_LEAST + 60
+    assert dispatch._HUNG_AT_LEAST < clock.now - begun < dispatch._HUNG_AT_LEAST + 60
 
 
 def test_the_slow_get_a_second_attempt_elsewhere(clock: Clock) -> None:
@@ -208,14 +208,14 @@ def test_slow_is_by_weight(clock: Clock) -> None:
         return 0.0 if ticks > 60 else None
 
     with pytest.raises(StoppedError):
-        list(dispatch(pool, stopping=stopping).run(heavy, 8))
+        list(made(pool, stopping=stopping).run(heavy, 8))
     assert pool.attempts["task 7"] == 1
 
 
 def test_a_stop_lets_what_is_in_flight_finish(clock: Clock) -> None:
     pool = Pool(clock, 2, lambda call, attempt: "fine")
     found: list[str] = []
-    ended = dispatch(pool, stopping=lambda: 10.0 if found else None).run(calls(100), 100)
+    ended = made(pool, stopping=lambda: 10.0 if found else None).run(calls(100), 100)
     with pytest.raises(StoppedError):
         found.extend(call.name for call, _ in ended)
     assert len(found) == len(pool.attempts) == 4  # both workers' two
@@ -224,7 +224,7 @@ def test_a_stop_lets_what_is_in_flight_finish(clock: Clock) -> None:
 def test_a_stop_does_not_wait_for_ever(clock: Clock) -> None:
     deadline = clock.now + 5
     pool = Pool(clock, 2, lambda call, attempt: HANGS)
-    stop = dispatch(pool, stopping=lambda: deadline - clock.now if pool.attempts else None)
+    stop = made(pool, stopping=lambda: deadline - clock.now if pool.attempts else None)
     with pytest.raises(StoppedError):
         list(stop.run(calls(10), 10))
     assert clock.now <= deadline + 1.5

@@ -1,0 +1,394 @@
+"""Calls to workers: what can be asked of one, where workers run, and how calls are tried again. No Ray here."""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+
+from fisher_ray.architecture import ModelError
+from fisher_ray.corpus import CorpusError
+from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
+from fisher_ray.reduce import Node, finish_layers, read_array, sum_node
+from fisher_ray.shards import Counts, Receipt, RefusedError, RunStore
+from fisher_ray.storage import DamagedError, StorageError
+from fisher_ray.worker import Worker
+
+# A task whose node was lost is not to blame for it, yet one that loses every node it is on has to end too.
+_MAX_LOST = 20
+# Times what tasks of its size take after which one gets a second attempt, and after which one counts as hung.
+_SLOW, _HUNG = 3.0, 30.0
+_SLOW_AT_LEAST, _HUNG_AT_LEAST, _HUNG_UNKNOWN = 5.0, 600.0, 3600.0
+
+
+class RunError(RuntimeError):
+    """A run that could not finish; what is done stays done."""
+
+
+class StoppedError(RuntimeError):
+    """A run that was asked to stop; what is done stays done."""
+
+
+# ---- what workers are asked, and what they answer ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to a worker.
+
+    Attributes:
+        name: for messages, one of a kind within a run.
+        method: of :class:`Servant`.
+        weight: what its time is in proportion to.
+    """
+
+    name: str
+    method: str
+    args: tuple[Any, ...]
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a call gave no result.
+
+    Attributes:
+        kind: ``input``: the corpus, and no other attempt would end otherwise; ``fatal``: the whole run cannot go on;
+            ``damaged``: a stored file, whose path is ``path``; ``error``: perhaps not the next time; ``sticky``: nor by
+            the same process; ``died``: the process ended; ``lost``: its machine is gone; ``hung``: it took too long.
+    """
+
+    kind: Literal["input", "fatal", "damaged", "error", "sticky", "died", "lost", "hung"]
+    message: str
+    error: str = ""
+    path: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Sort what a worker raised; the one place that tells transient from final."""
+        message = " ".join(str(error).split())
+        name = type(error).__name__
+        if isinstance(error, DamagedError):
+            return cls("damaged", message, name, error.path)
+        if isinstance(error, CorpusError):
+            return cls("input", message, name)
+        if isinstance(error, ModelError | ConfigError | StorageError):
+            return cls("fatal", message, name)
+        # After most errors of a device every further call fails, in this process only.
+        device = isinstance(error, torch.AcceleratorError) or ("CUDA" in message and "out of memory" not in message)
+        return cls("sticky" if device else "error", f"{name}: {message}", name)
+
+    def to_exception(self) -> Exception:
+        """The error as the driver raises it."""
+        kinds: dict[str, type[Exception]] = {
+            kind.__name__: kind for kind in (ModelError, ConfigError, CorpusError, StorageError, RefusedError)
+        }
+        return kinds.get(self.error, RunError)(self.message)
+
+
+class Servant:
+    """Everything that a process of the pool can be asked to do. The model is loaded when it is first needed."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.store = plan, RunStore(plan.config.output)
+        self._worker: Worker | None = None
+        self._loading = threading.Lock()
+
+    def load(self) -> Worker:
+        with self._loading:
+            if self._worker is None:
+                self._worker = Worker(self.plan, self.store)
+            return self._worker
+
+    def answer(self, call: Call) -> Any:
+        """The result of a call, or the Failure."""
+        try:
+            return getattr(self, call.method)(*call.args)
+        except Exception as error:
+            return Failure.of(error)
+
+    def compute(self, task: Task) -> Receipt:
+        return self.load().compute(task)
+
+    def check(self, folder: str, names: Sequence[str]) -> tuple[Counts, list[str]]:
+        """Read back what receipts vouch for: counts of the sound ones, and the names of the others."""
+        counts, damaged = Counts(), []
+        for name in names:
+            receipt, _ = self.store.check(folder, name, self.plan.fingerprint)
+            if receipt is None:
+                damaged.append(name)
+            else:
+                counts += receipt.counts
+        return counts, damaged
+
+    def sum(self, node: Node) -> None:
+        sum_node(self.plan, self.store, node)
+
+    def finish(self, root: Node) -> tuple[list[dict[str, Any]], Receipt]:
+        torch.set_num_threads(self.plan.config.cpus_per_actor)  # their number is part of an eigendecomposition's bits
+        return finish_layers(self.plan, self.store, root)
+
+    def moved_tokens(self, task: Task) -> dict[int, tuple[list[str], list[str]]]:
+        directions = {layer: read_array(self.store, layer, "eigenvectors")[:, 0].copy() for layer in self.plan.layers}
+        return self.load().moved_tokens(task, directions)
+
+
+class Pool(Protocol):
+    """Where workers run. A worker is whatever value :meth:`room` gives, a key whatever :meth:`submit` gives."""
+
+    @property
+    def device(self) -> Device:
+        """What the workers compute on."""
+
+    @property
+    def alive(self) -> int:
+        """Workers that have their model."""
+
+    @property
+    def pending(self) -> int:
+        """Workers that wait for a machine, or load their model."""
+
+    def open(self, plan: Plan) -> None:
+        """Start no worker yet, but know how."""
+
+    def resize(self, wanted: int, kept: int) -> None:
+        """Grow to so many workers, within what configuration and cluster allow; drop idle ones beyond ``kept``."""
+
+    def room(self, alone: bool, avoid: Collection[Any]) -> Any:
+        """A worker that can take a call, with nothing else on it if ``alone``; None if there is none now."""
+
+    def submit(self, worker: Any, call: Call, alone: bool) -> Any:
+        """Start a call."""
+
+    def wait(self, timeout: float) -> list[tuple[Any, Any]]:
+        """(key, result or Failure) of calls that ended; key None for a Failure of the pool itself."""
+
+    def kill(self, worker: Any) -> None:
+        """End a worker at once; its calls fail as ``died``."""
+
+    def report(self, progress: Mapping[str, Any]) -> None:
+        """Tell the metrics how far the run is."""
+
+
+class LocalPool:
+    """One worker in this process, for debugging and for machines without Ray."""
+
+    alive, pending = 1, 0
+
+    def __init__(self, config: RunConfig):
+        self.device: Device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._calls: deque[tuple[int, Call]] = deque()
+        self._count = 0
+
+    def __enter__(self) -> LocalPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def open(self, plan: Plan) -> None:
+        self._servant = Servant(plan)
+
+    def resize(self, wanted: int, kept: int) -> None:
+        pass
+
+    def room(self, alone: bool, avoid: Collection[Any]) -> Any:
+        return None if self._calls or avoid else self
+
+    def submit(self, worker: Any, call: Call, alone: bool) -> int:
+        self._count += 1
+        self._calls.append((self._count, call))
+        return self._count
+
+    def wait(self, timeout: float) -> list[tuple[Any, Any]]:
+        if not self._calls:
+            time.sleep(timeout)
+            return []
+        key, call = self._calls.popleft()
+        return [(key, self._servant.answer(call))]
+
+    def kill(self, worker: Any) -> None:
+        pass
+
+    def report(self, progress: Mapping[str, Any]) -> None:
+        pass
+
+
+# ---- handing out calls ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Running:
+    call: Call
+    worker: Any
+    since: float
+
+
+@dataclass
+class _Tries:
+    """What became of a call's attempts so far."""
+
+    failed: int = 0
+    lost: int = 0
+    alone: bool = False
+    running: set[Any] = field(default_factory=set)
+
+
+class Dispatch:
+    """Hands calls to a pool until each has ended: with a result, or a Failure that no further attempt would change.
+
+    A call that fails is tried again after a pause, ``max_attempts`` times; one whose process died is tried again with nothing
+    else on its worker, so that it cannot take an innocent one along twice. One whose machine was lost is tried again as
+    often as that can be bad luck. When nothing waits, slow ones get a second attempt on another worker; of two the first
+    to commit counts.
+
+    Args:
+        pool: where to.
+        max_attempts: failures of one call before it is given up.
+        timeout: seconds after which a call counts as hung; None: by what calls of its weight take.
+        tick: called about once a second; may raise to end everything.
+        stopping: seconds left once a stop was asked for, else None.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        max_attempts: int,
+        timeout: float | None,
+        tick: Callable[[], None],
+        stopping: Callable[[], float | None],
+    ):
+        self._pool, self._max_attempts, self._timeout = pool, max_attempts, timeout
+        self._tick, self._stopping = tick, stopping
+        self.retried = 0
+        self._pace: deque[float] = deque(maxlen=101)
+
+    def run(self, calls: Iterable[Call], total: int, width: int = 1) -> Iterator[tuple[Call, Any]]:
+        """Yield (call, result or Failure) as they end.
+
+        Args:
+            calls: taken one by one as workers have room.
+            total: how many there are.
+            width: calls for which one more worker is worth having.
+        """
+        self._waiting = iter(calls)
+        self._next: Call | None = None
+        self._later: list[tuple[float, int, Call]] = []
+        self._tries: dict[str, _Tries] = {}
+        self._running: dict[Any, _Running] = {}
+        self._hung: set[Any] = set()
+        self._late: set[Any] = set()
+        left, looked = total, 0.0
+        while left:
+            self._tick()
+            seconds = self._stopping()
+            if seconds is not None and (seconds <= 0 or not self._running):
+                raise StoppedError("stopped; what is done is kept, and the same command goes on.")
+            if seconds is None:
+                wanted = -(-left // width)
+                self._pool.resize(wanted, 2 * wanted)  # as many again for second attempts, if they are there
+                self._fill()
+            if time.monotonic() - looked > 1.0:
+                looked = time.monotonic()
+                self._look(looked, seconds is None)
+            for key, outcome in self._pool.wait(min(1.0, seconds or 1.0)):
+                if key is None:
+                    raise outcome.to_exception()
+                for ended in self._ended(key, outcome):
+                    left -= 1
+                    yield ended
+        for key in self._late:
+            self._pool.kill(self._running[key].worker)  # nothing waits for attempts that came second
+
+    def _fill(self) -> None:
+        """Give every worker that has room a call."""
+        while True:
+            due = bool(self._later) and self._later[0][0] <= time.monotonic()
+            if due:
+                call = self._later[0][2]
+            else:
+                if self._next is None:
+                    self._next = next(self._waiting, None)
+                if self._next is None:
+                    return
+                call = self._next
+            alone = call.name in self._tries and self._tries[call.name].alone
+            # One that has to be alone holds up the others until a worker has run empty.
+            worker = self._pool.room(alone, ())
+            if worker is None:
+                return
+            if due:
+                heapq.heappop(self._later)
+            else:
+                self._next = None
+            self._submit(worker, call, alone)
+
+    def _submit(self, worker: Any, call: Call, alone: bool) -> None:
+        key = self._pool.submit(worker, call, alone)
+        self._running[key] = _Running(call, worker, time.monotonic())
+        self._tries.setdefault(call.name, _Tries()).running.add(key)
+
+    def _look(self, now: float, may_start: bool) -> None:
+        """End what hangs, and start second attempts of what is slow when nothing else waits."""
+        pace = statistics.median(self._pace) if len(self._pace) >= 3 else None
+        waiting = self._next is not None or self._later
+        for key, running in list(self._running.items()):
+            taken, call = now - running.since, running.call
+            if self._timeout is not None:
+                limit = self._timeout
+            else:
+                limit = max(_HUNG_AT_LEAST, _HUNG * pace * call.weight) if pace is not None else _HUNG_UNKNOWN
+            if taken > limit and key not in self._hung:
+                self._hung.add(key)
+                self._pool.kill(running.worker)
+            tries = self._tries.get(call.name)
+            slow = pace is not None and taken > max(_SLOW_AT_LEAST, _SLOW * pace * call.weight)
+            if may_start and slow and not waiting and tries is not None and len(tries.running) == 1 and not tries.alone:
+                worker = self._pool.room(True, [running.worker])
+                if worker is not None:
+                    self._submit(worker, call, alone=False)
+
+    def _ended(self, key: Any, outcome: Any) -> Iterator[tuple[Call, Any]]:
+        """Take note of an attempt's end; yield the call if it is that of the call too."""
+        running = self._running.pop(key, None)
+        if running is None:  # of an earlier round that was broken off
+            return
+        call = running.call
+        tries = self._tries.get(call.name)
+        if tries is None or key not in tries.running:
+            self._late.discard(key)  # another attempt was first
+            return
+        tries.running.discard(key)
+        if not isinstance(outcome, Failure):
+            self._pace.append((time.monotonic() - running.since) / max(call.weight, 1))
+            self._forget(call)
+            yield call, outcome
+            return
+        if key in self._hung:
+            outcome = replace(outcome, kind="hung", message=f"took more than {time.monotonic() - running.since:.0f} s")
+        if outcome.kind == "sticky":
+            self._pool.kill(running.worker)
+        if outcome.kind == "lost":
+            tries.lost += 1
+        else:
+            tries.failed += 1
+        tries.alone = tries.alone or outcome.kind in ("died", "hung")
+        final = outcome.kind in ("input", "fatal", "damaged")
+        if final or tries.failed >= self._max_attempts or tries.lost >= _MAX_LOST:
+            self._forget(call)
+            yield call, outcome
+        elif not tries.running:
+            self.retried += 1
+            pause = min(30.0, 0.25 * 2 ** (tries.failed + tries.lost))
+            heapq.heappush(self._later, (time.monotonic() + pause, self.retried, call))
+
+    def _forget(self, call: Call) -> None:
+        """A call has ended; what else runs for it goes on unheard."""
+        self._late |= self._tries.pop(call.name).running
