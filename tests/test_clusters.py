@@ -33,6 +33,7 @@ from clusters import (
     can_make_hosts,
     cluster,
     fisher_ray,
+    state,
     two_hosts,
     until,
 )
