@@ -1,5 +1,5 @@
-"""Whole runs with corpus and output behind the real S3 protocol: the same bits as on this machine's disk, whatever the network
-does on the way."""
+"""Whole runs with corpus and output behind the real protocols of object stores: the same bits as on this machine's disk,
+whatever the network does on the way."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from flaky import BUCKET, FAULTS, Flaky, s3, s3_server  # noqa: F401
+from gcs import gs  # noqa: F401
 
 import jobs
 from fisher_ray import cost, reduce
@@ -191,13 +192,13 @@ def test_damage_on_s3_is_found_and_mended(
     assert fetched(output, tmp_path / "after").bits() == bits
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_run_in_memory(
-    kind: str, corpora: Path, local: dict[str, Stored], gpt2: str, small_tasks: None, tmp_path: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(("where", "kind"), [("memory", "jsonl"), ("memory", "parquet"), ("gs", "parquet")])
+def test_a_run_in_this_process(
+    where: str, kind: str, corpora: Path, local: dict[str, Stored], gpt2: str, small_tasks: None, tmp_path: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str], gs: None,  # noqa: F811
 ) -> None:  # fmt: skip
     """On a file system that is neither a disk nor S3, as the others that fsspec knows."""
-    root = f"memory://{uuid.uuid4().hex}"
+    root = f"{where}://{BUCKET}/{uuid.uuid4().hex}"
     fs, top = fsspec.core.url_to_fs(root)
     for path in (corpora / kind).iterdir():
         fs.pipe_file(f"{top}/corpus/{path.name}", path.read_bytes())

@@ -1,4 +1,4 @@
-"""Bytes on local disks, in memory and on S3: whole or not at all, created once, tried again, and refused in one line."""
+"""Bytes on disks, in memory, on S3 and GCS: whole or not at all, created once, tried again, and refused in one line."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 from flaky import BUCKET, Flaky, bound, s3, s3_server  # noqa: F401
 from fsspec.implementations.memory import MemoryFileSystem
+from gcs import gs  # noqa: F401
 
 from fisher_ray import storage
 from fisher_ray.shards import RunStore
@@ -35,18 +36,18 @@ def place(kind: str, tmp_path: Path) -> str:
     return f"{kind}://{BUCKET}/{uuid.uuid4().hex}"
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", "s3", "gs"])
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    if request.param == "s3":
-        request.getfixturevalue("s3")
+    if request.param in ("s3", "gs"):
+        request.getfixturevalue(request.param)
     return Storage(place(request.param, tmp_path))
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def shared(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A directory that several processes can use."""
-    if request.param == "s3":
-        request.getfixturevalue("s3")
+    if request.param in ("s3", "gs"):
+        request.getfixturevalue(request.param)
     return place(request.param, tmp_path)
 
 
