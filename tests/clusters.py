@@ -167,9 +167,11 @@ class Cluster:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def add(self, *options: Any) -> Tree:
-        """A node more; it is there when :meth:`alive` counts it."""
+        """A node more. Of two of one machine that start at once, one may not come up: wait for each."""
+        before = self.alive()
         argv = [RAY, "start", "--block", "--address", self.address, *node_options(), *options]
         self.nodes.append(Tree(*argv, **self.variables))
+        until(lambda: self.alive() > before, 60, "the node is there", self.nodes[-1])
         return self.nodes[-1]
 
     def actors(self) -> list[int]:
