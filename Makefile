@@ -13,7 +13,7 @@ demo: .venv/ready
 	@echo "  $(BIN)/python demo/look.py $(DEMO)"
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-faults: .venv/ready
 	$(BIN)/python -m pytest -m faults

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.job_submission import JobSubmissionClient
 from ray.util import metrics
 
@@ -279,7 +279,10 @@ class RayPool:
     def _died(self, member: _Member, error: RayError) -> Failure:
         self._drop(member)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        lost = member.node is not None and member.node not in alive
+        # The end of a process is told by its machine. Where nobody tells it within a second the machine is silent too, though
+        # it takes Ray up to 19 s to count it as dead.
+        silent = isinstance(error, ActorUnavailableError)
+        lost = silent or (member.node is not None and member.node not in alive)
         return Failure("lost" if lost else "died", " ".join(str(error).split())[:300])
 
 
