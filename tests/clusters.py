@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -142,9 +143,12 @@ def fisher_ray(*argv: Any, **variables: str) -> Tree:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the kernel gives out by itself: one of these may be taken before it is used."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 @dataclass
@@ -208,7 +212,8 @@ def cluster(*options: Any, autoscaling: dict[str, Any] | None = None, **variable
     )  # fmt: skip
     made = Cluster(port, dashboard_port, folder, head, variables=variables)
     try:
-        until(lambda: _answers(f"{made.jobs_address}/api/jobs/"), 90, "the job server answers")
+        until(lambda: _answers(f"{made.jobs_address}/api/jobs/"), 90, "the job server answers", head)
+        until(lambda: made.alive() == 1, 60, "the head is counted", head)
         yield made
     finally:
         for tree in [*made.nodes, head]:

@@ -371,7 +371,6 @@ def test_nodes_come_on_demand_and_leave(flags: list[Any], output: Path, undistur
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
     }  # fmt: skip
     with cluster("--num-cpus", 0, autoscaling=autoscaling, **fake, **INSTALLED) as made:
-        until(lambda: made.alive() == 1, 30, "the head is there")
         run = fisher_ray("run", *flags, *DEMANDED, RAY_ADDRESS=made.address)
         try:
             together(2, made.actors, run)
