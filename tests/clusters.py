@@ -257,7 +257,10 @@ class Host:
     def freeze(self, number: int) -> None:
         """SIGSTOP and SIGCONT for all that runs on it."""
         for tree in self.trees:
-            for pid in jobs.descendants(tree.pid):
+            for pid in (
+                tree.pid,
+                *jobs.descendants(tree.pid),
+            ):  # nsenter stops with its child, but does not go on with it
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
 
