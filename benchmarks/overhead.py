@@ -197,7 +197,7 @@ def job(config: RunConfig) -> dict[str, float]:
     outcome = run(config, RayPool, lambda plan: nullcontext(lambda progress: None))
     end = time.time()
     store = outcome.store
-    ended = {name: store.modified(f"done/{name}.json") for name in store.names("done")}
+    ended = {path.stem: path.stat().st_mtime for path in Path(config.output, "done").glob("*.json")}
     receipts = {name: store.receipt("done", name) for name in ended}
     first = min(ended, key=ended.__getitem__)
     # The first to end waited for no other, so its stages follow one another.
