@@ -14,7 +14,7 @@ import pytest
 from flaky import bound
 
 import jobs
-from fisher_ray import cost, driver
+from fisher_ray import cost, dispatch, driver
 from fisher_ray.cli import BAD_INPUT, COMPLETE, REFUSED, main
 from fisher_ray.shards import RefusedError, RunStore
 from jobs import Stored
@@ -212,7 +212,7 @@ def test_a_directory_that_is_removed_while_it_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """After three tasks. Either it is made good within the run, or it ends in one line; never a mean of what is left."""
-    output, compute = tmp_path / "run", driver.Servant.compute
+    output, compute = tmp_path / "run", dispatch.Servant.compute
     left = [3]
 
     def then_gone(servant: Any, task: Any) -> Any:
@@ -223,7 +223,7 @@ def test_a_directory_that_is_removed_while_it_is_written(
         return receipt
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver.Servant, "compute", then_gone)
+        patch.setattr(dispatch.Servant, "compute", then_gone)
         code = main(["run", *flags(shared, output)])
     assert left[0] <= 0
     err = capsys.readouterr().err
