@@ -19,7 +19,7 @@ from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
 from fisher_ray.reduce import Node, finish_layers, read_array, sum_node
 from fisher_ray.shards import Counts, Receipt, RefusedError, RunStore
 from fisher_ray.storage import DamagedError, StorageError
-from fisher_ray.worker import Worker
+from fisher_ray.worker import InTurn, Worker, at_once
 
 # A task whose node was lost is not to blame for it, yet one that loses every node it is on has to end too.
 _MAX_LOST = 20
@@ -94,17 +94,22 @@ class Failure:
 
 
 class Servant:
-    """Everything that a process of the pool can be asked to do. The model is loaded when it is first needed."""
+    """Everything that a process of the pool can be asked to do. The model is loaded when it is first needed.
 
-    def __init__(self, plan: Plan):
-        self.plan, self.store = plan, RunStore(plan.config.output)
+    Args:
+        plan: the run's.
+        in_turn: calls what computes, where calls come from several threads.
+    """
+
+    def __init__(self, plan: Plan, in_turn: InTurn = at_once):
+        self.plan, self.store, self._in_turn = plan, RunStore(plan.config.output), in_turn
         self._worker: Worker | None = None
         self._loading = threading.Lock()
 
     def load(self) -> Worker:
         with self._loading:
             if self._worker is None:
-                self._worker = Worker(self.plan, self.store)
+                self._worker = self._in_turn(Worker, self.plan, self.store)
             return self._worker
 
     def answer(self, call: Call) -> Any:
@@ -115,7 +120,7 @@ class Servant:
             return Failure.of(error)
 
     def compute(self, task: Task) -> Receipt:
-        return self.load().compute(task)
+        return self.load().compute(task, self._in_turn)
 
     def check(self, folder: str, names: Sequence[str]) -> tuple[Counts, list[str]]:
         """Read back what receipts vouch for: counts of the sound ones, and the names of the others."""
@@ -132,12 +137,11 @@ class Servant:
         sum_node(self.plan, self.store, node)
 
     def finish(self, root: Node) -> tuple[list[dict[str, Any]], Receipt]:
-        torch.set_num_threads(self.plan.config.cpus_per_actor)  # their number is part of an eigendecomposition's bits
-        return finish_layers(self.plan, self.store, root)
+        return self._in_turn(finish_layers, self.plan, self.store, root)
 
     def moved_tokens(self, task: Task) -> dict[int, tuple[list[str], list[str]]]:
         directions = {layer: read_array(self.store, layer, "eigenvectors")[:, 0].copy() for layer in self.plan.layers}
-        return self.load().moved_tokens(task, directions)
+        return self._in_turn(self.load().moved_tokens, task, directions)
 
 
 class Pool(Protocol):

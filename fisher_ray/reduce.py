@@ -134,6 +134,7 @@ def finish_layers(plan: Plan, store: RunStore, root: Node) -> tuple[list[dict[st
     Returns:
         a row of the summary for each layer and group, without the tokens, and what vouches for the files.
     """
+    torch.set_num_threads(plan.config.cpus_per_actor)  # their number is part of an eigendecomposition's bits
     children = [_receipt(store, child) for child in root.children()]
     rows: list[dict[str, Any]] = []
     files: dict[str, StoredFile] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +32,15 @@ from fisher_ray.shards import (
 from fisher_ray.spectrum import entropy_rank, factor_eigenvalues, participation_ratio, trace_rank
 from fisher_ray.split import SplitModel, deterministic_kernels
 from fisher_ray.storage import StoredFile
-from fisher_ray.sums import ALL, Sums
+from fisher_ray.sums import ALL, LayerSums, Sums
+
+# Calls a function with its arguments when it is its turn, and gives its result.
+InTurn = Callable[..., Any]
+
+
+def at_once(function: Callable[..., Any], *args: Any) -> Any:
+    """The turn of a process that does one thing at a time."""
+    return function(*args)
 
 
 @dataclass
@@ -56,7 +63,7 @@ class _Scored:
         arrays: factors or matrices of each row, per layer, where they are kept.
     """
 
-    sums: Sums
+    sums: dict[int, LayerSums]
     where: list[np.ndarray]
     columns: dict[int, list[dict[str, Any]]]
     arrays: dict[int, list[np.ndarray]]
@@ -68,8 +75,7 @@ class _Scored:
 class Worker:
     """Holds one split model and turns tasks into shards.
 
-    Calls may come from two threads at a time: reading and writing of one task hide behind the computing of the other, which
-    one lock keeps to one task.
+    Reading and writing of one task may go on while another is computed; computing is for one thread at a time.
 
     Args:
         plan: what is run; its sources are not needed here.
@@ -99,7 +105,6 @@ class Worker:
         self.layers = plan.layers
         self.max_seq_len, self.stride = config.window(plan.facts)
         self.sink = _sink(self.model)
-        self._computing = threading.Lock()
         self.provenance = {
             "device": torch.cuda.get_device_name(self.model.device) if self.model.device.type == "cuda" else "cpu",
             "self_check": self.model.self_check.asdict() if self.model.self_check else None,
@@ -112,8 +117,11 @@ class Worker:
             },
         }
 
-    def compute(self, task: Task) -> Receipt:
+    def compute(self, task: Task, in_turn: InTurn = at_once) -> Receipt:
         """Score a task's positions, write its shard and commit it.
+
+        Args:
+            in_turn: calls what computes; everything else is done here.
 
         Returns:
             the receipt: this attempt's, or that of the one that came first.
@@ -125,12 +133,8 @@ class Worker:
         start = time.perf_counter()
         work = self._tokenize(task)
         read = time.perf_counter()
-        with self._computing:
-            begun = time.perf_counter()
-            # A new thread starts with the environment's number, and the number changes the order of sums.
-            torch.set_num_threads(self.config.cpus_per_actor)
-            result = self._score_all(work)
-            computed = time.perf_counter()
+        result, took = in_turn(self._score_all, work)
+        computed = time.perf_counter()
         files = self._write(f"{task_name(task.id)}-{uuid.uuid4().hex[:8]}", work, result)
         tokens = sum(map(len, work.tokens))
         counts = Counts(
@@ -142,14 +146,18 @@ class Worker:
             invalid=result.invalid,
             halvings=result.halvings,
         )
-        seconds = {"read": read - start, "compute": computed - begun, "write": time.perf_counter() - computed}
+        seconds = {"read": read - start, "compute": took, "write": time.perf_counter() - computed}
         receipt = Receipt(task_name(task.id), self.plan.fingerprint, files, counts, seconds, self.provenance)
         return self.store.commit("done", receipt)
 
-    def _score_all(self, work: _Tokenized) -> _Scored:
+    def _score_all(self, work: _Tokenized) -> tuple[_Scored, float]:
+        """A task's results, and the seconds it took."""
+        start = time.perf_counter()
+        # A new thread starts with the environment's number, and the number changes the order of sums.
+        torch.set_num_threads(self.config.cpus_per_actor)
         groups, group_of = self._groups(work)
         sums = Sums(self.layers, self.model.d_model, groups, self.model.device)
-        result = _Scored(sums, [], {layer: [] for layer in self.layers}, {layer: [] for layer in self.layers})
+        result = _Scored({}, [], {layer: [] for layer in self.layers}, {layer: [] for layer in self.layers})
         for batch in self._batches(work.windows):
             for scores in self._scores(batch, work):
                 window = np.array(batch, dtype=np.int64)[scores.sequence.cpu().numpy()]
@@ -170,7 +178,8 @@ class Worker:
                         kept = factors if self.config.save == "factors" else scores.matrices(layer)
                         result.arrays[layer].append(kept.float().cpu().numpy())
                 result.columns[self.layers[0]][-1].update(_per_position(scores))
-        return result
+        result.sums = {layer: sums.packed(layer) for layer in self.layers}
+        return result, time.perf_counter() - start
 
     def _groups(self, work: _Tokenized) -> tuple[list[str], Callable[[Window, int], str]]:
         """Names of a task's groups, sorted, and the group of a window's position."""
@@ -218,7 +227,7 @@ class Worker:
                         None,
                     )
         for layer in self.layers:
-            raw = result.sums.packed(layer).to_bytes(np.float32)
+            raw = result.sums[layer].to_bytes(np.float32)
             writes[f"sums_{layer}"] = (f"sums/{attempt}/layer_{layer:03d}.npz", raw, None)
         with ThreadPoolExecutor(8) as threads:
             stored = threads.map(lambda item: self.store.store(*item), writes.values())

@@ -255,12 +255,14 @@ class Host:
         return self.trees[-1]
 
     def freeze(self, number: int) -> None:
-        """SIGSTOP and SIGCONT for all that runs on it."""
+        """SIGSTOP and SIGCONT for all that runs on it.
+
+        nsenter stops itself once it sees its child stopped: it must not be stopped as well, and must go on last, lest it see
+        that only then.
+        """
         for tree in self.trees:
-            for pid in (
-                tree.pid,
-                *jobs.descendants(tree.pid),
-            ):  # nsenter stops with its child, but does not go on with it
+            pids = jobs.descendants(tree.pid)
+            for pid in pids if number == signal.SIGSTOP else (*pids, tree.pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
 

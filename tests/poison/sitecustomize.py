@@ -26,17 +26,17 @@ def patch(worker: Any) -> None:
     compute = worker.compute
 
     @functools.wraps(compute)
-    def compute_or_not(self: Any, task: Any) -> Any:
+    def compute_or_not(self: Any, task: Any, *more: Any) -> Any:
         place = Path(self.config.output).parent
         if not (place / "faults.json").exists():
-            return compute(self, task)
+            return compute(self, task, *more)
         faults = json.loads((place / "faults.json").read_text())
         note(place, task.id, "start")
         _as_a_broken_device_does()
         for name in (faults.get("*"), faults.get(str(task.id))):
             if name is not None:
                 FAULTS[name](place, task.id)
-        receipt = compute(self, task)
+        receipt = compute(self, task, *more)
         note(place, task.id, "end")
         return receipt
 
