@@ -28,7 +28,7 @@ from fisher_ray.dispatch import Call, Dispatch, Failure, Pool, RunError, Stopped
 from fisher_ray.plan import Plan, RunConfig, Task, Tasks, make_plan
 from fisher_ray.reduce import Node, levels, manifest, roots, write_summary
 from fisher_ray.report import spectra_png
-from fisher_ray.shards import Counts, Lease, Receipt, RefusedError, RunStore, task_name
+from fisher_ray.shards import RUN_VERSION, Counts, Lease, Receipt, RefusedError, RunStore, task_name
 from fisher_ray.storage import DamagedError, StorageError, StoredFile, seal
 
 # Tasks that fail one after the other before the first one succeeds: then the fault is not theirs.
@@ -202,7 +202,7 @@ def _has_receipts_of(plan: Plan, store: RunStore) -> bool:
 
 def _description(plan: Plan, tasks: Tasks) -> dict[str, Any]:
     return {
-        "schema": "run.2",
+        "schema": RUN_VERSION,
         "config": plan.config.asdict(),
         "fingerprint": plan.fingerprint,
         "result_fields": plan.result_fields,

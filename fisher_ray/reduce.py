@@ -15,14 +15,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from fisher_ray.plan import Plan
-from fisher_ray.shards import Counts, Receipt, RunStore, json_bytes, npy_bytes, parquet_bytes, task_name
+from fisher_ray.shards import (
+    Counts,
+    Receipt,
+    RunStore,
+    json_bytes,
+    npy_bytes,
+    parquet_bytes,
+    reduced_folder,
+    task_name,
+)
 from fisher_ray.spectrum import entropy_rank, participation_ratio, symmetric_eigh, trace_rank, whitened_eigenvalues
 from fisher_ray.storage import StoredFile
 from fisher_ray.sums import GroupSums, LayerSums
@@ -143,11 +151,11 @@ def finish_layers(plan: Plan, store: RunStore, root: Node) -> tuple[list[dict[st
         total = sums.total()
         if total is None:
             continue
-        folder = f"reduced/layer_{layer:03d}"
+        folder = reduced_folder(layer)
         rows.append({"layer": layer, "group": None, **_write_means(store, folder, total, files)})
         if plan.config.group_by is not None:
             for name in sorted(sums.groups):
-                where = f"{folder}/group_{quote(name, safe=' ')}"
+                where = reduced_folder(layer, name)
                 rows.append({"layer": layer, "group": name, **_write_means(store, where, sums.groups[name], files)})
     return rows, _covering(root.name, plan.fingerprint, children, files)
 
@@ -207,7 +215,7 @@ def _write_means(store: RunStore, folder: str, sums: GroupSums, files: dict[str,
 
 def read_array(store: RunStore, layer: int, name: str) -> np.ndarray:
     """One of the arrays of :func:`finish_layers`, over all groups."""
-    return np.load(io.BytesIO(store.read(f"reduced/layer_{layer:03d}/{name}.npy")), allow_pickle=False)
+    return np.load(io.BytesIO(store.read(f"{reduced_folder(layer)}/{name}.npy")), allow_pickle=False)
 
 
 def write_summary(
@@ -232,8 +240,17 @@ def write_summary(
 
 
 def manifest(plan: Plan, roots: Sequence[Node], done: int, files: Mapping[str, StoredFile]) -> dict[str, Any]:
-    """What makes a run reduced: files with their sha256, nodes they were made of, and the blocks for standard errors."""
-    blocks = [{"first": b.first, "last": b.last, "without": list(b.missing)} for b in roots[0].children()]
+    """What makes a run reduced: files with their sha256, nodes they were made of, and the blocks for standard
+    errors, each with the receipts that its sums are under: those of all layers together, or one for some of the layers."""
+    blocks = [
+        {
+            "first": chunks[0].first,
+            "last": chunks[0].last,
+            "without": list(chunks[0].missing),
+            "receipts": [f"done/{task_name(b.first)}" if b.is_task else f"tree/{b.name}" for b in chunks],
+        }
+        for chunks in zip(*(root.children() for root in roots), strict=True)
+    ]
     return {
         "fingerprint": plan.fingerprint,
         "tasks": done,

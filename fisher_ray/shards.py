@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,7 @@ from fisher_ray.storage import DamagedError, Storage, StorageError, StoredFile, 
 
 TOP_EIGENVALUES = 4
 
+RUN_VERSION = "run.2"
 POSITIONS_VERSION = "positions.1"
 POSITION_FIELDS: list[tuple[str, pa.DataType]] = [
     ("document", pa.string()),
@@ -127,6 +129,12 @@ class Receipt:
             raise DamagedError(path, f"{path} is damaged: its checksum is not that of its content.")
         files = {name: StoredFile(**stored) for name, stored in values.pop("files").items()}
         return cls(files=files, counts=Counts(**values.pop("counts")), **values)
+
+
+def reduced_folder(layer: int, group: str | None = None) -> str:
+    """Of a layer's means, or of one of its groups'."""
+    folder = f"reduced/layer_{layer:03d}"
+    return folder if group is None else f"{folder}/group_{quote(group, safe=' ')}"
 
 
 def task_name(task: int) -> str:

@@ -40,6 +40,23 @@ def symmetric_eigh(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], F
     return values, vectors * largest.sign()
 
 
+def anisotropy(eigenvalues: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
+    """``|F / (tr F / d) - I|``, spectral norm, from all d eigenvalues, descending: 0 for a Euclidean metric, at most d - 1."""
+    relative = eigenvalues / eigenvalues.mean(-1, keepdim=True) - 1
+    return torch.maximum(relative[..., 0].abs(), relative[..., -1].abs())
+
+
+def whitening(
+    mean: Float[Tensor, " d"], second_moment: Float[Tensor, "d d"]
+) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
+    """``Sigma^(1/2)`` and its pseudo-inverse, with ``Sigma`` the covariance of h."""
+    values, vectors = torch.linalg.eigh(second_moment - torch.outer(mean, mean))
+    values = values.clamp_min(0)
+    moves = values > 1e-12 * values.max()  # along the others h is constant, and nothing can be scaled by how it varies
+    inverse = values.rsqrt().where(moves, 0)
+    return (vectors * values.sqrt()) @ vectors.mT, (vectors * inverse) @ vectors.mT
+
+
 def whitened_eigenvalues(
     fisher: Float[Tensor, "d d"], mean: Float[Tensor, " d"], second_moment: Float[Tensor, "d d"]
 ) -> Float[Tensor, " d"]:
@@ -47,6 +64,5 @@ def whitened_eigenvalues(
 
     They do not change under a linear change of coordinates of h, so layers compare; nats^2.
     """
-    values, vectors = torch.linalg.eigh(second_moment - torch.outer(mean, mean))
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    root, _ = whitening(mean, second_moment)
     return torch.linalg.eigvalsh(root @ fisher @ root).flip(-1).clamp_min(0)

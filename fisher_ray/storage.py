@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import pyarrow.fs as pa_fs
 
 T = TypeVar("T")
 
@@ -188,6 +189,16 @@ class Storage:
         root = Path(self._root)
         missing = [folder for folder in (root, *root.parents) if not folder.exists()]
         return str(missing[-1]) if missing else None
+
+    def local_path(self, path: str) -> str | None:
+        """Where a file is on this machine's file system, if it is on one."""
+        return self._at(path) if self._local else None
+
+    def arrow(self) -> tuple[pa_fs.FileSystem, str]:
+        """The file system as Arrow knows it, and the directory's name there."""
+        return (
+            pa_fs.LocalFileSystem() if self._local else pa_fs.PyFileSystem(pa_fs.FSSpecHandler(self._fs))
+        ), self._root
 
     # ---- one try -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,268 @@
+"""What a run has stored, read where it lies: no GPU, no cluster, no model. Finished runs and unfinished ones."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from fisher_ray.plan import RunConfig
+from fisher_ray.reduce import FAN_IN
+from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder
+from fisher_ray.statistics import Blocks, Spectrum, spectrum
+from fisher_ray.storage import StorageError, StoredFile
+from fisher_ray.sums import GroupSums, LayerSums
+
+
+def open_run(uri: str | Path) -> Run:
+    """Open a run directory, on any fsspec URI.
+
+    Raises:
+        StorageError: there is no run, or one of a format that this version does not know.
+        DamagedError: its description is damaged.
+    """
+    return Run(RunStore(str(uri)))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one task has kept of each position at one layer.
+
+    Attributes:
+        table: the positions, one row each.
+        array: of the same rows: score factors [n, R, d_model], or matrices [n, d_model, d_model].
+    """
+
+    table: pa.Table
+    array: np.ndarray
+
+
+class Run:
+    """A run. What it holds is found out once, when it is opened; open it again to see what has been done since.
+
+    Attributes:
+        description: run.json.
+        complete: whether it is reduced, and over every task that was not given up.
+        tasks, done: how many tasks there are, and how many of them are done.
+        layers: at which there are matrices.
+        d_model: width of the residual stream.
+    """
+
+    def __init__(self, store: RunStore):
+        self.store = store
+        description = store.read_run()
+        if description is None:
+            raise StorageError(f"{store.uri} holds no run. Expected the directory given as --output.")
+        if description.get("schema") != RUN_VERSION:
+            raise StorageError(
+                f"{store.uri} is written in format {description.get('schema')!r}, and this version reads {RUN_VERSION!r}. "
+                "Read it with the version that wrote it."
+            )
+        self.description = description
+        self.layers: list[int] = description["layers"]
+        self.d_model: int = description["d_model"]
+        self.tasks: int = description["tasks"]
+        self._done = sorted(int(name) for name in store.names("done") if name.isdigit())
+        self.done = len(self._done)
+        self._manifest = self._reduced()
+        self.complete = self._manifest is not None
+        self._checked: set[str] = set()
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The settings that the run was started with."""
+        return RunConfig.from_dict(self.description["config"])
+
+    @property
+    def estimand(self) -> str:
+        """What the mean matrices are an estimate of, in words."""
+        return str(self.description["estimand"])
+
+    @property
+    def status(self) -> str:
+        """How much of it there is, in words."""
+        if self.complete:
+            missing = len(self._made["missing"])
+            return f"complete but for {missing} of {self.tasks} tasks" if missing else f"complete, {self.tasks} tasks"
+        return f"unfinished: {self.done} of {self.tasks} tasks are done, and everything here is of those"
+
+    @cached_property
+    def counts(self) -> Counts:
+        """What became of the tokens."""
+        if self.complete:
+            return Counts(**self._made["counts"])
+        return sum((receipt.counts for receipt in self._receipts()), Counts())
+
+    @cached_property
+    def provenance(self) -> Mapping[str, Any]:
+        """Device, versions and self-check of the worker of the first task."""
+        return self._blocks[0][0].worker if self._blocks else {}
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Names of the groups that have means of their own."""
+        if self.config.group_by is None or not self._blocks:
+            return []
+        return sorted({name for block in self._sums(self.layers[0]) for name in block.groups})
+
+    @cached_property
+    def summary(self) -> list[dict[str, Any]]:
+        """summary.parquet: a row for each layer and group; empty before the run is complete."""
+        if not self.complete:
+            return []
+        return pq.read_table(pa.BufferReader(self.store.load(self._stored("reduced/summary.parquet")))).to_pylist()
+
+    # ---- means -------------------------------------------------------------------------------------------------------
+
+    def count(self, layer: int, group: str | None = None) -> int:
+        """Positions that the mean is over."""
+        return int(self.blocks(layer, group).total.count)
+
+    def fisher(self, layer: int, group: str | None = None, normalised: bool = False) -> np.ndarray:
+        """The mean of F, or of ``F / tr F``, [d_model, d_model], float64; mapped from disk where it is on one.
+
+        ``F / tr F`` has another mean for each estimator and number of samples: not to be compared across them.
+
+        Raises:
+            ValueError: no such layer or group.
+            DamagedError: a file holds other bytes than were written.
+        """
+        name = "normalised_fisher" if normalised else "fisher"
+        if self.complete:
+            return self._array(layer, group, name)
+        sums = self.blocks(layer, group).total
+        return sums.square("normalised") / max(1, sums.traced) if normalised else sums.square("fisher") / sums.count
+
+    def activation(self, layer: int, group: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [d_model] and covariance [d_model, d_model] of the residual stream."""
+        blocks = self.blocks(layer, group)
+        mean = blocks.mean("activation").numpy()
+        return mean, blocks.mean("second_moment").numpy() - np.outer(mean, mean)
+
+    def blocks(self, layer: int, group: str | None = None) -> Blocks:
+        """Sums over blocks of documents, no document in two of them: what standard errors are made of."""
+        self._check(layer, group)
+        found: list[GroupSums] = []
+        for sums in self._sums(layer):
+            chosen = sums.total() if group is None else sums.groups.get(group)
+            if chosen is not None:
+                found.append(chosen)
+        if not found:
+            raise ValueError(f"no position of {self.store.uri} is scored yet at layer {layer}.")
+        return Blocks(found)
+
+    def spectrum(self, layer: int, group: str | None = None, whitened: bool = False) -> Spectrum:
+        """Eigenvalues with standard errors, eigenvectors, effective dimensions; see :func:`fisher_ray.statistics.spectrum`."""
+        return spectrum(self.blocks(layer, group), whitened)
+
+    # ---- positions ---------------------------------------------------------------------------------------------------
+
+    def positions(self) -> ds.Dataset:
+        """The table of positions, one row a (document, position, layer), as a dataset: nothing is read yet.
+
+        Filters and columns are pushed down to the files: ``run.positions().to_table(["trace"], ds.field("layer") == 3)``.
+        Only files that receipts name are in it.
+        """
+        paths = [receipt.files["positions"].path for receipt in self._receipts() if "positions" in receipt.files]
+        schema = positions_schema(tuple(self.config.columns), {})
+        if not paths:
+            return ds.dataset(pa.Table.from_pylist([], schema))
+        filesystem, root = self.store.arrow()
+        return ds.dataset([f"{root}/{path}" for path in paths], schema, format="parquet", filesystem=filesystem)
+
+    def factors(self, layer: int) -> Iterator[Shard]:
+        """Score factors G of every position, ``F = G^T G``, a task at a time; of runs with ``save="factors"``."""
+        return self._kept("factors", layer)
+
+    def matrices(self, layer: int) -> Iterator[Shard]:
+        """F of every position, a task at a time; of runs with ``save="matrices"`` or ``"factors"``."""
+        if self.config.save != "factors":
+            return self._kept("matrices", layer)
+        return (
+            Shard(shard.table, np.einsum("nri,nrj->nij", shard.array, shard.array)) for shard in self.factors(layer)
+        )
+
+    def _kept(self, what: str, layer: int) -> Iterator[Shard]:
+        self._check(layer, None)
+        if self.config.save != what:
+            raise ValueError(
+                f"{self.store.uri} keeps no {what} of single positions: it was run with --save {self.config.save}. "
+                f"Run it again with --save {what} in another directory."
+            )
+
+        def shards() -> Iterator[Shard]:
+            for receipt in self._receipts():
+                if "positions" in receipt.files:
+                    table = pq.read_table(pa.BufferReader(self.store.load(receipt.files["positions"])))
+                    raw = self.store.load(receipt.files[f"{what}_{layer}"])
+                    yield Shard(table.filter(pc.field("layer") == layer), np.load(io.BytesIO(raw), allow_pickle=False))
+
+        return shards()
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def _reduced(self) -> dict[str, Any] | None:
+        """The manifest of a reduction over all that is done."""
+        try:
+            manifest = self.store.read_sealed("reduced/manifest.json")
+        except FileNotFoundError:
+            return None
+        same = manifest["fingerprint"] == self.description["fingerprint"]
+        return manifest if same and manifest["tasks"] == self.done else None
+
+    @property
+    def _made(self) -> dict[str, Any]:
+        assert self._manifest is not None
+        return self._manifest
+
+    def _receipts(self) -> Iterator[Receipt]:
+        return self.store.receipts(self._done)
+
+    @cached_property
+    def _blocks(self) -> list[list[Receipt]]:
+        """Receipts that together hold each block's sums: of the tree where there is one, else of tasks."""
+        if self.complete:
+            return [
+                [self.store.receipt(*path.split("/")) for path in block["receipts"]] for block in self._made["blocks"]
+            ]
+        parts = np.array_split(np.array(self._done), min(FAN_IN, max(1, self.done)))
+        return [list(self.store.receipts(part.tolist())) for part in parts if len(part)]
+
+    def _sums(self, layer: int) -> Iterator[LayerSums]:
+        for block in self._blocks:
+            total = LayerSums({})
+            for receipt in block:
+                if f"sums_{layer}" in receipt.files:
+                    total.merge(LayerSums.from_bytes(self.store.load(receipt.files[f"sums_{layer}"])))
+            yield total
+
+    def _check(self, layer: int, group: str | None) -> None:
+        if layer not in self.layers:
+            raise ValueError(f"layer must be one of {self.layers}, got {layer}.")
+        if group is not None and group not in self.groups:
+            known = ", ".join(self.groups[:20]) or "none: it was run without --group-by"
+            raise ValueError(f"no group {group!r} in {self.store.uri}. Known: {known}.")
+
+    def _array(self, layer: int, group: str | None, name: str) -> np.ndarray:
+        """An array of the reduction; one of a local file is checked once and mapped."""
+        self._check(layer, group)
+        stored = self._stored(f"{reduced_folder(layer, group)}/{name}.npy")
+        local = self.store.local_path(stored.path)
+        if local is None:
+            return np.load(io.BytesIO(self.store.load(stored)), allow_pickle=False)
+        if stored.path not in self._checked:
+            self.store.load(stored)
+            self._checked.add(stored.path)
+        return np.load(local, mmap_mode="r", allow_pickle=False)
+
+    def _stored(self, path: str) -> StoredFile:
+        return StoredFile(**self._made["files"][path])

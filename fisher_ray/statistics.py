@@ -1,0 +1,224 @@
+"""How far a mean over a corpus can be trusted: standard errors by the jackknife over blocks of documents.
+
+The corpus is taken for a sample of documents from a larger population, and an error says how far the population's value may
+be from the one computed. Positions of one document depend on each other, so what is left out at a time is a block of whole
+documents. Blocks may hold different numbers of positions: the jackknife is the delete-m_j one of Busing, Meijer and van der
+Leeden (Statistics and Computing 9, 1999), which for equal blocks is the usual one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from fisher_ray.spectrum import anisotropy, entropy_rank, participation_ratio, symmetric_eigh, trace_rank, whitening
+from fisher_ray.sums import GroupSums
+
+# Neighbouring eigenvalues closer than this many of their standard errors are told apart by no sample of this size.
+_SEPARATED = 3.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity, or an array of them, with its standard error.
+
+    Attributes:
+        value: of the whole corpus.
+        error: standard error; NaN with fewer than two blocks.
+        blocks: what the error was computed from.
+    """
+
+    value: np.ndarray
+    error: np.ndarray
+    blocks: int
+
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper bounds, by Student's t with ``blocks - 1`` degrees of freedom."""
+        reach = student_t.ppf(0.5 + level / 2, max(1, self.blocks - 1)) * self.error
+        return self.value - reach, self.value + reach
+
+
+def jackknife(value: Tensor, without: Tensor, weights: np.ndarray) -> Estimate:
+    """Standard error from the values that leaving out each block gives.
+
+    Args:
+        value: [...], of all blocks.
+        without: [B, ...], of all but one.
+        weights: [B], positions in each block.
+    """
+    count = len(weights)
+    all_, left = value.double().numpy(), without.double().numpy()
+    if count < 2:
+        return Estimate(all_, np.full_like(all_, np.nan), count)
+    ratio = (weights.sum() / weights).reshape(-1, *[1] * all_.ndim)  # h_j = n / m_j
+    pseudo = ratio * all_ - (ratio - 1) * left
+    centre = count * all_ - ((1 - 1 / ratio) * left).sum(0)
+    return Estimate(all_, np.sqrt(((pseudo - centre) ** 2 / (ratio - 1)).mean(0)), count)
+
+
+class Blocks:
+    """Sums of one layer and group over blocks of documents, and the means that leaving out one of them gives.
+
+    Args:
+        sums: of each block, in the order of the corpus; those without a position do not count.
+    """
+
+    def __init__(self, sums: Sequence[GroupSums]):
+        self.sums = [block for block in sums if block.count]
+        if not self.sums:
+            raise ValueError("no block of documents has a position.")
+        self.weights = np.array([block.count for block in self.sums], np.float64)
+        self.total = GroupSums(**vars(self.sums[0]))
+        for block in self.sums[1:]:
+            self.total.add(block)
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+    def mean(self, name: Literal["fisher", "second_moment", "activation"], without: GroupSums | None = None) -> Tensor:
+        """The mean over all positions, or over those of all other blocks; [d, d], of ``activation`` [d]."""
+        count = self.total.count
+        total, left_out = (
+            (sums.square(name) if name != "activation" else np.asarray(sums.activation, np.float64)) if sums else 0.0
+            for sums in (self.total, without)
+        )
+        return torch.from_numpy((total - left_out) / (count - (without.count if without else 0)))
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues of a mean Fisher matrix, or of ``Sigma^(1/2) F Sigma^(1/2)``, with their errors and what is read off them.
+
+    Attributes:
+        eigenvalues: [d], descending, nats^2 per squared unit of h; nats^2 if whitened.
+        eigenvectors: [d, d], columns; of the whitened matrix in whitened coordinates.
+        trace: of the same unit.
+        participation_ratio, entropy_rank, trace_rank_99: effective dimensions, see :mod:`fisher_ray.spectrum`.
+        anisotropy: ``|F / (tr F / d) - I|``, the relative distance from a Euclidean metric.
+    """
+
+    eigenvalues: Estimate
+    eigenvectors: np.ndarray
+    trace: Estimate
+    participation_ratio: Estimate
+    entropy_rank: Estimate
+    trace_rank_99: Estimate
+    anisotropy: Estimate
+
+    def clusters(self, count: int) -> list[range]:
+        """The first ``count`` indices in runs of eigenvalues that this corpus cannot tell apart.
+
+        Neighbours are told apart by a gap of three standard errors of the difference, taken as if independent.
+        """
+        values, errors = self.eigenvalues.value[:count], self.eigenvalues.error[:count]
+        gaps = values[:-1] - values[1:]
+        apart = np.flatnonzero(gaps > _SEPARATED * np.hypot(errors[:-1], errors[1:])) + 1
+        return [range(first, last) for first, last in pairwise([0, *apart.tolist(), len(values)])]
+
+
+def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
+    """Spectrum of the mean F, or of ``Sigma^(1/2) F Sigma^(1/2)`` with ``Sigma`` the covariance of h.
+
+    Leaving out a block moves eigenvalue i by ``u_i^T dF u_i``, to first order: one decomposition in all, and a matrix product a
+    block. Of the whitened matrix with eigenvectors ``v_i`` the change is ``a_i^T dF a_i + l_i c_i^T dSigma c_i``, with
+    ``a_i = Sigma^(1/2) v_i`` and ``c_i = Sigma^(-1/2) v_i``: ``F Sigma`` has the same eigenvalues, and those are its left and
+    right eigenvectors.
+    """
+    fisher, mean, second_moment = (blocks.mean(name) for name in ("fisher", "activation", "second_moment"))
+    if whitened:
+        root, inverse = whitening(mean, second_moment)
+        values, vectors = symmetric_eigh(root @ fisher @ root)
+        across, along = root @ vectors, inverse @ vectors
+    else:
+        values, vectors = symmetric_eigh(fisher)
+        across = vectors
+    sigma = second_moment - torch.outer(mean, mean)
+    without = [] if len(blocks) > 1 else [values]
+    for block in blocks.sums if len(blocks) > 1 else ():
+        moved = _quadratic(across, blocks.mean("fisher", without=block) - fisher)
+        if whitened:
+            m = blocks.mean("activation", without=block)
+            change = blocks.mean("second_moment", without=block) - torch.outer(m, m) - sigma
+            moved = moved + values * _quadratic(along, change)
+        without.append(values + moved)
+    left = torch.stack(without)
+
+    def estimate(function: Callable[[Tensor], Tensor]) -> Estimate:
+        return jackknife(function(values.clamp_min(0)), function(left.clamp_min(0)), blocks.weights)
+
+    return Spectrum(
+        estimate(lambda each: each),
+        vectors.numpy(),
+        estimate(lambda each: each.sum(-1)),
+        estimate(participation_ratio),
+        estimate(entropy_rank),
+        estimate(trace_rank),
+        estimate(anisotropy),
+    )
+
+
+def _quadratic(vectors: Tensor, matrix: Tensor) -> Tensor:
+    """``u_i^T A u_i`` for every column."""
+    return (vectors * (matrix @ vectors)).sum(0)
+
+
+def half_angles(blocks: Blocks, count: int, splits: int = 8, seed: int = 0) -> np.ndarray:
+    """Angles in degrees between each of the first ``count`` eigenvectors of random halves of the corpus; [splits, count].
+
+    Small where the corpus resolves a direction. Two random directions of d dimensions are at nearly 90 degrees; so is each of
+    a pair of eigenvectors whose eigenvalues are too close to tell them apart.
+    """
+    random = np.random.default_rng(seed)
+    angles = []
+    for _ in range(splits if len(blocks) > 1 else 0):
+        order = random.permutation(len(blocks))
+        halves = [Blocks([blocks.sums[i] for i in half]) for half in np.array_split(order, 2)]
+        one, other = (symmetric_eigh(half.mean("fisher"))[1][:, :count] for half in halves)
+        angles.append(torch.rad2deg((one * other).sum(0).abs().clamp_max(1).acos()).numpy())
+    return np.stack(angles) if angles else np.empty((0, count))
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How the mean F settles as blocks of documents are added.
+
+    Attributes:
+        positions: [B], that each mean is over.
+        change: [B], relative Frobenius distance to the mean before; NaN for the first.
+        error: relative standard error of the mean over all blocks, in the Frobenius norm.
+    """
+
+    positions: np.ndarray
+    change: np.ndarray
+    error: float
+
+
+def convergence(blocks: Blocks) -> Convergence:
+    """How the mean F settles."""
+    fisher = blocks.mean("fisher")
+    running = GroupSums(**vars(blocks.sums[0]))
+    means, positions = [_mean(running)], [running.count]
+    changes, variance = [float("nan")], 0.0
+    for block in blocks.sums[1:]:
+        running.add(block)
+        means = [means[-1], _mean(running)]
+        changes.append(float((means[1] - means[0]).norm() / means[1].norm()))
+        positions.append(running.count)
+    if len(blocks) < 2:
+        return Convergence(np.array(positions), np.array(changes), float("nan"))
+    for block in blocks.sums:
+        # Of a mean, the delete-m_j jackknife is this for every entry.
+        moved = blocks.mean("fisher", without=block) - fisher
+        variance += (blocks.total.count / block.count - 1) * float(moved.square().sum()) / len(blocks)
+    return Convergence(np.array(positions), np.array(changes), variance**0.5 / float(fisher.norm()))
+
+
+def _mean(sums: GroupSums) -> Tensor:
+    return torch.from_numpy(sums.square("fisher")) / sums.count
