@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import shlex
@@ -14,6 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+import safetensors.numpy
 import transformers
 import yaml
 from rich.console import Console
@@ -21,15 +24,16 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from fisher_ray import __version__
+from fisher_ray import __version__, inspection
 from fisher_ray.cluster import RayPool, submit
 from fisher_ray.cost import HARDWARE, Hardware
 from fisher_ray.dispatch import LocalPool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
 from fisher_ray.report import layer_table
+from fisher_ray.run import open_run
 from fisher_ray.shards import Lease, RefusedError, RunStore
-from fisher_ray.storage import DamagedError, StorageError, is_transient
+from fisher_ray.storage import DamagedError, Storage, StorageError, is_transient
 from fisher_ray.sweep import read_sweep, run_sweep
 
 # Exit codes. DAMAGED is that of verify.
@@ -79,6 +83,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     clean.add_argument("run")
     clean.add_argument("--remove", action="store_true", help="remove it; without, only list")
     clean.set_defaults(act=_clean)
+
+    inspecting = commands.add_parser("inspect", help="what a run has found: overview, a layer, or a position")
+    inspecting.add_argument("run")
+    inspecting.add_argument("--layer", type=int, help="one layer: eigenvalues, directions, largest traces")
+    inspecting.add_argument("--group", help="one group's mean at that layer")
+    inspecting.add_argument("--position", metavar="DOCUMENT:POSITION", help="one position at every layer")
+    inspecting.add_argument("--json", action="store_true", help="for machines")
+    inspecting.set_defaults(act=_inspect)
+
+    differing = commands.add_parser("diff", help="how two runs of one model differ: spectra, overlaps, what moved")
+    differing.add_argument("runs", nargs=2, metavar="RUN")
+    differing.add_argument("--json", action="store_true", help="for machines")
+    differing.set_defaults(act=_diff)
+
+    exporting = commands.add_parser("export", help="means and spectra in one file, .safetensors or .npz")
+    exporting.add_argument("run")
+    exporting.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    exporting.set_defaults(act=_export)
 
     sending = commands.add_parser(
         "submit", help="send a command to a Ray cluster as a job, follow it, return its exit code"
@@ -539,6 +561,54 @@ def _clean(given: dict[str, Any]) -> int:
         lease.release()
     said = "removed" if given["remove"] else "would be removed; --remove does it"
     console.print(f"{len(orphans)} files that no receipt names {said}")
+    return COMPLETE
+
+
+def _inspect(given: dict[str, Any]) -> int:
+    if given["group"] is not None and given["layer"] is None:
+        raise ConfigError("--group is of one layer: give --layer as well.")
+    run = open_run(given["run"])
+    if given["position"] is not None:
+        document, colon, position = given["position"].rpartition(":")
+        if not colon or not position.isdigit():
+            raise ConfigError(
+                f"--position must be DOCUMENT:POSITION, as positions/*.parquet name them; got {given['position']!r}."
+            )
+        return _told(inspection.one_position(run, document, int(position)), inspection.show_position, given["json"])
+    if given["layer"] is not None:
+        return _told(inspection.one_layer(run, given["layer"], given["group"]), inspection.show_layer, given["json"])
+    return _told(inspection.overview(run), inspection.show_overview, given["json"])
+
+
+def _diff(given: dict[str, Any]) -> int:
+    one, other = map(open_run, given["runs"])
+    return _told(inspection.difference(one, other), inspection.show_difference, given["json"])
+
+
+def _told(facts: dict[str, Any], show: Callable[[Console, dict[str, Any]], None], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        show(_console(), facts)
+    return COMPLETE
+
+
+def _export(given: dict[str, Any]) -> int:
+    path: Path = given["output"]
+    if path.suffix not in (".safetensors", ".npz"):
+        raise ConfigError(f"export writes .safetensors or .npz, got {path.name!r}.")
+    run = open_run(given["run"])
+    arrays = inspection.exported(run)
+    buffer = io.BytesIO()
+    if path.suffix == ".npz":
+        np.savez(buffer, allow_pickle=False, **arrays)
+        raw = buffer.getvalue()
+    else:
+        about = {"run": run.store.uri, "status": run.status, "estimand": run.estimand, "model": run.config.model}
+        raw = safetensors.numpy.save(arrays, metadata=about)
+    folder = Storage(str(path.absolute().parent))
+    folder.write(path.name, raw)
+    _console().print(f"{len(arrays)} arrays, {_size(len(raw))}: {path}", highlight=False, soft_wrap=True, markup=False)
     return COMPLETE
 
 

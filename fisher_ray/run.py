@@ -91,8 +91,9 @@ class Run:
     def status(self) -> str:
         """How much of it there is, in words."""
         if self.complete:
-            missing = len(self._made["missing"])
-            return f"complete but for {missing} of {self.tasks} tasks" if missing else f"complete, {self.tasks} tasks"
+            return f"complete, {self.done} of {self.tasks} tasks" + (
+                ", the others given up" if self._made["missing"] else ""
+            )
         return f"unfinished: {self.done} of {self.tasks} tasks are done, and everything here is of those"
 
     @cached_property
@@ -110,8 +111,10 @@ class Run:
     @cached_property
     def groups(self) -> list[str]:
         """Names of the groups that have means of their own."""
-        if self.config.group_by is None or not self._blocks:
+        if self.config.group_by is None:
             return []
+        if self.complete:
+            return sorted({row["group"] for row in self.summary} - {None})
         return sorted({name for block in self._sums(self.layers[0]) for name in block.groups})
 
     @cached_property
@@ -125,7 +128,10 @@ class Run:
 
     def count(self, layer: int, group: str | None = None) -> int:
         """Positions that the mean is over."""
-        return int(self.blocks(layer, group).total.count)
+        if not self.complete:
+            return int(self.blocks(layer, group).total.count)
+        self._check(layer, group)
+        return int(next(r["positions"] for r in self.summary if (r["layer"], r["group"]) == (layer, group)))
 
     def fisher(self, layer: int, group: str | None = None, normalised: bool = False) -> np.ndarray:
         """The mean of F, or of ``F / tr F``, [d_model, d_model], float64; mapped from disk where it is on one.
@@ -187,26 +193,41 @@ class Run:
         """F of every position, a task at a time; of runs with ``save="matrices"`` or ``"factors"``."""
         if self.config.save != "factors":
             return self._kept("matrices", layer)
-        return (
-            Shard(shard.table, np.einsum("nri,nrj->nij", shard.array, shard.array)) for shard in self.factors(layer)
-        )
+        return (Shard(shard.table, _squared(shard.array)) for shard in self.factors(layer))
+
+    def matrix(self, layer: int, document: str, position: int) -> np.ndarray:
+        """F of one position, [d_model, d_model], of runs that keep factors or matrices; only its own task's files are read.
+
+        Raises:
+            ValueError: there is no such position, or the run keeps neither.
+        """
+        self._check_kept(("factors", "matrices"), layer)
+        where = (pc.field("document") == document) & (pc.field("position") == position) & (pc.field("layer") == layer)
+        files = self.positions().to_table(["__filename"], filter=where)["__filename"].to_pylist()
+        if not files:
+            raise ValueError(f"{self.store.uri} has no scored position {position} in a document {document!r}.")
+        shard = self._shard(self.store.receipt("done", Path(files[0]).name[:8]), self.config.save, layer)
+        documents, positions = (shard.table[name].to_pylist() for name in ("document", "position"))
+        row = list(zip(documents, positions, strict=True)).index((document, position))
+        kept = shard.array[row : row + 1]
+        return (_squared(kept) if self.config.save == "factors" else kept)[0]
 
     def _kept(self, what: str, layer: int) -> Iterator[Shard]:
+        self._check_kept((what,), layer)
+        return (self._shard(receipt, what, layer) for receipt in self._receipts() if "positions" in receipt.files)
+
+    def _check_kept(self, whats: tuple[str, ...], layer: int) -> None:
         self._check(layer, None)
-        if self.config.save != what:
+        if self.config.save not in whats:
             raise ValueError(
-                f"{self.store.uri} keeps no {what} of single positions: it was run with --save {self.config.save}. "
-                f"Run it again with --save {what} in another directory."
+                f"{self.store.uri} keeps no {' and no '.join(whats)} of single positions: it was run with --save "
+                f"{self.config.save}. Run it again with --save {whats[0]} in another directory."
             )
 
-        def shards() -> Iterator[Shard]:
-            for receipt in self._receipts():
-                if "positions" in receipt.files:
-                    table = pq.read_table(pa.BufferReader(self.store.load(receipt.files["positions"])))
-                    raw = self.store.load(receipt.files[f"{what}_{layer}"])
-                    yield Shard(table.filter(pc.field("layer") == layer), np.load(io.BytesIO(raw), allow_pickle=False))
-
-        return shards()
+    def _shard(self, receipt: Receipt, what: str, layer: int) -> Shard:
+        table = pq.read_table(pa.BufferReader(self.store.load(receipt.files["positions"])))
+        raw = self.store.load(receipt.files[f"{what}_{layer}"])
+        return Shard(table.filter(pc.field("layer") == layer), np.load(io.BytesIO(raw), allow_pickle=False))
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -266,3 +287,9 @@ class Run:
 
     def _stored(self, path: str) -> StoredFile:
         return StoredFile(**self._made["files"][path])
+
+
+def _squared(factors: np.ndarray) -> np.ndarray:
+    """``G^T G`` of each position, float64."""
+    wide = factors.astype(np.float64)
+    return np.einsum("nri,nrj->nij", wide, wide)

@@ -67,7 +67,7 @@ def fisher_of(stored: Stored, layer: int) -> np.ndarray:
 
 def test_a_complete_run(run: Run, made: Path) -> None:
     stored = Stored(made)
-    assert run.complete and run.status == f"complete, {run.tasks} tasks" and run.done == run.tasks
+    assert run.complete and run.status == f"complete, {run.tasks} of {run.tasks} tasks" and run.done == run.tasks
     assert run.layers == ALL and run.d_model == D_MODEL
     assert run.config.num_samples == 2 and run.config.group_by == "position"
     assert "unbiased" in run.estimand
@@ -182,6 +182,16 @@ def test_factors_and_matrices_come_with_their_rows(run: Run, made: Path) -> None
         assert set(shard.table["layer"].to_pylist()) == {1}
         rows += n
     assert rows == len(factors)
+
+
+def test_one_positions_matrix_is_found_by_its_name(run: Run, made: Path) -> None:
+    stored = Stored(made)
+    rows, factors = stored.rows(2), stored.saved("factors", 2).astype(np.float64)
+    for i in (0, len(rows) // 2, len(rows) - 1):
+        got = run.matrix(2, rows[i]["document"], rows[i]["position"])
+        np.testing.assert_allclose(got, factors[i].T @ factors[i], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"no scored position 999 in a document 'docs.txt:0'"):
+        run.matrix(2, "docs.txt:0", 999)
 
 
 def test_what_was_not_kept_is_said(gpt2: str, tmp_path: Path) -> None:  # noqa: F811

@@ -1,0 +1,364 @@
+"""What there is in a run, in words and numbers: an overview, one layer, one position, and how two runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fisher_ray.run import Run
+from fisher_ray.spectrum import symmetric_eigh
+from fisher_ray.statistics import Blocks, Estimate, convergence, half_angles, spectrum
+from fisher_ray.storage import StorageError
+
+# Eigenvectors of a layer that are looked at one by one, and that span the subspace two runs are compared by.
+TOP = 8
+# Tokens on either side that are shown of a position.
+_AROUND = 12
+
+RANKS = ("participation_ratio", "entropy_rank", "trace_rank_99")
+
+
+def overview(run: Run) -> dict[str, Any]:
+    """Status, counts, health and one row a layer; what cannot be read is named in ``problems`` and left out."""
+    counts = run.counts
+    problems: list[str] = []
+    layers = []
+    for layer in run.layers:
+        try:
+            layers.append({"layer": layer, **_spectral(run.blocks(layer))})
+        except (StorageError, ValueError) as error:
+            problems.append(str(error))
+    quarantined = []
+    for path in run.store.list("quarantine"):
+        try:
+            quarantined.append(str(run.store.read_sealed(path)["error"]))
+        except StorageError as error:
+            problems.append(str(error))
+    if counts.invalid:
+        problems.append(f"{counts.invalid} positions had activations or scores that were not finite, and are left out")
+    if counts.halvings:
+        problems.append(f"memory ran out {counts.halvings} times; micro-batches were halved, which may change rounding")
+    return {
+        "run": run.store.uri,
+        "status": run.status,
+        "model": run.config.model,
+        "corpus": list(run.config.corpus),
+        "estimand": run.estimand,
+        "estimator": run.config.estimator,
+        "num_samples": run.config.num_samples if run.config.estimator == "sampled" else None,
+        "d_model": run.d_model,
+        "counts": asdict(counts),
+        "groups": {group: run.count(run.layers[0], group) for group in run.groups},
+        "layers": layers,
+        "quarantined": quarantined,
+        "problems": problems,
+    }
+
+
+def one_layer(run: Run, layer: int, group: str | None = None, count: int = TOP) -> dict[str, Any]:
+    """A layer's eigenvalues and directions, how well they are resolved, and the positions with the largest traces."""
+    blocks = run.blocks(layer, group)
+    read, settled, angles = spectrum(blocks), convergence(blocks), half_angles(blocks, count)
+    cluster = {i: f"{c.start + 1}-{c.stop}" for c in read.clusters(count) if len(c) > 1 for i in c}
+    values, errors = read.eigenvalues.value, read.eigenvalues.error
+    shares = values.cumsum() / values.sum()
+    return {
+        "run": run.store.uri,
+        "status": run.status,
+        "layer": layer,
+        "group": group,
+        **_spectral(blocks),
+        "relative_error": settled.error,
+        "convergence": {"positions": settled.positions.tolist(), "relative_change": settled.change[1:].tolist()},
+        "directions": [
+            {
+                "index": i + 1,
+                "eigenvalue": float(values[i]),
+                "error": float(errors[i]),
+                "cumulative_share": float(shares[i]),
+                "half_angle": float(np.median(angles[:, i])) if len(angles) else None,
+                "not_told_apart": cluster.get(i),
+            }
+            for i in range(min(count, len(values)))
+        ],
+        "largest_traces": _largest(run, layer) if group is None else [],
+    }
+
+
+def _spectral(blocks: Blocks) -> dict[str, Any]:
+    """Everything that is read off a layer's spectrum, with errors, beside its value after whitening."""
+    plain, whitened = spectrum(blocks), spectrum(blocks, whitened=True)
+    names = ("trace", *RANKS, "anisotropy")
+    found: dict[str, Any] = {"positions": blocks.total.count, "blocks": len(blocks)}
+    found["top_eigenvalue"] = _pair(plain.eigenvalues, 0)
+    found |= {name: _pair(getattr(plain, name)) for name in names}
+    found["whitened_top_eigenvalue"] = _pair(whitened.eigenvalues, 0)
+    found |= {f"whitened_{name}": _pair(getattr(whitened, name)) for name in names}
+    return found | {"eigenvalues": plain.eigenvalues.value.tolist()}
+
+
+def _pair(estimate: Estimate, at: int | None = None) -> list[float | None]:
+    """[value, standard error], as JSON can hold it."""
+    value, error = (float(array if at is None else array[at]) for array in (estimate.value, estimate.error))
+    return [value, None if np.isnan(error) else error]
+
+
+def _largest(run: Run, layer: int, count: int = 5) -> list[dict[str, Any]]:
+    """Positions with the largest traces, found in one pass that holds a batch at a time."""
+    columns = ["document", "position", "text", "trace", "entropy"]
+    best: list[dict[str, Any]] = []
+    for batch in run.positions().to_batches(columns=columns, filter=pc.field("layer") == layer):
+        if len(batch):
+            chosen = batch.take(pc.select_k_unstable(batch, min(count, len(batch)), [("trace", "descending")]))
+            best = sorted([*best, *chosen.to_pylist()], key=lambda row: -row["trace"])[:count]
+    return best
+
+
+def one_position(run: Run, document: str, position: int) -> dict[str, Any]:
+    """One position at every layer, with the text around it, and its own matrix's spectrum where the run kept it.
+
+    Raises:
+        ValueError: the run has no such position.
+    """
+    away = pc.abs(pc.field("position").cast("int64") - position)
+    near = (pc.field("document") == document) & (away <= _AROUND)
+    rows = run.positions().to_table(filter=near).to_pylist()
+    here = [row for row in rows if row["position"] == position]
+    if not here:
+        known = run.positions().to_table(["position"], filter=pc.field("document") == document)["position"]
+        if not len(known):
+            raise ValueError(
+                f"{run.store.uri} has no document {document!r}. Documents are named as in positions/*.parquet."
+            )
+        reach = pc.min_max(known).as_py()
+        raise ValueError(
+            f"document {document!r} has no scored position {position}; its positions run from {reach['min']} to {reach['max']}."
+        )
+    around = sorted((row for row in rows if row["layer"] == here[0]["layer"]), key=lambda row: row["position"])
+    found: dict[str, Any] = {
+        "run": run.store.uri,
+        "document": document,
+        "position": position,
+        "around": [[row["position"], row["text"]] for row in around],
+        "layers": sorted(here, key=lambda row: row["layer"]),
+    }
+    if run.config.save != "summary":
+        matrices = {layer: run.matrix(layer, document, position) for layer in run.layers}
+        found["eigenvalues"] = {k: np.linalg.eigvalsh(f)[::-1].clip(0).tolist() for k, f in matrices.items()}
+    return found
+
+
+def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
+    """How the mean F of two runs differ at the layers that both have: two corpora, or two checkpoints of one model.
+
+    Traces and ranks with their change and its standard error, taken for independent samples; the relative Frobenius distance
+    ``|F' - F| / |F|``; the overlap ``|U^T U'|_F^2 / k`` of the top-k eigenspaces, where random ones would have ``k / d_model``;
+    and what moved most: the leading eigenvalues of ``F' - F`` of either sign.
+
+    Raises:
+        ValueError: models of different width, or no layer in common.
+    """
+    if one.d_model != other.d_model:
+        raise ValueError(
+            f"runs of one model can be compared, got d_model {one.d_model} in {one.store.uri} and {other.d_model} in "
+            f"{other.store.uri}."
+        )
+    layers = sorted(set(one.layers) & set(other.layers))
+    if not layers:
+        raise ValueError(f"the runs have no layer in common: {one.layers} and {other.layers}.")
+    rows = []
+    for layer in layers:
+        spectra = [run.spectrum(layer) for run in (one, other)]
+        means = [torch.from_numpy(np.array(run.fisher(layer))) for run in (one, other)]
+        moved, _ = symmetric_eigh(means[1] - means[0])
+        top = [torch.from_numpy(s.eigenvectors[:, :count]) for s in spectra]
+        row: dict[str, Any] = {"layer": layer, "positions": [run.count(layer) for run in (one, other)]}
+        for name in ("trace", *RANKS):
+            before, after = (getattr(s, name) for s in spectra)
+            change = Estimate(after.value - before.value, np.hypot(before.error, after.error), 0)
+            row[name] = {"values": [float(before.value), float(after.value)], "change": _pair(change)}
+        row["distance"] = float((means[1] - means[0]).norm() / means[0].norm())
+        row["overlap"] = float((top[0].mT @ top[1]).square().sum()) / top[0].shape[1]
+        row["gained"], row["lost"] = float(moved[0].clamp_min(0)), float(-moved[-1].clamp_max(0))
+        rows.append(row)
+    k = min(count, one.d_model)
+    return {
+        "runs": [one.store.uri, other.store.uri],
+        "status": [one.status, other.status],
+        "models": [one.config.model, other.config.model],
+        "estimands": [one.estimand, other.estimand],
+        "subspace": k,
+        "random_overlap": k / one.d_model,
+        "layers": rows,
+    }
+
+
+def exported(run: Run) -> dict[str, np.ndarray]:
+    """Means and spectra of every layer and group by name, ``layer_003/fisher`` and ``layer_003/group/de/fisher``, float64."""
+    arrays: dict[str, np.ndarray] = {}
+    for layer in run.layers:
+        for group in (None, *run.groups):
+            try:
+                blocks = run.blocks(layer, group)
+            except ValueError:  # a group, or a layer of an unfinished run, without positions
+                continue
+            where = f"layer_{layer:03d}" + ("" if group is None else f"/group/{group}")
+            read = spectrum(blocks)
+            arrays |= {
+                f"{where}/fisher": np.array(run.fisher(layer, group)),
+                f"{where}/activation_mean": blocks.mean("activation").numpy(),
+                f"{where}/activation_second_moment": blocks.mean("second_moment").numpy(),
+                f"{where}/eigenvalues": read.eigenvalues.value,
+                f"{where}/eigenvalue_errors": read.eigenvalues.error,
+                f"{where}/eigenvectors": np.ascontiguousarray(read.eigenvectors),
+                f"{where}/positions": np.array(blocks.total.count),
+            }
+    return arrays
+
+
+# ---- in a terminal -------------------------------------------------------------------------------------------------------
+
+
+def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
+    """Print what :func:`overview` found."""
+    counts = facts["counts"]
+    samples = "" if facts["num_samples"] is None else f", {facts['num_samples']} samples a position"
+    for line in (
+        f"{facts['run']}: {facts['status']}",
+        f"model:     {facts['model']}, d_model {facts['d_model']}",
+        f"corpus:    {' '.join(facts['corpus'])}",
+        f"estimates: {facts['estimand']} ({facts['estimator']}{samples})",
+        f"tokens:    {counts['tokens']:,} in {counts['documents']:,} documents = {counts['scored']:,} scored + "
+        f"{counts['skipped']:,} skipped + {counts['invalid']:,} invalid",
+    ):
+        _say(console, line)
+    if facts["groups"]:
+        _say(console, "groups:    " + ", ".join(f"{name} ({n:,})" for name, n in facts["groups"].items()))
+    table = _table("layer", "trace", "top eigenvalue", "entropy rank", "whitened", "99 % rank")
+    table.add_column("spectrum")
+    for row in facts["layers"]:
+        names = ("trace", "top_eigenvalue", "entropy_rank", "whitened_entropy_rank", "trace_rank_99")
+        table.add_row(str(row["layer"]), *(_plus_minus(row[name]) for name in names), _sparkline(row["eigenvalues"]))
+    console.print(table)
+    blocks = min((row["blocks"] for row in facts["layers"]), default=0)
+    _say(
+        console,
+        f"± one standard error from {blocks} blocks of documents{_ROUGH if blocks < 8 else ''}, for the population they come "
+        "from. Only what is whitened compares over layers. Spectra span three decades, indices on a logarithmic axis.",
+    )
+    for line in (*facts["quarantined"], *facts["problems"]):
+        _say(console, f"note: {line}", style="yellow")
+
+
+def show_layer(console: Console, facts: Mapping[str, Any]) -> None:
+    """Print what :func:`one_layer` found."""
+    group = "" if facts["group"] is None else f", group {facts['group']}"
+    _say(console, f"{facts['run']}: {facts['status']}")
+    _say(
+        console,
+        f"layer {facts['layer']}{group}: {facts['positions']:,} positions in {facts['blocks']} blocks of documents"
+        f"{_ROUGH if facts['blocks'] < 8 else ''}; relative standard error of the mean F {_share(facts['relative_error'])}",
+    )
+    table = _table("quantity", "F", "after whitening")
+    for name in ("trace", "top_eigenvalue", *RANKS, "anisotropy"):
+        table.add_row(
+            _NAMES.get(name, name.replace("_", " ")), _plus_minus(facts[name]), _plus_minus(facts[f"whitened_{name}"])
+        )
+    console.print(table)
+    table = _table("direction", "eigenvalue", "share so far", "angle of halves", "not told apart from")
+    for row in facts["directions"]:
+        angle = "-" if row["half_angle"] is None else f"{row['half_angle']:.0f}°"
+        value = _plus_minus([row["eigenvalue"], row["error"]])
+        table.add_row(str(row["index"]), value, f"{row['cumulative_share']:.1%}", angle, row["not_told_apart"] or "")
+    console.print(table)
+    if facts["largest_traces"]:
+        table = _table("document", "position", "token", "trace", "entropy")
+        for row in facts["largest_traces"]:
+            numbers = (f"{row['trace']:.4g}", f"{row['entropy']:.3f}")
+            table.add_row(row["document"], str(row["position"]), escape(repr(row["text"])), *numbers)
+        console.print(table)
+
+
+def show_position(console: Console, facts: Mapping[str, Any]) -> None:
+    """Print what :func:`one_position` found."""
+    text = "".join(f"[{text}]" if t == facts["position"] else text for t, text in facts["around"])
+    _say(console, f"{facts['document']}, position {facts['position']}: {' '.join(text.split())}")
+    first = facts["layers"][0]
+    surprisal = "-" if first["surprisal"] is None else f"{first['surprisal']:.4g}"
+    _say(console, f"entropy {first['entropy']:.4g}, surprisal {surprisal} nats; {first['context']} tokens of context")
+    table = _table("layer", "trace", "part. ratio", "entropy rank", "99 % rank")
+    table.add_column("leading eigenvalues", no_wrap=True)
+    for row in facts["layers"]:
+        own = facts.get("eigenvalues", {}).get(row["layer"], row["top_eigenvalues"])
+        values = " ".join(f"{value:.3g}" for value in own[:TOP])
+        table.add_row(str(row["layer"]), f"{row['trace']:.4g}", *(f"{row[name]:.1f}" for name in RANKS), values)
+    console.print(table)
+    _say(console, "Ranks of a single position's matrix cannot exceed the number of samples.")
+
+
+def show_difference(console: Console, facts: Mapping[str, Any]) -> None:
+    """Print what :func:`difference` found."""
+    for run, status, model, estimand in zip(
+        *(facts[k] for k in ("runs", "status", "models", "estimands")), strict=True
+    ):
+        _say(console, f"{run}: {status}; {model}; {estimand}")
+    table = _table("layer", "trace", "change", "entropy rank", "change", "|F' - F| / |F|", "overlap", "gained", "lost")
+    for row in facts["layers"]:
+        cells = [str(row["layer"])]
+        for name in ("trace", "entropy_rank"):
+            before, after = row[name]["values"]
+            cells += [f"{before:.4g} -> {after:.4g}", _plus_minus(row[name]["change"])]
+        numbers = (f"{row[name]:.3g}" for name in ("distance", "overlap", "gained", "lost"))
+        table.add_row(*cells, *numbers)
+    console.print(table)
+    _say(
+        console,
+        f"± one standard error, the corpora taken for independent samples. Overlap of the top {facts['subspace']} directions: "
+        f"1 where they span the same space, {facts['random_overlap']:.2g} for random ones. Gained and lost: the largest "
+        "eigenvalues of F' - F of either sign.",
+    )
+    if facts["estimands"][0] != facts["estimands"][1]:
+        _say(console, "note: the runs estimate different quantities", style="yellow")
+
+
+def _table(*names: str) -> Table:
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=name != "document", overflow="fold")
+    return table
+
+
+def _say(console: Console, line: str, style: str | None = None) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True, style=style)
+
+
+def _plus_minus(pair: Sequence[float | None]) -> str:
+    """A value with its error, to the digits that the error leaves."""
+    value, error = pair
+    assert value is not None
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+
+
+def _share(value: float) -> str:
+    return "unknown" if np.isnan(value) else f"{value:.2%}"
+
+
+_NAMES = {"trace_rank_99": "99 % rank"}
+_ROUGH = " (few, so the errors are rough)"
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def _sparkline(eigenvalues: Sequence[float], width: int = 16) -> str:
+    """A spectrum over three decades, indices on a logarithmic axis."""
+    values = np.asarray(eigenvalues)
+    at = np.unique(np.geomspace(1, len(values), width).round().astype(int)) - 1
+    heights = 1 + np.log10((values[at] / values[0]).clip(1e-3)) / 3
+    return "".join(_BLOCKS[round(float(h) * (len(_BLOCKS) - 1))] for h in heights)

@@ -1,0 +1,193 @@
+"""inspect, diff and export: what they say against the files, and what they say of runs that are not whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_run import made, rewrite, undo  # noqa: F401
+
+import jobs
+from fisher_ray import open_run
+from fisher_ray.cli import BAD_INPUT, COMPLETE, main
+from jobs import D_MODEL, LAYERS, Stored, gpt2  # noqa: F401
+
+
+def told(capsys: pytest.CaptureFixture[str], *argv: Any) -> Any:
+    """What a command says with --json."""
+    assert main([*map(str, argv), "--json"]) == COMPLETE
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
+    """The one line that a command fails with."""
+    assert main(list(map(str, argv))) == BAD_INPUT
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:  # noqa: F811
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+# ---- inspect -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_overview(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    facts, stored = told(capsys, "inspect", made), Stored(made)
+    assert facts["counts"] == stored.counts() and facts["problems"] == []
+    assert sum(facts["groups"].values()) == len(stored.rows(0))
+    assert [row["layer"] for row in facts["layers"]] == list(range(LAYERS + 1))
+    for row in facts["layers"]:
+        fisher = stored.reduced(row["layer"])
+        assert row["trace"][0] == pytest.approx(np.trace(fisher)) and row["trace"][1] > 0
+        assert row["top_eigenvalue"][0] == pytest.approx(np.linalg.norm(fisher, 2))
+        assert row["positions"] == len(stored.rows(row["layer"])) and row["blocks"] == 8
+    assert main(["inspect", str(made)]) == COMPLETE
+    said = capsys.readouterr().out
+    assert "complete" in said and "±" in said and "8 blocks of documents" in said and "rough" not in said
+
+
+def test_one_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    facts, stored = told(capsys, "inspect", made, "--layer", 1), Stored(made)
+    values = stored.reduced(1, "eigenvalues")
+    assert [row["eigenvalue"] for row in facts["directions"]] == pytest.approx(values[:8].tolist())
+    assert facts["directions"][-1]["cumulative_share"] == pytest.approx(values[:8].sum() / values.sum())
+    assert all(0 <= row["half_angle"] <= 90 for row in facts["directions"])
+    rows = sorted(stored.rows(1), key=lambda row: -row["trace"])[:5]
+    assert [row["trace"] for row in facts["largest_traces"]] == [row["trace"] for row in rows]
+    assert main(["inspect", str(made), "--layer", "1"]) == COMPLETE
+    assert rows[0]["document"] in capsys.readouterr().out
+
+
+def test_one_group_of_a_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    facts = told(capsys, "inspect", made, "--layer", 1, "--group", "2-3")
+    assert facts["positions"] == open_run(made).count(1, "2-3")
+    assert facts["trace"][0] == pytest.approx(np.trace(np.load(made / "reduced/layer_001/group_2-3/fisher.npy")))
+    assert "no group 'de'" in refused(capsys, "inspect", made, "--layer", 1, "--group", "de")
+    assert "give --layer as well" in refused(capsys, "inspect", made, "--group", "2-3")
+
+
+def test_one_position(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    stored = Stored(made)
+    row = stored.rows(2)[200]
+    name = f"{row['document']}:{row['position']}"
+    facts = told(capsys, "inspect", made, "--position", name)
+    assert [here["layer"] for here in facts["layers"]] == list(range(LAYERS + 1))
+    assert facts["layers"][2]["trace"] == row["trace"]
+    factors = stored.saved("factors", 2)[200].astype(np.float64)
+    truth = np.linalg.eigvalsh(factors.T @ factors)[::-1]
+    assert facts["eigenvalues"]["2"] == pytest.approx(truth, abs=1e-9 * truth[0])
+    here = {other["position"]: other["text"] for other in stored.rows(2) if other["document"] == row["document"]}
+    assert facts["around"] == [[t, here[t]] for t in sorted(here) if abs(t - row["position"]) <= 12]
+    assert main(["inspect", str(made), "--position", name]) == COMPLETE
+    assert f"[{row['text']}]".strip() in capsys.readouterr().out
+    assert "its positions run from 0 to" in refused(capsys, "inspect", made, "--position", f"{row['document']}:99999")
+    assert "has no document 'no.txt:0'" in refused(capsys, "inspect", made, "--position", "no.txt:0:1")
+    assert "must be DOCUMENT:POSITION" in refused(capsys, "inspect", made, "--position", "no.txt")
+
+
+def test_an_unfinished_run_and_one_of_two_blocks(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    undo(copied, 4)
+    facts = told(capsys, "inspect", copied)
+    assert facts["status"].startswith("unfinished: 4 of")
+    assert main(["inspect", str(copied)]) == COMPLETE
+    assert "few, so the errors are rough" in capsys.readouterr().out
+    undo_all = Path(shutil.copytree(copied, copied.parent / "none"))
+    for receipt in (undo_all / "done").iterdir():
+        receipt.unlink()
+    facts = told(capsys, "inspect", undo_all)
+    assert facts["layers"] == [] and len(facts["problems"]) == LAYERS + 1
+
+
+def test_a_damaged_layer_is_named_and_the_others_are_shown(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    victim = next(copied.glob("tree/*/layer_001.npz"))
+    raw = bytearray(victim.read_bytes())
+    raw[100] ^= 1
+    victim.write_bytes(raw)
+    facts = told(capsys, "inspect", copied)
+    assert [row["layer"] for row in facts["layers"]] == [0, 2]
+    (problem,) = facts["problems"]
+    assert "is damaged" in problem and victim.name in problem
+
+
+@pytest.mark.parametrize("command", ["inspect", "export", "diff"])
+def test_of_no_run(command: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    more = {"inspect": [], "export": ["-o", tmp_path / "x.npz"], "diff": [made]}[command]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    for folder in ("empty", "other", "none"):
+        assert "holds no run" in refused(capsys, command, tmp_path / folder, *more)
+
+
+def test_of_a_newer_format(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(copied / "run.json", schema="run.99")
+    assert "this version reads 'run.2'" in refused(capsys, "inspect", copied)
+
+
+# ---- diff --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_differs_from_another_and_not_from_itself(
+    made: Path, gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    same = told(capsys, "diff", made, made)
+    for row in same["layers"]:
+        assert row["distance"] == 0 and row["overlap"] == pytest.approx(1) and row["trace"]["change"][0] == 0
+
+    (tmp_path / "docs.txt").write_text(jobs.some_text(3_000))
+    jobs.run_here(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "other", layers="0,2", estimator="exact"))
+    facts, runs = told(capsys, "diff", made, tmp_path / "other"), (Stored(made), Stored(tmp_path / "other"))
+    assert [row["layer"] for row in facts["layers"]] == [0, 2]
+    for row in facts["layers"]:
+        one, other = (run.reduced(row["layer"]) for run in runs)
+        assert row["distance"] == pytest.approx(np.linalg.norm(other - one) / np.linalg.norm(one))
+        bases = [np.linalg.eigh(f)[1][:, -8:] for f in (one, other)]
+        assert row["overlap"] == pytest.approx(np.linalg.norm(bases[0].T @ bases[1]) ** 2 / 8)
+        moved = np.linalg.eigvalsh(other - one)
+        assert [row["lost"], row["gained"]] == pytest.approx([max(0, -moved[0]), max(0, moved[-1])])
+        assert row["trace"]["change"][0] == pytest.approx(np.trace(other) - np.trace(one))
+    assert facts["random_overlap"] == 8 / D_MODEL
+    assert main(["diff", str(made), str(tmp_path / "other")]) == COMPLETE
+    assert "different quantities" in capsys.readouterr().out
+
+
+def test_runs_of_other_shape_are_refused(made: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    rewrite(copied / "run.json", layers=[7])
+    assert "no layer in common" in refused(capsys, "diff", made, copied)
+    rewrite(copied / "run.json", d_model=13)
+    assert f"got d_model {D_MODEL} in" in refused(capsys, "diff", made, copied)
+
+
+# ---- export ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_exported_arrays_are_those_of_the_run(
+    suffix: str, made: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    path = tmp_path / f"means.{suffix}"
+    assert main(["export", str(made), "-o", str(path)]) == COMPLETE
+    arrays = dict(np.load(path)) if suffix == "npz" else load_file(path)
+    np.testing.assert_array_equal(arrays["layer_001/fisher"], Stored(made).reduced(1))
+    np.testing.assert_array_equal(
+        arrays["layer_002/group/2-3/fisher"], np.load(made / "reduced/layer_002/group_2-3/fisher.npy")
+    )
+    fisher, vectors = arrays["layer_000/fisher"], arrays["layer_000/eigenvectors"]
+    np.testing.assert_allclose(
+        fisher @ vectors, vectors * arrays["layer_000/eigenvalues"], atol=1e-9 * abs(fisher).max()
+    )
+    assert arrays["layer_000/positions"] == len(Stored(made).rows(0))
+
+
+def test_other_formats_are_not_written(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert "writes .safetensors or .npz" in refused(capsys, "export", made, "-o", tmp_path / "means.pt")
+    assert not list(tmp_path.iterdir())
