@@ -1,0 +1,131 @@
+"""How often 95 % intervals hold the truth: corpora of 256 documents in 32 blocks, drawn again and again from one population.
+
+    python benchmarks/coverage.py --documents 2000 --layers 3,6
+
+The population is so many documents of the demo's grammar, with a seed that nothing else uses; sums of exact F over each are
+computed once by the demo model, and the truth is what the whole population gives. A corpus is 256 of them, drawn with
+replacement. Eigenvalues count where the population's stand apart: more than three of the mean standard errors from both
+neighbours. A share of 2,000 is known to half a percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import logging as transformers_logging
+
+from fisher_ray import Exact, SplitModel, iter_scores
+from fisher_ray.statistics import Blocks, spectrum
+from fisher_ray.sums import ALL, GroupSums, Sums
+
+DEMO = Path(__file__).parent.parent / "demo"
+sys.path.insert(0, str(DEMO))
+
+import make_corpus
+
+DRAWN, BLOCKS, TOP = 256, 32, 6
+READ = ("trace", "participation_ratio", "entropy_rank", "anisotropy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--documents", type=int, default=2_000)
+    parser.add_argument("--layers", default="3,6")
+    parser.add_argument("--repetitions", type=int, default=2_000)
+    args = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    layers = [int(layer) for layer in args.layers.split(",")]
+    population = sums_of_documents(args.documents, layers)
+    print(
+        f"{args.documents:,} documents, {sum(s.count for s in population[layers[0]]):,} positions; {args.repetitions:,} corpora "
+        f"of {DRAWN} documents in {BLOCKS} blocks"
+    )
+    for layer in layers:
+        for whitened in (False, True):
+            report(layer, whitened, *covered(population[layer], args.repetitions, whitened))
+
+
+def sums_of_documents(count: int, layers: list[int]) -> dict[int, list[GroupSums]]:
+    """Per layer, each document's sums of exact F and of h."""
+    model = SplitModel.from_pretrained(DEMO / "model")
+    found: dict[int, list[GroupSums]] = {layer: [] for layer in layers}
+    for document in itertools.islice(make_corpus.documents(987_654_321), count):
+        ids = [model.tokenizer.bos_token_id, *model.tokenizer(document["text"])["input_ids"]][: model.max_positions]
+        sums = Sums(layers, model.d_model)
+        at = list(range(1, len(ids)))
+        for scores in iter_scores(model, torch.tensor([ids]), layers=layers, estimator=Exact(), positions=at):
+            for layer in layers:
+                sums.add(layer, scores.factors[layer], scores.activations[layer])
+        for layer in layers:
+            found[layer].append(sums.packed(layer).groups[ALL])
+    return found
+
+
+def covered(
+    documents: list[GroupSums], repetitions: int, whitened: bool
+) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The truth of each quantity, whether each corpus's interval held it, and the intervals' half widths."""
+    random = np.random.default_rng(0)
+    truth = quantities(Blocks([merged(documents)]), whitened)
+    held: dict[str, list[bool]] = {name: [] for name in truth}
+    widths: dict[str, list[float]] = {name: [] for name in truth}
+    for _ in range(repetitions):
+        drawn = random.integers(len(documents), size=(BLOCKS, DRAWN // BLOCKS))
+        got = quantities(Blocks([merged([documents[i] for i in block]) for block in drawn]), whitened)
+        for name, (low, high) in got.items():
+            middle = truth[name][0]
+            held[name].append(bool(low <= middle <= high))
+            widths[name].append((high - low) / 2)
+    return (
+        {name: low for name, (low, _) in truth.items()},
+        {name: np.array(each) for name, each in held.items()},
+        {name: np.array(each) for name, each in widths.items()},
+    )
+
+
+def merged(documents: list[GroupSums]) -> GroupSums:
+    total = GroupSums(**vars(documents[0]))
+    for document in documents[1:]:
+        total.add(document)
+    return total
+
+
+def quantities(blocks: Blocks, whitened: bool) -> dict[str, tuple[float, float]]:
+    """95 % intervals by name; of one block both ends are the value."""
+    got = spectrum(blocks, whitened)
+    estimates = {name: getattr(got, name) for name in READ}
+    found = {}
+    for name, estimate in estimates.items():
+        low, high = (estimate.value, estimate.value) if len(blocks) < 2 else estimate.interval()
+        found[name] = (float(low), float(high))
+    values = got.eigenvalues
+    low, high = (values.value, values.value) if len(blocks) < 2 else values.interval()
+    return found | {f"eigenvalue {i + 1}": (float(low[i]), float(high[i])) for i in range(TOP)}
+
+
+def report(
+    layer: int, whitened: bool, truth: dict[str, float], held: dict[str, np.ndarray], widths: dict[str, np.ndarray]
+) -> None:
+    print(f"\nlayer {layer}{', whitened' if whitened else ''}")
+    values = [truth[f"eigenvalue {i + 1}"] for i in range(TOP)]
+    for name, value in truth.items():
+        note = ""
+        if name.startswith("eigenvalue"):
+            i = int(name.split()[1]) - 1
+            error = widths[name].mean() / 2.04  # Student's quantile of 31 degrees of freedom
+            gaps = [abs(value - values[j]) for j in (i - 1, i + 1) if 0 <= j < TOP]
+            apart = i + 1 < TOP and min(gaps) > 3 * error
+            note = "" if apart else "   not apart"
+        print(
+            f"  {name:22s} {value:10.4g}   held in {held[name].mean():6.1%}   ± {widths[name].mean() / value:6.1%}{note}"
+        )
+
+
+if __name__ == "__main__":
+    main()
