@@ -362,7 +362,7 @@ def simulated(over: str, tasks: int, workers: int, burst: int, profile: bool) ->
             if over == "RayPool":
                 pool._gpus = 0.0
                 pool.open(_for_workers(run.plan))
-                pool.resize(2 * tasks)
+                pool.resize(2 * tasks, 2 * tasks)
                 while pool.pending:
                     pool.wait(1.0)
                 stand_in.asked = 0
@@ -417,7 +417,7 @@ def on_ray(actors: int, tasks: int, profile: bool) -> None:
         pool.open(_for_workers(run.plan))
         with _Measured() as measured:
             while pool.alive < actors:
-                pool.resize(tasks)
+                pool.resize(tasks, tasks)
                 pool.wait(1.0)
         _say(f"{actors} actors started, with torch imported", measured)
         with _Measured() as measured, _profiled(profile):

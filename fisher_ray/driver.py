@@ -115,7 +115,8 @@ def run(
     with contextlib.suppress(DamagedError):
         store.read_run()  # a directory that is no run's is refused before anything is started
     made = store.first_missing()
-    with open_pool(config) as pool, _Stop() as stop:
+    with _Stop() as stop, open_pool(config) as pool:
+        stop.listen()
         plan = plan.on(pool.device)
         tasks, is_new = _opened(plan, store)
         try:
@@ -135,20 +136,28 @@ def run(
 
 
 class _Stop:
-    """Hears SIGTERM, as the end of a job: how many seconds are left then."""
+    """Hears SIGTERM, as the end of a job: how many seconds are left then.
+
+    From before the pool is opened until after it is closed: what came in between would end the process without a word.
+    """
 
     def __init__(self) -> None:
         self._deadline: float | None = None
+        self._main = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> _Stop:
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+        self._before = signal.getsignal(signal.SIGTERM)
+        self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._main:
             signal.signal(signal.SIGTERM, self._before)
+
+    def listen(self) -> None:
+        """Take the signal over, again after Ray has: it ends the process with a handler of its own."""
+        if self._main:
+            signal.signal(signal.SIGTERM, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         given = float(os.environ.get(_STOP_VARIABLE, _STOP_SECONDS))

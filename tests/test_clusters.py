@@ -46,15 +46,17 @@ pytestmark = pytest.mark.faults
 
 # What `run` and the published script both can be told.
 NUM_SAMPLES, SEQUENCES = 2, 85
+# Drivers of one run that are killed, one after the other; the count of benchmarks/README.md is 10.
+DRIVER_KILLS = int(os.environ.get("DRIVER_KILLS", "3"))
 ONE_GPU = ("--gpus-per-actor", 1, "--device", "cpu")  # a logical one: no such hardware is needed
 DEMANDED = ("--min-actors", 1, "--max-actors", 2, *ONE_GPU)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen tasks of 32 KiB, each a second or so."""
+    """A dozen tasks of 32 KiB, each a second or so; more where more drivers are to be killed."""
     path = tmp_path_factory.mktemp("corpus") / "docs.txt"
-    path.write_text(jobs.some_text(390_000))
+    path.write_text(jobs.some_text(130_000 * DRIVER_KILLS))
     return path
 
 
@@ -235,12 +237,10 @@ def test_a_job_stopped_goes_on(job_server: Cluster, flags: list[Any], output: Pa
     same(output, undisturbed)
 
 
-def test_a_job_whose_driver_is_killed_three_times(
-    job_server: Cluster, flags: list[Any], output: Path, undisturbed: Stored
-) -> None:
+def test_a_job_whose_driver_is_killed(job_server: Cluster, flags: list[Any], output: Path, undisturbed: Stored) -> None:
     draw = random.Random(1)
     before: dict[str, bytes] = {}
-    for _ in range(3):
+    for _ in range(DRIVER_KILLS):
         job = submit(job_server, "run", *flags, "--max-actors", 1)
         try:
             driver = until(lambda: driver_of(output), 90, "a driver works", job)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +20,10 @@ import pytest
 import torch
 
 import jobs
-from fisher_ray import cost
+from fisher_ray import cli, cost
 from fisher_ray import plan as plan_module
 from fisher_ray.cli import main
+from fisher_ray.dispatch import LocalPool
 from fisher_ray.estimators import Exact
 from fisher_ray.scores import score_factors
 from fisher_ray.split import SplitModel
@@ -339,6 +341,39 @@ def test_the_driver_stopped(
     stored = Stored(tmp_path / "run")
     assert all(receipt in stored.receipts for receipt in kept)
     assert stored.bits() == undisturbed.bits()
+
+
+class OfRay(LocalPool):
+    """A pool that takes SIGTERM over when it is opened, as Ray does, and is told to stop at one moment."""
+
+    when = ""
+
+    def __enter__(self) -> LocalPool:
+        if self.when == "opening":
+            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.when == "closing":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("when", "code"), [("opening", 130), ("closing", 0)])
+def test_a_stop_while_the_pool_is_opened_or_closed(
+    when: str, code: int, gpt2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Is heard, and does not end the process from within Ray, with a code of its own and nothing said."""
+    monkeypatch.setattr(cli, "LocalPool", OfRay)
+    monkeypatch.setattr(OfRay, "when", when)
+    (tmp_path / "docs.txt").write_text("one\n\ntwo\n")
+    before = signal.getsignal(signal.SIGTERM)
+    flags = ("--model", gpt2, "--corpus", tmp_path / "docs.txt", "--output", tmp_path / "run", "--executor", "local")
+    assert fisher_ray(*flags) == code
+    assert ("stopped" in capsys.readouterr().err) == (code == 130)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert fisher_ray(*flags) == (0 if when == "closing" else 130)
 
 
 def test_paths_are_the_drivers(
