@@ -34,7 +34,7 @@ from fisher_ray.shards import Lease, RefusedError, RunStore
 from fisher_ray.storage import DamagedError, StorageError, is_transient
 from fisher_ray.sweep import read_sweep, run_sweep
 
-# Exit codes. DAMAGED is that of verify.
+# Exit codes. DAMAGED is that of verify and report.
 COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3, 4, 5, 130
 
 # Settings of the pool that the published script's flags are joined by.

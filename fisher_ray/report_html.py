@@ -33,7 +33,7 @@ T = TypeVar("T")
 # Directions looked at one by one.
 _TOP = 16
 # Documents of the text view, and numbers in it: about 4 MB. Longer documents are cut to what fits.
-_DOCUMENTS, _NUMBERS = 100, 600_000
+_DOCUMENTS, _NUMBERS = 100, 750_000
 # Points of one spectrum: evenly spaced on a logarithmic axis, more cannot be told apart.
 _POINTS = 160
 _NAMED = 20
@@ -125,7 +125,6 @@ def html_report(run: Run) -> Report:
         else:
             layers.append(found)
     summary = {(row["layer"], row["group"]): row for row in reading(lambda: run.summary) or []}
-    groups = reading(lambda: run.groups) or []
     shown = [
         _spectra(layers, lost),
         _dimensions(run, layers, lost),
@@ -135,7 +134,7 @@ def html_report(run: Run) -> Report:
         _resolution(layers, lost),
         _text(run, reading),
         _directions(run, layers, lost, summary),
-        *([_groups(run, groups, summary)] if groups else []),
+        *([_groups(run, reading, summary)] if run.config.group_by else []),
         _convergence(layers, lost),
     ]
     # What was met on the way is known only now, and yet comes first.
@@ -251,10 +250,16 @@ def _tokens(tokens: Sequence[str] | None) -> _Markup:
     return _Markup(" ".join(shown) or "–")
 
 
-def _lost(lost: Sequence[str], layers: Sequence[_Layer]) -> str:
+def _shown(layers: Sequence[_Layer], lost: Sequence[str], *parts: str) -> str:
+    """What there is of the layers, below a line for each that there is not."""
+    if not layers and not lost:
+        return _missing("No position is scored yet: there is nothing to show.")
+    return "".join(map(_missing, lost)) + ("".join(parts) if layers else "")
+
+
+def _missing(line: str) -> str:
     """In place of what cannot be shown."""
-    lines = list(lost) if lost or layers else ["No position is scored yet: there is nothing to show."]
-    return "".join(f'<p class="damaged">{escape(line)}</p>' for line in lines)
+    return f'<p class="damaged">{escape(line)}</p>'
 
 
 def _pm(estimate: Estimate) -> str:
@@ -441,6 +446,7 @@ def _spectra(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
                 customdata=of.eigenvalues.error[at - 1].astype(np.float32),
                 hovertemplate="index %{x}: %{y:.4g} ± %{customdata:.2g}", **same,
             )  # fmt: skip
+    figure.update_layout(legend={"tracegroupgap": 0, "font": {"size": 12}})
     figure.update_xaxes(type="log", title="index", dtick="D2", tickformat="~g")
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(title=f"eigenvalue ({_UNIT})", col=1)
@@ -451,7 +457,7 @@ def _spectra(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
         "Each line is one layer's eigenvalues in descending order with its interval as a band; the steeper it falls, the fewer "
         "directions matter. The scale of h differs from layer to layer, so only the right picture, in units of how h varies, "
         "compares over layers. A click on a layer's name hides or shows it.",
-        _lost(lost, layers) + (_figure(figure, 470) if layers else "") + f'<p class="note">{_POPULATION}</p>',
+        _shown(layers, lost, _figure(figure, 470), f'<p class="note">{_POPULATION}</p>'),
     )
 
 
@@ -485,24 +491,26 @@ def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Sec
         "Effective dimension",
         f"How many of the d = {run.d_model:,} directions (dashed) the prediction depends on, counted in three ways with their "
         "intervals: low means that a few directions carry nearly all the sensitivity.",
-        _lost(lost, layers)
-        + (
-            _figure(figure, 430) + '<p class="lead-in">In numbers, of the mean F, ± standard errors:</p>'
-            if layers
-            else ""
-        )
-        + (_table(head, rows, range(len(head))) if layers else ""),
+        _shown(
+            layers,
+            lost,
+            _figure(figure, 430),
+            '<p class="lead-in">In numbers, of the mean F, ± standard errors:</p>',
+            _table(head, rows, range(len(head))),
+        ),
     )
 
 
 def _traces(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     figure = make_subplots(1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}"), horizontal_spacing=0.09)
     for column, of in ((1, "spectrum"), (2, "whitened")):
-        _over_layers(
-            figure, column, layers, [getattr(each, of).trace for each in layers], color=_BLUE, showlegend=False
-        )
+        traces = [getattr(each, of).trace for each in layers]
+        values = [float(trace.value) for trace in traces]
+        _over_layers(figure, column, layers, traces, color=_BLUE, showlegend=False)
+        # Ticks at 2 and 5 of each decade, where those are enough.
+        wide = bool(values) and max(values) > 5 * min(values)
+        figure.update_yaxes(type="log", dtick="D2" if wide else None, tickformat="~g", col=column)
     figure.update_xaxes(title="layer", tickformat="d")
-    figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
     figure.update_yaxes(title=f"trace ({_UNIT})", col=1)
     figure.update_yaxes(title="trace (nats²)", col=2)
     return _Section(
@@ -510,7 +518,7 @@ def _traces(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
         "Trace",
         "Twice the KL divergence that small steps cost: at the left summed over orthonormal unit steps, which follows the "
         "scale of h; at the right in the mean over steps that vary as h does, which compares over layers.",
-        _lost(lost, layers) + (_figure(figure, 380) if layers else ""),
+        _shown(layers, lost, _figure(figure, 380)),
     )
 
 
@@ -530,7 +538,7 @@ def _anisotropies(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _S
         "Anisotropy",
         f"The spectral norm of F / (tr F / d) - I: 0 where all directions count the same, {run.d_model - 1:,} where one has "
         "everything.",
-        _lost(lost, layers) + (_figure(figure, 360) if layers else ""),
+        _shown(layers, lost, _figure(figure, 360)),
     )
 
 
@@ -554,16 +562,16 @@ def _overlaps(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Secti
         figure.update_yaxes(scaleanchor=f"x{'' if column == 1 else column}", constrain="domain", col=column)
     return _Section(
         "overlap",
-        "Overlap of layers",
+        "Overlap",
         "The share of one layer's first k eigenvectors that lies in the space of another's, |U<sub>i</sub>ᵀ "
         "U<sub>j</sub>|² / k: 1 where both are sensitive to the same directions of the residual stream, about k / d where they "
         "have nothing to do with each other.",
-        _lost(lost, layers) + (_figure(figure, 400) if layers else ""),
+        _shown(layers, lost, _figure(figure, 400)),
     )
 
 
 def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
-    body = _lost(lost, layers)
+    body = _missing("One block of documents cannot be halved.")
     if layers and len(layers[0].angles):
         angles = np.stack([each.angles.mean(0) for each in layers])
         figure = go.Figure(
@@ -576,16 +584,14 @@ def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
         )  # fmt: skip
         figure.update_xaxes(title="direction", dtick=1)
         figure.update_yaxes(title="layer", type="category", autorange="reversed")
-        body += _figure(figure, 130 + 26 * len(layers))
-    elif layers:
-        body += '<p class="damaged">One block of documents cannot be halved.</p>'
+        body = _figure(figure, 130 + 26 * len(layers))
     return _Section(
         "resolution",
-        "Resolved directions",
+        "Resolution",
         "Angles between the same eigenvector of two random halves of the corpus, in the mean over splits: a few degrees where "
         "the corpus determines it, near 90° where it does not and only the space that it spans with its neighbours means "
         "anything.",
-        body,
+        _shown(layers, lost, body),
     )
 
 
@@ -603,36 +609,31 @@ def _directions(run: Run, layers: Sequence[_Layer], lost: Sequence[str], summary
         rows.append(
             (each.layer, _pm(first), share, angle, apart or "–", *(_tokens(row.get(n)) for n in ("raised", "lowered")))
         )
-    waiting = (
-        ""
-        if summary or not layers
-        else '<p class="damaged">Tokens come with the reduction, which there is not yet.</p>'
-    )
+    waiting = "" if summary else _missing("The tokens are in the summary of a reduction, and there is none to be read.")
     return _Section(
         "directions",
         "Top directions",
         "What a small step along each layer's first eigenvector makes more and less likely, through the model's own upper "
         "layers (its sign is arbitrary: the other way round, they swap). Indices joined by a dash have eigenvalues that this "
         "corpus cannot tell apart.",
-        _lost(lost, layers) + waiting + (_table(head, rows, range(4)) if layers else ""),
+        _shown(layers, lost, waiting, _table(head, rows, range(4))),
     )
 
 
-def _groups(run: Run, groups: Sequence[str], summary: dict[Any, Any]) -> _Section:
+def _groups(run: Run, reading: _Reading, summary: dict[Any, Any]) -> _Section:
     layers = [run.layers[i] for i in np.unique(np.linspace(0, len(run.layers) - 1, 8).round().astype(int))]
+    groups = sorted({group for _, group in summary if group is not None})
+    head = [str(run.config.group_column or run.config.group_by), "positions", *(f"trace, layer {k}" for k in layers)]
     rows = []
     for group in groups:
-        found = {layer: summary[layer, group] for layer in layers if (layer, group) in summary}
-        if found:
-            cells = (f"{found[layer]['trace']:.4g}" if layer in found else "–" for layer in layers)
-            rank = next(iter(found.values()))
-            rows.append((group, f"{rank['positions']:,}", *cells))
-    column = run.config.group_column or run.config.group_by
-    body = (
-        _table([str(column), "positions", *(f"trace, layer {k}" for k in layers)], rows, range(1, len(layers) + 2))
-        if rows
-        else f'<p class="damaged">Means of groups come with the reduction. So far seen: {escape(", ".join(groups))}.</p>'
-    )
+        found = [summary[layer, group] for layer in layers]
+        rows.append((group, f"{found[0]['positions']:,}", *(f"{row['trace']:.4g}" for row in found)))
+    if groups:
+        body = _table(head, rows, range(1, len(head)))
+    else:
+        seen = reading(lambda: run.groups)
+        names = reading.last if seen is None else f"Groups so far: {', '.join(seen) or 'none'}."
+        body = _missing(f"Means of groups are in the summary of a reduction, and there is none to be read. {names}")
     return _Section(
         "groups",
         "Groups",
@@ -658,14 +659,16 @@ def _convergence(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     figure.update_yaxes(type="log", title="relative change, |ΔF| / |F|", dtick="D2", tickformat="~p", col=1)
     figure.update_xaxes(title="layer", tickformat="d", col=2)
     figure.update_yaxes(title="relative, in the Frobenius norm", tickformat=".2~p", rangemode="tozero", col=2)
-    several = layers and len(layers[0].convergence.positions) > 1
-    alone = '<p class="damaged">One block of documents: how the mean settles cannot be told.</p>'
+    if layers and len(layers[0].convergence.positions) > 1:
+        body = _figure(figure, 420)
+    else:
+        body = _missing("One block of documents: how the mean settles cannot be told.")
     return _Section(
         "convergence",
         "Convergence",
         "Left, how far each further block of documents moves the mean: a line that still falls steeply asks for more text. "
         f"Right, the standard error of the mean as a whole. {_POPULATION}",
-        _lost(lost, layers) + (_figure(figure, 420) if several else alone if layers else ""),
+        _shown(layers, lost, body),
     )
 
 
@@ -683,11 +686,13 @@ class _Document:
 
 
 def _text(run: Run, reading: _Reading) -> _Section:
-    before = len(reading.damaged)
     documents: list[_Document] = []
+    lost: list[str] = []
     for task in range(run.tasks):
         table = reading(partial(run.table, task))
-        if table is not None and len(table):
+        if table is None:
+            lost.append(f"Left out: {reading.last}")
+        elif len(table):
             documents += _documents(run, table)
         if len(documents) >= _DOCUMENTS:
             break
@@ -709,7 +714,6 @@ def _text(run: Run, reading: _Reading) -> _Section:
             for document in documents
         ],
     }
-    lost = "".join(f'<p class="damaged">Left out: {escape(line)}</p>' for line in reading.damaged[before:])
     options = "".join(f'<option value="{i}">{label}</option>' for i, (_, label, _) in enumerate(columns))
     middle = len(run.layers) // 2
     reader = f"""<div id="reader">
@@ -723,13 +727,14 @@ def _text(run: Run, reading: _Reading) -> _Section:
 <aside id="numbers" aria-live="polite">Point at a token, or use ← and → in the text, for its numbers.</aside>
 </div>
 <script type="application/json" id="positions">{_embedded(data)}</script>"""
-    empty = "" if documents or lost else '<p class="damaged">No position is scored yet: there is nothing to show.</p>'
+    if not documents and not lost:
+        lost.append("No position is scored yet: there is nothing to show.")
     return _Section(
         "text",
         "Text",
         f"{len(documents):,} documents of the corpus, each token shaded by how much a nudge there changes the next one, or by "
         "another number; the scale is that of the layer shown.",
-        lost + empty + (reader if documents else "") + f'<p class="note">{_capped(run)}</p>',
+        "".join(map(_missing, lost)) + (reader if documents else "") + f'<p class="note">{_capped(run)}</p>',
     )
 
 
