@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-faults check benchmark clean
+.PHONY: demo test test-faults test-browser check benchmark clean
 
 demo: .venv/ready
 	rm -rf $(DEMO)
 	$(BIN)/fisher-ray run --model demo/model --corpus demo/corpus.jsonl --columns kind --output $(DEMO)
+	$(BIN)/fisher-ray report $(DEMO) --output $(DEMO).html
 	@echo
-	@echo "Look at $(DEMO)/reduced/spectra.png, then at the positions where the model is most sensitive:"
+	@echo "Open $(DEMO).html in a browser, or look at the positions where the model is most sensitive:"
 	@echo "  $(BIN)/python demo/look.py $(DEMO)"
 
 test: .venv/ready
@@ -17,6 +18,10 @@ test: .venv/ready
 
 test-faults: .venv/ready
 	$(BIN)/python -m pytest -m faults
+
+# Needs Debian's chromium.
+test-browser: .venv/ready
+	$(BIN)/python -m pytest -m browser
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -31,12 +31,13 @@ from fisher_ray.dispatch import LocalPool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
 from fisher_ray.report import layer_table
+from fisher_ray.report_html import html_report
 from fisher_ray.run import open_run
 from fisher_ray.shards import Lease, RefusedError, RunStore
 from fisher_ray.storage import DamagedError, Storage, StorageError, is_transient
 from fisher_ray.sweep import read_sweep, run_sweep
 
-# Exit codes. DAMAGED is that of verify.
+# Exit codes. DAMAGED is that of verify and report.
 COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3, 4, 5, 130
 
 # Settings of the pool that the published script's flags are joined by.
@@ -78,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="read everything back and name what is not as it was written")
     verify.add_argument("run")
     verify.set_defaults(act=_verify)
+
+    reporting = commands.add_parser("report", help="a run as one HTML page that opens offline")
+    reporting.add_argument("run")
+    reporting.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (report.html)")
+    reporting.set_defaults(act=_report)
 
     clean = commands.add_parser("clean", help="list what killed attempts left behind, or remove it")
     clean.add_argument("run")
@@ -545,6 +551,19 @@ def _verify(given: dict[str, Any]) -> int:
         return DAMAGED
     console.print(f"{store.uri}: {run['tasks']:,} tasks, everything as it was written", soft_wrap=True, highlight=False)
     return COMPLETE
+
+
+def _report(given: dict[str, Any]) -> int:
+    path: Path = given["output"]
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError(f"-o must name a file in a directory that exists, got {path}.")
+    report = html_report(open_run(given["run"]))
+    path.write_text(report.html, encoding="utf-8")
+    _console().print(f"report: {path} ({_size(path.stat().st_size)})", soft_wrap=True, highlight=False)
+    errors = Console(stderr=True)
+    for line in report.damaged[:_NAMED]:
+        errors.print(f"left out: {line}", style="red", markup=False, soft_wrap=True)
+    return DAMAGED if report.damaged else COMPLETE
 
 
 def _clean(given: dict[str, Any]) -> int:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from fisher_ray.plan import RunConfig
 from fisher_ray.reduce import FAN_IN
-from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder
+from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder, task_name
 from fisher_ray.statistics import Blocks, Spectrum, spectrum
 from fisher_ray.storage import StorageError, StoredFile
 from fisher_ray.sums import GroupSums, LayerSums
@@ -185,6 +185,18 @@ class Run:
         filesystem, root = self.store.arrow()
         return ds.dataset([f"{root}/{path}" for path in paths], schema, format="parquet", filesystem=filesystem)
 
+    def table(self, task: int) -> pa.Table:
+        """Positions of one task: every layer's in turn, by document and position; no row where it is not done.
+
+        Raises:
+            DamagedError: the file holds other bytes than were written.
+        """
+        if task in self._done:
+            receipt = self.store.receipt("done", task_name(task))
+            if "positions" in receipt.files:
+                return self._table(receipt)
+        return positions_schema(tuple(self.config.columns), {}).empty_table()
+
     def factors(self, layer: int) -> Iterator[Shard]:
         """Score factors G of every position, ``F = G^T G``, a task at a time; of runs with ``save="factors"``."""
         return self._kept("factors", layer)
@@ -225,9 +237,11 @@ class Run:
             )
 
     def _shard(self, receipt: Receipt, what: str, layer: int) -> Shard:
-        table = pq.read_table(pa.BufferReader(self.store.load(receipt.files["positions"])))
-        raw = self.store.load(receipt.files[f"{what}_{layer}"])
-        return Shard(table.filter(pc.field("layer") == layer), np.load(io.BytesIO(raw), allow_pickle=False))
+        table = self._table(receipt).filter(pc.field("layer") == layer)
+        return Shard(table, np.load(io.BytesIO(self.store.load(receipt.files[f"{what}_{layer}"])), allow_pickle=False))
+
+    def _table(self, receipt: Receipt) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self.store.load(receipt.files["positions"])))
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,800 @@
+"""A run as one HTML page that opens offline: what it is and how sound, its spectra and directions, and the text itself.
+
+Nothing is loaded from elsewhere: plotly's script, ours and all numbers are in the page, and its content security policy forbids
+the rest. Whatever comes from the corpus or the settings is escaped. A file that turns out damaged costs the page what
+was in it and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from html import escape
+from importlib.resources import files
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+
+import fisher_ray
+from fisher_ray.run import Run
+from fisher_ray.statistics import Convergence, Estimate, Spectrum, convergence, half_angles, spectrum
+from fisher_ray.storage import DamagedError
+
+T = TypeVar("T")
+
+# Directions looked at one by one.
+_TOP = 16
+# Documents of the text view, and numbers in it: about 4 MB. Longer documents are cut to what fits.
+_DOCUMENTS, _NUMBERS = 100, 750_000
+# Points of one spectrum: evenly spaced on a logarithmic axis, more cannot be told apart.
+_POINTS = 160
+_NAMED = 20
+
+_BLUE, _RED, _GREEN, _INK, _LINE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#1d2530",
+    "#e6eaee",
+)  # safe for colour-blind readers
+_UNIT = "nats² per squared unit of h"
+_WHITENED = "Σ<sup>1/2</sup> F Σ<sup>1/2</sup>"
+
+# Of single positions: name in the table, label, whether each layer has its own.
+_COLUMNS = [
+    ("trace", "trace of F", True),
+    ("top_eigenvalue", "top eigenvalue", True),
+    ("participation_ratio", "participation ratio", True),
+    ("entropy_rank", "entropy rank", True),
+    ("trace_rank_99", "99 % rank", True),
+    ("entropy", "entropy of p", False),
+    ("surprisal", "surprisal of the next token", False),
+    ("kept_mass", "kept mass", False),
+    ("context", "context", False),
+]
+
+_POPULATION = (
+    "Intervals are of 95 %, by the jackknife over blocks of documents: they say how far the value of the population that the "
+    "documents were drawn from may be from the one computed, the noise of sampled scores included."
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page, and what it had to do without.
+
+    Attributes:
+        html: the page.
+        damaged: what was found damaged or gone on the way, a line each.
+    """
+
+    html: str
+    damaged: list[str]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What is shown of one layer; of eigenvectors only the first ``_TOP``."""
+
+    layer: int
+    positions: int
+    spectrum: Spectrum
+    whitened: Spectrum
+    angles: np.ndarray
+    convergence: Convergence
+
+
+@dataclass
+class _Reading:
+    """Reads what can be read, and remembers what could not."""
+
+    damaged: list[str] = field(default_factory=list)
+    last: str = ""
+
+    def __call__(self, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except (DamagedError, FileNotFoundError) as error:
+            self.last = str(error)
+            if self.last not in self.damaged:
+                self.damaged.append(self.last)
+            return None
+
+
+def html_report(run: Run) -> Report:
+    """A run as one self-contained HTML page; finished, unfinished or damaged.
+
+    It costs about twenty eigendecompositions a layer, and memory for the sums of one layer over all blocks.
+    """
+    reading = _Reading()
+    counts = reading(lambda: run.counts)
+    layers: list[_Layer] = []
+    lost: list[str] = []
+    for layer in run.layers if counts is None or counts.scored else ():
+        found = reading(partial(_layer, run, layer))
+        if found is None:
+            lost.append(f"Layer {layer} is left out: {reading.last}")
+        else:
+            layers.append(found)
+    summary = {(row["layer"], row["group"]): row for row in reading(lambda: run.summary) or []}
+    shown = [
+        _spectra(layers, lost),
+        _dimensions(run, layers, lost),
+        _traces(layers, lost),
+        _anisotropies(run, layers, lost),
+        _overlaps(run, layers, lost),
+        _resolution(layers, lost),
+        _text(run, reading),
+        _directions(run, layers, lost, summary),
+        *([_groups(run, reading, summary)] if run.config.group_by else []),
+        _convergence(layers, lost),
+    ]
+    # What was met on the way is known only now, and yet comes first.
+    first = [_summary(run, reading, counts), _health(run, reading, counts, layers)]
+    return Report(_page(run, counts, layers, [*first, *shown]), reading.damaged)
+
+
+def _layer(run: Run, layer: int) -> _Layer:
+    blocks = run.blocks(layer)
+    plain, whitened = (
+        replace(each, eigenvectors=each.eigenvectors[:, :_TOP].copy())
+        for each in (spectrum(blocks), spectrum(blocks, whitened=True))
+    )
+    angles = half_angles(blocks, min(_TOP, run.d_model))
+    return _Layer(layer, int(blocks.total.count), plain, whitened, angles, convergence(blocks))
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Section:
+    name: str
+    title: str
+    how: str
+    body: str
+
+    def html(self) -> str:
+        """Title, how to read it, and what there is to read."""
+        return f'<section id="{self.name}"><h2>{self.title}</h2><p class="how">{self.how}</p>{self.body}</section>'
+
+
+def _page(run: Run, counts: Any, layers: Sequence[_Layer], sections: Sequence[_Section]) -> str:
+    package = files("fisher_ray")
+    style, script = ((package / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    model = escape(run.config.model.rstrip("/"))
+    tiles = [
+        ("documents", f"{counts.documents:,}" if counts else "?"),
+        ("positions scored", f"{counts.scored:,}" if counts else "?"),
+        ("layers", f"{len(run.layers)}"),
+        ("width d", f"{run.d_model:,}"),
+        ("estimator", _estimator(run)),
+    ]
+    errors = [each.convergence.error for each in layers if np.isfinite(each.convergence.error)]
+    if errors:
+        tiles.append(("relative error of F", f"{100 * float(np.median(errors)):.2g} %"))
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>Fisher matrices of {model}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>Fisher matrices of {model}</h1>
+<p class="lead">How a small nudge to a residual stream changes the next token: {escape(run.estimand)}.
+{escape(run.status[0].upper() + run.status[1:])}.</p>
+<dl class="tiles">{"".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)}</dl>
+</header>
+<nav aria-label="Sections"><div>{"".join(f'<a href="#{s.name}">{s.title}</a>' for s in sections)}</div></nav>
+<main>
+{"".join(section.html() for section in sections)}
+</main>
+<footer>Made by fisher_ray {fisher_ray.__version__} on {_date(time.time())} from {escape(run.store.uri)}.</footer>
+<script>{get_plotlyjs()}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def _estimator(run: Run) -> str:
+    config = run.config
+    if config.estimator == "exact":
+        return "exact"
+    return f"{config.num_samples} sample{'s' if config.num_samples > 1 else ''}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: range) -> str:
+    """A table of cells, escaped unless they are markup already.
+
+    Args:
+        numbers: columns that are set as numbers.
+    """
+    kinds = [' class="number"' if i in numbers else "" for i in range(len(head))]
+    top = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(head, kinds, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+class _Markup(str):
+    """Text that is HTML already."""
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, _Markup) else escape(str(value))
+
+
+def _tokens(tokens: Sequence[str] | None) -> _Markup:
+    shown = (f'<span class="token">{escape(repr(token)[1:-1].replace(" ", "·"))}</span>' for token in tokens or ())
+    return _Markup(" ".join(shown) or "–")
+
+
+def _shown(layers: Sequence[_Layer], lost: Sequence[str], *parts: str) -> str:
+    """What there is of the layers, below a line for each that there is not."""
+    if not layers and not lost:
+        return _missing("No position is scored yet: there is nothing to show.")
+    return "".join(map(_missing, lost)) + ("".join(parts) if layers else "")
+
+
+def _missing(line: str) -> str:
+    """In place of what cannot be shown."""
+    return f'<p class="damaged">{escape(line)}</p>'
+
+
+def _pm(estimate: Estimate) -> str:
+    """Value and standard error, to the error's second digit."""
+    value, error = float(estimate.value), float(estimate.error)
+    if not error > 1e-9 * abs(value):  # none, or the rounding of values that no block changes
+        return f"{value:.4g}" + (" ± 0" if np.isfinite(error) else "")
+    places = max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{value:.{places}f} ± {error:.{places}f}" if places < 8 else f"{value:.4g} ± {error:.2g}"
+
+
+# ---- what it is, and how sound ---------------------------------------------------------------------------------------
+
+
+def _summary(run: Run, reading: _Reading, counts: Any) -> _Section:
+    config = run.config
+    provenance = reading(lambda: run.provenance) or {}
+    progress = reading(lambda: run.store.read_sealed("progress.json")) or {}
+    check, versions = provenance.get("self_check"), provenance.get("versions", {})
+    estimator = "exact" if config.estimator == "exact" else f"{config.num_samples} sampled scores a position"
+    facts = [
+        ("status", run.status),
+        ("model", f"{config.model}{f' at {config.revision}' if config.revision else ''}, {config.dtype}"),
+        ("corpus", ", ".join(config.corpus)),
+        ("estimand", run.estimand),
+        ("estimator", f"{estimator}; tokens {config.token_source}; seed {config.seed}"),
+        ("layers", f"{', '.join(map(str, run.layers))}; the stream entering each block, and the one after the last"),
+        ("positions", f"{config.positions} of each document"),
+    ]
+    if counts is not None:
+        facts += [
+            ("documents", f"{counts.documents:,}, of them {counts.empty:,} empty"),
+            (
+                "tokens",
+                f"{counts.tokens:,} = {counts.scored:,} scored + {counts.skipped:,} skipped + {counts.invalid:,} invalid",
+            ),
+        ]
+    facts += [
+        ("self-check", _checked(check)),
+        ("device", provenance.get("device", "unknown")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"),
+        ("last heard of", _date(progress["written"]) if "written" in progress else "unknown"),
+        ("fingerprint", run.description["fingerprint"]),
+    ]
+    rows = "".join(f'<tr><th scope="row">{name}</th><td>{escape(str(value))}</td></tr>' for name, value in facts)
+    settings = escape(json.dumps(run.description["config"], indent=1, sort_keys=True))
+    return _Section(
+        "summary",
+        "Summary",
+        "What was computed, from what and by which versions; the same settings on the same kind of hardware give the same "
+        "bits.",
+        f'<table class="facts"><tbody>{rows}</tbody></table>'
+        f"<details><summary>All settings</summary><pre>{settings}</pre></details>",
+    )
+
+
+def _checked(check: dict[str, Any] | None) -> str:
+    if check is None:
+        return "none on record"
+    return (
+        f"scores differ from one-position autograd by {check['scores']:.1e} at most; the limit is {check['limit']:.0e}"
+    )
+
+
+def _health(run: Run, reading: _Reading, counts: Any, layers: Sequence[_Layer]) -> _Section:
+    given_up = [
+        record["error"] if (record := reading(partial(run.store.read_sealed, path))) else f"{path} cannot be read"
+        for path in run.store.list("quarantine")
+    ]
+    lines = [(run.complete, run.status)]
+    lines.append(
+        (
+            not given_up,
+            f"{len(given_up) or 'no'} tasks in quarantine{', and the means are without them' if given_up else ''}",
+        )
+    )
+    lines += [(False, f"given up: {line}") for line in given_up[:_NAMED]]
+    if counts is not None:
+        lines.append(
+            (
+                not counts.invalid,
+                f"{counts.invalid or 'no'} invalid positions{', left out of every mean' if counts.invalid else ''}",
+            )
+        )
+        lines.append(
+            (
+                not counts.halvings,
+                f"micro-batches halved for memory {counts.halvings} times, which may change rounding"
+                if counts.halvings
+                else "memory never ran out",
+            )
+        )
+    if layers:
+        blocks = layers[0].spectrum.trace.blocks
+        errors = f"standard errors come from {blocks} blocks of documents"
+        lines.append((blocks > 7, errors if blocks > 1 else "one block of documents: there are no standard errors"))
+    lines.append(
+        (not reading.damaged, f"{len(reading.damaged) or 'no'} damaged or missing files met while this page was made")
+    )
+    lines += [(False, line) for line in reading.damaged[:_NAMED]]
+    items = "".join(f'<li class="{"good" if good else "watch"}">{escape(line)}</li>' for good, line in lines)
+    return _Section(
+        "health",
+        "Health",
+        "A tick is as it should be, an exclamation mark is to be known before the numbers are used; only what this page shows "
+        "was read, and <code>fisher-ray verify</code> reads everything back.",
+        f'<ul class="health">{items}</ul>',
+    )
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _figure(figure: go.Figure, height: int) -> str:
+    axis = {"gridcolor": _LINE, "linecolor": "#9aa5b1", "zeroline": False, "ticks": "outside", "tickcolor": "#9aa5b1"}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    figure.update_layout(
+        template="none",
+        height=height,
+        font={"family": 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif', "size": 13, "color": _INK},
+        margin={"l": 70, "r": 20, "t": 40 if figure.layout.annotations else 12, "b": 55},
+        hoverlabel={"font": {"size": 12}},
+    )
+    data = (figure.to_json() or "").replace("<", "\\u003c")
+    return f'<div class="figure" style="min-height: {height}px"><script type="application/json">{data}</script></div>'
+
+
+def _colours(layers: Sequence[_Layer]) -> list[str]:
+    last = max(1, len(layers) - 1)
+    return sample_colorscale("Viridis", [0.92 * i / last for i in range(len(layers))])
+
+
+def _reach(estimate: Sequence[Estimate]) -> list[float | None]:
+    """Half the width of each interval; None without one."""
+    widths = [float(each.interval()[1] - each.value) for each in estimate]
+    return [width if np.isfinite(width) else None for width in widths]
+
+
+def _over_layers(
+    figure: go.Figure, column: int, layers: Sequence[_Layer], estimates: Sequence[Estimate], **style: Any
+) -> None:
+    """One quantity at every layer, with its interval."""
+    marker = {"color": style.pop("color"), "symbol": style.pop("symbol", "circle"), "size": 8}
+    figure.add_scatter(
+        x=[each.layer for each in layers],
+        y=[float(estimate.value) for estimate in estimates],
+        error_y={"array": _reach(estimates), "thickness": 1.4, "width": 4},
+        mode="lines+markers",
+        marker=marker,
+        line={"color": marker["color"], "width": 1.6},
+        row=1,
+        col=column,
+        **style,
+    )
+
+
+def _spectra(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+    figure = make_subplots(
+        1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}, which compare over layers"), horizontal_spacing=0.13
+    )
+    # More than a dozen at once cannot be told apart; the others come with a click.
+    drawn = set(np.linspace(0, len(layers) - 1, min(13, len(layers))).round().astype(int).tolist())
+    for i, (each, colour) in enumerate(zip(layers, _colours(layers), strict=True)):
+        for column, of in ((1, each.spectrum), (2, each.whitened)):
+            values, (lower, upper) = of.eigenvalues.value, of.eigenvalues.interval()
+            count = int((values > 1e-9 * values[0]).sum())
+            at = np.unique(np.geomspace(1, max(1, count), _POINTS).round().astype(int))
+            same: dict[str, Any] = {"legendgroup": f"{each.layer}", "row": 1, "col": column}
+            same["visible"] = True if i in drawn else "legendonly"
+            if np.isfinite(upper[at - 1]).all():
+                # Down to a thousandth on an axis that has no zero.
+                band = np.concatenate([upper[at - 1], np.maximum(lower, values / 1000)[at - 1][::-1]]).astype(
+                    np.float32
+                )
+                figure.add_scatter(
+                    x=np.concatenate([at, at[::-1]]), y=band, fill="toself", mode="lines", line={"width": 0},
+                    fillcolor=colour.replace("rgb", "rgba").replace(")", ", 0.18)"), showlegend=False, hoverinfo="skip",
+                    **same,
+                )  # fmt: skip
+            figure.add_scatter(
+                x=at, y=values[at - 1].astype(np.float32), mode="lines" if len(at) > 1 else "markers",
+                line={"color": colour, "width": 1.8}, name=f"layer {each.layer}", showlegend=column == 1,
+                customdata=of.eigenvalues.error[at - 1].astype(np.float32),
+                hovertemplate="index %{x}: %{y:.4g} ± %{customdata:.2g}", **same,
+            )  # fmt: skip
+    figure.update_layout(legend={"tracegroupgap": 0, "font": {"size": 12}})
+    figure.update_xaxes(type="log", title="index", dtick="D2", tickformat="~g")
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    figure.update_yaxes(title=f"eigenvalue ({_UNIT})", col=1)
+    figure.update_yaxes(title="eigenvalue (nats²)", col=2)
+    return _Section(
+        "spectra",
+        "Spectra",
+        "Each line is one layer's eigenvalues in descending order with its interval as a band; the steeper it falls, the fewer "
+        "directions matter. The scale of h differs from layer to layer, so only the right picture, in units of how h varies, "
+        "compares over layers. A click on a layer's name hides or shows it.",
+        _shown(layers, lost, _figure(figure, 470), f'<p class="note">{_POPULATION}</p>'),
+    )
+
+
+def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+    figure = make_subplots(1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}"), horizontal_spacing=0.09)
+    for name, label, colour, symbol in (
+        ("participation_ratio", "participation ratio (Σλ)² / Σλ²", _BLUE, "circle"),
+        ("entropy_rank", "entropy rank exp H(λ / Σλ)", _RED, "square"),
+        ("trace_rank_99", "99 % of the trace", _GREEN, "triangle-up"),
+    ):
+        for column, of in ((1, "spectrum"), (2, "whitened")):
+            estimates = [getattr(getattr(each, of), name) for each in layers]
+            _over_layers(
+                figure, column, layers, estimates, color=colour, symbol=symbol, name=label, legendgroup=name,
+                showlegend=column == 1,
+            )  # fmt: skip
+    figure.add_hline(run.d_model, line={"dash": "dash", "color": "#5b6675", "width": 1})
+    figure.update_xaxes(title="layer", tickformat="d")
+    figure.update_yaxes(rangemode="tozero", range=[0, 1.08 * run.d_model])
+    figure.update_yaxes(title="effective dimension", col=1)
+    figure.update_layout(legend={"orientation": "h", "y": -0.2})
+    head = ["layer", "positions", "trace", "top eigenvalue", "participation ratio", "entropy rank", "99 % rank"]
+    rows = []
+    for each in layers:
+        s = each.spectrum
+        top = Estimate(s.eigenvalues.value[0], s.eigenvalues.error[0], s.eigenvalues.blocks)
+        shown = (s.trace, top, s.participation_ratio, s.entropy_rank, s.trace_rank_99)
+        rows.append((each.layer, f"{each.positions:,}", *map(_pm, shown)))
+    return _Section(
+        "dimension",
+        "Effective dimension",
+        f"How many of the d = {run.d_model:,} directions (dashed) the prediction depends on, counted in three ways with their "
+        "intervals: low means that a few directions carry nearly all the sensitivity.",
+        _shown(
+            layers,
+            lost,
+            _figure(figure, 430),
+            '<p class="lead-in">In numbers, of the mean F, ± standard errors:</p>',
+            _table(head, rows, range(len(head))),
+        ),
+    )
+
+
+def _traces(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+    figure = make_subplots(1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}"), horizontal_spacing=0.09)
+    for column, of in ((1, "spectrum"), (2, "whitened")):
+        traces = [getattr(each, of).trace for each in layers]
+        values = [float(trace.value) for trace in traces]
+        _over_layers(figure, column, layers, traces, color=_BLUE, showlegend=False)
+        # Ticks at 2 and 5 of each decade, where those are enough.
+        wide = bool(values) and max(values) > 5 * min(values)
+        figure.update_yaxes(type="log", dtick="D2" if wide else None, tickformat="~g", col=column)
+    figure.update_xaxes(title="layer", tickformat="d")
+    figure.update_yaxes(title=f"trace ({_UNIT})", col=1)
+    figure.update_yaxes(title="trace (nats²)", col=2)
+    return _Section(
+        "trace",
+        "Trace",
+        "Twice the KL divergence that small steps cost: at the left summed over orthonormal unit steps, which follows the "
+        "scale of h; at the right in the mean over steps that vary as h does, which compares over layers.",
+        _shown(layers, lost, _figure(figure, 380)),
+    )
+
+
+def _anisotropies(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+    figure = make_subplots(1, 1)
+    for of, name, colour, symbol in (
+        ("spectrum", "mean F", _BLUE, "circle"),
+        ("whitened", _WHITENED, _RED, "square"),
+    ):
+        _over_layers(
+            figure, 1, layers, [getattr(each, of).anisotropy for each in layers], color=colour, symbol=symbol, name=name
+        )
+    figure.update_xaxes(title="layer", tickformat="d")
+    figure.update_yaxes(title="anisotropy", rangemode="tozero")
+    return _Section(
+        "anisotropy",
+        "Anisotropy",
+        f"The spectral norm of F / (tr F / d) - I: 0 where all directions count the same, {run.d_model - 1:,} where one has "
+        "everything.",
+        _shown(layers, lost, _figure(figure, 360)),
+    )
+
+
+def _overlaps(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+    sizes = [k for k in (1, 4, _TOP) if k < run.d_model]
+    vectors = np.stack([each.spectrum.eigenvectors for each in layers]) if layers else np.empty((0, 0, 0))
+    titles = [f"k = {k} (random: {k / run.d_model:.2g})" for k in sizes]
+    figure = make_subplots(1, len(sizes), subplot_titles=titles, horizontal_spacing=0.06)
+    names = [str(each.layer) for each in layers]
+    for column, k in enumerate(sizes, 1):
+        # |U_i^T U_j|_F^2 / k
+        overlap = np.einsum("idk,jdl->ijkl", vectors[:, :, :k], vectors[:, :, :k], optimize=True) ** 2
+        figure.add_heatmap(
+            x=names, y=names, z=(overlap.sum((2, 3)) / k).astype(np.float32), coloraxis="coloraxis", row=1, col=column,
+            hovertemplate="layers %{y} and %{x}: %{z:.3f}<extra></extra>",
+        )  # fmt: skip
+    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"thickness": 14}})
+    figure.update_xaxes(title="layer", type="category", constrain="domain")
+    figure.update_yaxes(type="category", autorange="reversed")
+    for column in range(1, len(sizes) + 1):
+        figure.update_yaxes(scaleanchor=f"x{'' if column == 1 else column}", constrain="domain", col=column)
+    return _Section(
+        "overlap",
+        "Overlap",
+        "The share of one layer's first k eigenvectors that lies in the space of another's, |U<sub>i</sub>ᵀ "
+        "U<sub>j</sub>|² / k: 1 where both are sensitive to the same directions of the residual stream, about k / d where they "
+        "have nothing to do with each other.",
+        _shown(layers, lost, _figure(figure, 400)),
+    )
+
+
+def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+    body = _missing("One block of documents cannot be halved.")
+    if layers and len(layers[0].angles):
+        angles = np.stack([each.angles.mean(0) for each in layers])
+        figure = go.Figure(
+            go.Heatmap(
+                x=list(range(1, angles.shape[1] + 1)), y=[str(each.layer) for each in layers], z=angles.astype(np.float32),
+                colorscale="Viridis", reversescale=True, zmin=0, zmax=90, colorbar={"thickness": 14, "ticksuffix": "°"},
+                hovertemplate="layer %{y}, direction %{x}: %{z:.1f}°<extra></extra>",
+                **({"texttemplate": "%{z:.0f}", "textfont": {"size": 10}} if len(layers) < 20 else {}),
+            )
+        )  # fmt: skip
+        figure.update_xaxes(title="direction", dtick=1)
+        figure.update_yaxes(title="layer", type="category", autorange="reversed")
+        body = _figure(figure, 130 + 26 * len(layers))
+    return _Section(
+        "resolution",
+        "Resolution",
+        "Angles between the same eigenvector of two random halves of the corpus, in the mean over splits: a few degrees where "
+        "the corpus determines it, near 90° where it does not and only the space that it spans with its neighbours means "
+        "anything.",
+        _shown(layers, lost, body),
+    )
+
+
+def _directions(run: Run, layers: Sequence[_Layer], lost: Sequence[str], summary: dict[Any, Any]) -> _Section:
+    head = ["layer", "eigenvalue", "share of the trace", "angle between halves", "told apart", "raises", "lowers"]
+    rows = []
+    for each in layers:
+        values = each.spectrum.eigenvalues
+        first = Estimate(values.value[0], values.error[0], values.blocks)
+        runs = each.spectrum.clusters(min(_TOP, run.d_model)) if values.blocks > 1 else []
+        apart = " · ".join(f"{c[0] + 1}" if len(c) == 1 else f"{c[0] + 1}–{c[-1] + 1}" for c in runs)
+        row = summary.get((each.layer, None), {})
+        share = f"{100 * values.value[0] / each.spectrum.trace.value:.1f} %"
+        angle = f"{each.angles[:, 0].mean():.1f}°" if len(each.angles) else "–"
+        rows.append(
+            (each.layer, _pm(first), share, angle, apart or "–", *(_tokens(row.get(n)) for n in ("raised", "lowered")))
+        )
+    waiting = "" if summary else _missing("The tokens are in the summary of a reduction, and there is none to be read.")
+    return _Section(
+        "directions",
+        "Top directions",
+        "What a small step along each layer's first eigenvector makes more and less likely, through the model's own upper "
+        "layers (its sign is arbitrary: the other way round, they swap). Indices joined by a dash have eigenvalues that this "
+        "corpus cannot tell apart.",
+        _shown(layers, lost, waiting, _table(head, rows, range(4))),
+    )
+
+
+def _groups(run: Run, reading: _Reading, summary: dict[Any, Any]) -> _Section:
+    layers = [run.layers[i] for i in np.unique(np.linspace(0, len(run.layers) - 1, 8).round().astype(int))]
+    groups = sorted({group for _, group in summary if group is not None})
+    head = [str(run.config.group_column or run.config.group_by), "positions", *(f"trace, layer {k}" for k in layers)]
+    rows = []
+    for group in groups:
+        found = [summary[layer, group] for layer in layers]
+        rows.append((group, f"{found[0]['positions']:,}", *(f"{row['trace']:.4g}" for row in found)))
+    if groups:
+        body = _table(head, rows, range(1, len(head)))
+    else:
+        seen = reading(lambda: run.groups)
+        names = reading.last if seen is None else f"Groups so far: {', '.join(seen) or 'none'}."
+        body = _missing(f"Means of groups are in the summary of a reduction, and there is none to be read. {names}")
+    return _Section(
+        "groups",
+        "Groups",
+        "Traces of the means over groups of positions: down a column they compare, along a row they follow the scale of h.",
+        body,
+    )
+
+
+def _convergence(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+    figure = make_subplots(
+        1, 2, subplot_titles=("change of the mean F by each block", "standard error over all"), horizontal_spacing=0.13
+    )
+    for each, colour in zip(layers, _colours(layers), strict=True):
+        figure.add_scatter(
+            x=each.convergence.positions, y=each.convergence.change.astype(np.float32), mode="lines+markers",
+            marker={"size": 4}, line={"color": colour, "width": 1.5}, name=f"layer {each.layer}", row=1, col=1,
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[each.layer for each in layers], y=[each.convergence.error for each in layers], mode="lines+markers",
+        marker={"color": _BLUE, "size": 8}, line={"color": _BLUE, "width": 1.6}, showlegend=False, row=1, col=2,
+    )  # fmt: skip
+    figure.update_xaxes(type="log", title="positions", dtick="D2", tickformat="~s", col=1)
+    figure.update_yaxes(type="log", title="relative change, |ΔF| / |F|", dtick="D2", tickformat="~p", col=1)
+    figure.update_xaxes(title="layer", tickformat="d", col=2)
+    figure.update_yaxes(title="relative, in the Frobenius norm", tickformat=".2~p", rangemode="tozero", col=2)
+    if layers and len(layers[0].convergence.positions) > 1:
+        body = _figure(figure, 420)
+    else:
+        body = _missing("One block of documents: how the mean settles cannot be told.")
+    return _Section(
+        "convergence",
+        "Convergence",
+        "Left, how far each further block of documents moves the mean: a line that still falls steeply asks for more text. "
+        f"Right, the standard error of the mean as a whole. {_POPULATION}",
+        _shown(layers, lost, body),
+    )
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Document:
+    """The rows of one document, [n], and what each layer has of them, [L, n]."""
+
+    title: str
+    position: list[int]
+    text: list[str]
+    values: dict[str, np.ndarray]
+
+
+def _text(run: Run, reading: _Reading) -> _Section:
+    documents: list[_Document] = []
+    lost: list[str] = []
+    for task in range(run.tasks):
+        table = reading(partial(run.table, task))
+        if table is None:
+            lost.append(f"Left out: {reading.last}")
+        elif len(table):
+            documents += _documents(run, table)
+        if len(documents) >= _DOCUMENTS:
+            break
+    documents = documents[:_DOCUMENTS]
+    columns = [c for c in _COLUMNS if c[0] != "kept_mass" or run.config.top_p < 1]
+    numbers = sum(len(run.layers) if layered else 1 for _, _, layered in columns)
+    length = _cut([len(document.position) for document in documents], _NUMBERS // numbers)
+    data = {
+        "layers": run.layers,
+        "columns": [{"name": name, "label": label, "layered": layered} for name, label, layered in columns],
+        "documents": [
+            {
+                "title": document.title,
+                "rows": len(document.position),
+                "position": document.position[:length],
+                "text": document.text[:length],
+                "values": {name: _rounded(document.values[name][..., :length]) for name, _, _ in columns},
+            }
+            for document in documents
+        ],
+    }
+    options = "".join(f'<option value="{i}">{label}</option>' for i, (_, label, _) in enumerate(columns))
+    middle = len(run.layers) // 2
+    reader = f"""<div id="reader">
+<div class="controls">
+<label>shade by <select id="column">{options}</select></label>
+<label>layer <input id="layer" type="range" min="0" max="{len(run.layers) - 1}" value="{middle}"
+{"disabled" if len(run.layers) == 1 else ""}><output id="shown" for="layer"></output></label>
+<span id="legend" aria-label="shades and what they stand for"></span>
+</div>
+<div id="documents" tabindex="0" role="group" aria-label="documents; arrow keys go from token to token"></div>
+<aside id="numbers" aria-live="polite">Point at a token, or use ← and → in the text, for its numbers.</aside>
+</div>
+<script type="application/json" id="positions">{_embedded(data)}</script>"""
+    if not documents and not lost:
+        lost.append("No position is scored yet: there is nothing to show.")
+    return _Section(
+        "text",
+        "Text",
+        f"{len(documents):,} documents of the corpus, each token shaded by how much a nudge there changes the next one, or by "
+        "another number; the scale is that of the layer shown.",
+        "".join(map(_missing, lost)) + (reader if documents else "") + f'<p class="note">{_capped(run)}</p>',
+    )
+
+
+def _capped(run: Run) -> str:
+    """What ranks of single positions are bounded by."""
+    config = run.config
+    if config.estimator == "exact":
+        return "Ranks of single positions are of exact matrices; they cannot exceed d or the number of tokens."
+    cap = config.num_samples * config.token_draws
+    return (
+        f"Ranks of single positions cannot exceed {cap}, the number of sampled scores there, whatever the true rank; the "
+        "traces of single positions are as noisy as so few samples are. For single positions take <code>--estimator "
+        "exact</code>."
+    )
+
+
+def _documents(run: Run, table: Any) -> list[_Document]:
+    """A task's documents; its rows are by layer, then by document and position, the same ones for each."""
+    rows = len(table) // len(run.layers)
+    each = {
+        name: np.asarray(table[name].to_numpy(), np.float64).reshape(-1, rows) for name, _, _ in _COLUMNS
+        if name != "top_eigenvalue"
+    }  # fmt: skip
+    top = [values[0] for values in table["top_eigenvalues"].to_pylist()]
+    each["top_eigenvalue"] = np.array(top, np.float64).reshape(-1, rows)
+    first = table.slice(0, rows)
+    names, positions, texts, ids = (first[c].to_pylist() for c in ("document", "position", "text", "token"))
+    if texts == [str(token) for token in ids]:  # no tokenizer: ids in a row would run together
+        texts = [f"{text} " for text in texts]
+    carried = [first[column].to_pylist() for column in run.config.columns]
+    found = []
+    bounds = [i for i in range(rows) if i == 0 or names[i] != names[i - 1]] + [rows]
+    for start, stop in pairwise(bounds):
+        values = {
+            name: each[name][:, start:stop] if layered else each[name][0, start:stop] for name, _, layered in _COLUMNS
+        }
+        title = " · ".join(
+            [names[start], *(f"{c}: {v[start]}" for c, v in zip(run.config.columns, carried, strict=True))]
+        )
+        found.append(_Document(title, positions[start:stop], texts[start:stop], values))
+    return found
+
+
+def _cut(lengths: Sequence[int], room: int) -> int:
+    """The greatest length that documents may be cut to for all of them to have room."""
+    low, high = 1, max(lengths, default=1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(min(n, middle) for n in lengths) <= room else (low, middle - 1)
+    return low
+
+
+def _rounded(values: np.ndarray) -> list[Any]:
+    """Four digits of each number; None for those that are not."""
+    if values.ndim > 1:
+        return [_rounded(row) for row in values]
+    short = (float(f"{value:.4g}") for value in values)
+    return [None if x != x else int(x) if x.is_integer() else x for x in short]
+
+
+def _embedded(data: Any) -> str:
+    """JSON inside a script element, which nothing in it can end."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
