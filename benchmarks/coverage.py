@@ -26,7 +26,7 @@ from fisher_ray.sums import ALL, GroupSums, Sums
 DEMO = Path(__file__).parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
 
-import make_corpus
+import make_corpus  # noqa: E402  it is no package
 
 DRAWN, BLOCKS, TOP = 256, 32, 6
 READ = ("trace", "participation_ratio", "entropy_rank", "anisotropy")
@@ -43,8 +43,8 @@ def main() -> None:
     layers = [int(layer) for layer in args.layers.split(",")]
     population = sums_of_documents(args.documents, layers)
     print(
-        f"{args.documents:,} documents, {sum(s.count for s in population[layers[0]]):,} positions; {args.repetitions:,} corpora "
-        f"of {DRAWN} documents in {BLOCKS} blocks"
+        f"{args.documents:,} documents, {sum(s.count for s in population[layers[0]]):,} positions; "
+        f"{args.repetitions:,} corpora of {DRAWN} documents in {BLOCKS} blocks"
     )
     for layer in layers:
         for whitened in (False, True):
