@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 # Directions looked at one by one.
 _TOP = 16
-# Documents of the text view, and numbers in it: about 4 MB. Longer documents are cut to what fits.
-_DOCUMENTS, _NUMBERS = 100, 750_000
+# Documents of the text view, and numbers in it: at most 5 MB. Longer documents are cut to what fits.
+_DOCUMENTS, _NUMBERS = 100, 650_000
 # Points of one spectrum: evenly spaced on a logarithmic axis, more cannot be told apart.
 _POINTS = 160
 _NAMED = 20
@@ -384,8 +384,8 @@ def _figure(figure: go.Figure, height: int) -> str:
         margin={"l": 70, "r": 20, "t": 40 if figure.layout.annotations else 12, "b": 55},
         hoverlabel={"font": {"size": 12}},
     )
-    data = (figure.to_json() or "").replace("<", "\\u003c")
-    return f'<div class="figure" style="min-height: {height}px"><script type="application/json">{data}</script></div>'
+    data = _embedded(figure.to_json() or "")
+    return f'<div class="figure" style="min-height: {height}px">{data}</div>'
 
 
 def _colours(layers: Sequence[_Layer]) -> list[str]:
@@ -462,7 +462,7 @@ def _spectra(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
 
 
 def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
-    figure = make_subplots(1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}"), horizontal_spacing=0.09)
+    figure = make_subplots(1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}"), horizontal_spacing=0.13)
     for name, label, colour, symbol in (
         ("participation_ratio", "participation ratio (Σλ)² / Σλ²", _BLUE, "circle"),
         ("entropy_rank", "entropy rank exp H(λ / Σλ)", _RED, "square"),
@@ -502,7 +502,7 @@ def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Sec
 
 
 def _traces(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
-    figure = make_subplots(1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}"), horizontal_spacing=0.09)
+    figure = make_subplots(1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}"), horizontal_spacing=0.13)
     for column, of in ((1, "spectrum"), (2, "whitened")):
         traces = [getattr(each, of).trace for each in layers]
         values = [float(trace.value) for trace in traces]
@@ -726,7 +726,7 @@ def _text(run: Run, reading: _Reading) -> _Section:
 <div id="documents" tabindex="0" role="group" aria-label="documents; arrow keys go from token to token"></div>
 <aside id="numbers" aria-live="polite">Point at a token, or use ← and → in the text, for its numbers.</aside>
 </div>
-<script type="application/json" id="positions">{_embedded(data)}</script>"""
+{_embedded(json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False), "positions")}"""
     if not documents and not lost:
         lost.append("No position is scored yet: there is nothing to show.")
     return _Section(
@@ -795,6 +795,7 @@ def _rounded(values: np.ndarray) -> list[Any]:
     return [None if x != x else int(x) if x.is_integer() else x for x in short]
 
 
-def _embedded(data: Any) -> str:
-    """JSON inside a script element, which nothing in it can end."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+def _embedded(data: str, name: str = "") -> str:
+    """A script element of JSON, which nothing in it can end."""
+    named, safe = f' id="{name}"' if name else "", data
+    return f'<script type="application/json"{named}>{safe}</script>'
