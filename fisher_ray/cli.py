@@ -28,9 +28,11 @@ from fisher_ray.dispatch import LocalPool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
 from fisher_ray.report import layer_table
+from fisher_ray.run import open_run
 from fisher_ray.shards import Lease, RefusedError, RunStore
 from fisher_ray.storage import DamagedError, StorageError, is_transient
 from fisher_ray.sweep import read_sweep, run_sweep
+from fisher_ray.validate import validate
 
 # Exit codes. DAMAGED is that of verify.
 COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3, 4, 5, 130
@@ -74,6 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="read everything back and name what is not as it was written")
     verify.add_argument("run")
     verify.set_defaults(act=_verify)
+
+    validating = commands.add_parser(
+        "validate", help="compare KL divergences of the run's own model with v^T F v / 2, at positions of its own"
+    )
+    validating.add_argument("run")
+    validating.add_argument("--layer", type=int, nargs="+", help="of the run's (first, middle and last)")
+    validating.add_argument("--positions", type=int, default=32, help="spread over the run (32)")
+    validating.add_argument(
+        "--dtype", choices=("float64", "float32"), default="float64", help="to compute in (float64)"
+    )
+    validating.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="picture of deviation against step")
+    validating.add_argument("--json", action="store_true", help="for machines")
+    validating.set_defaults(act=_validate)
 
     clean = commands.add_parser("clean", help="list what killed attempts left behind, or remove it")
     clean.add_argument("run")
@@ -523,6 +538,24 @@ def _verify(given: dict[str, Any]) -> int:
         return DAMAGED
     console.print(f"{store.uri}: {run['tasks']:,} tasks, everything as it was written", soft_wrap=True, highlight=False)
     return COMPLETE
+
+
+def _validate(given: dict[str, Any]) -> int:
+    result = validate(open_run(given["run"]), given["layer"], given["positions"], given["dtype"])
+    if given["output"] is not None:
+        result.plot(given["output"])
+    if given["json"]:
+        print(json.dumps(result.asdict()))
+    else:
+        console = _console()
+        console.print(result.table())
+        console.print(
+            f"KL / (v^T F v / 2) at {len(result.positions)} positions in {result.dtype}, 6 directions each, as |v| falls; "
+            f"passes within {min(test.tolerance for test in result.layers.values()):g} of 1",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return COMPLETE if result.passed else FAILED
 
 
 def _clean(given: dict[str, Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,7 @@ class Run:
         description: run.json.
         complete: whether it is reduced, and over every task that was not given up.
         tasks, done: how many tasks there are, and how many of them are done.
+        done_tasks: which are done, ascending.
         layers: at which there are matrices.
         d_model: width of the residual stream.
     """
@@ -71,8 +72,8 @@ class Run:
         self.layers: list[int] = description["layers"]
         self.d_model: int = description["d_model"]
         self.tasks: int = description["tasks"]
-        self._done = sorted(int(name) for name in store.names("done") if name.isdigit())
-        self.done = len(self._done)
+        self.done_tasks = sorted(int(name) for name in store.names("done") if name.isdigit())
+        self.done = len(self.done_tasks)
         self._manifest = self._reduced()
         self.complete = self._manifest is not None
         self._checked: set[str] = set()
@@ -179,19 +180,31 @@ class Run:
         filesystem, root = self.store.arrow()
         return ds.dataset([f"{root}/{path}" for path in paths], schema, format="parquet", filesystem=filesystem)
 
-    def factors(self, layer: int) -> Iterator[Shard]:
-        """Score factors G of every position, ``F = G^T G``, a task at a time; of runs with ``save="factors"``."""
-        return self._kept("factors", layer)
+    def task_positions(self, task: int) -> pa.Table:
+        """The rows of that table that one task has written, ordered by layer; none where it scored nothing."""
+        (receipt,) = self.store.receipts([task])
+        if "positions" not in receipt.files:
+            return positions_schema(tuple(self.config.columns), {}).empty_table()
+        return self._table(receipt)
 
-    def matrices(self, layer: int) -> Iterator[Shard]:
-        """F of every position, a task at a time; of runs with ``save="matrices"`` or ``"factors"``."""
+    def factors(self, layer: int, tasks: Iterable[int] | None = None) -> Iterator[Shard]:
+        """Score factors G of every position, ``F = G^T G``, a task at a time; of runs with ``save="factors"``.
+
+        Args:
+            tasks: of these only; None: of all that are done.
+        """
+        return self._kept("factors", layer, tasks)
+
+    def matrices(self, layer: int, tasks: Iterable[int] | None = None) -> Iterator[Shard]:
+        """F of every position, a task at a time, as :meth:`factors`; of runs with ``save="matrices"`` or ``"factors"``."""
         if self.config.save != "factors":
-            return self._kept("matrices", layer)
+            return self._kept("matrices", layer, tasks)
         return (
-            Shard(shard.table, np.einsum("nri,nrj->nij", shard.array, shard.array)) for shard in self.factors(layer)
+            Shard(shard.table, np.einsum("nri,nrj->nij", shard.array, shard.array))
+            for shard in self.factors(layer, tasks)
         )
 
-    def _kept(self, what: str, layer: int) -> Iterator[Shard]:
+    def _kept(self, what: str, layer: int, tasks: Iterable[int] | None) -> Iterator[Shard]:
         self._check(layer, None)
         if self.config.save != what:
             raise ValueError(
@@ -200,13 +213,16 @@ class Run:
             )
 
         def shards() -> Iterator[Shard]:
-            for receipt in self._receipts():
+            for receipt in self.store.receipts(self.done_tasks if tasks is None else tasks):
                 if "positions" in receipt.files:
-                    table = pq.read_table(pa.BufferReader(self.store.load(receipt.files["positions"])))
+                    table = self._table(receipt).filter(pc.field("layer") == layer)
                     raw = self.store.load(receipt.files[f"{what}_{layer}"])
-                    yield Shard(table.filter(pc.field("layer") == layer), np.load(io.BytesIO(raw), allow_pickle=False))
+                    yield Shard(table, np.load(io.BytesIO(raw), allow_pickle=False))
 
         return shards()
+
+    def _table(self, receipt: Receipt) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self.store.load(receipt.files["positions"])))
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -225,7 +241,7 @@ class Run:
         return self._manifest
 
     def _receipts(self) -> Iterator[Receipt]:
-        return self.store.receipts(self._done)
+        return self.store.receipts(self.done_tasks)
 
     @cached_property
     def _blocks(self) -> list[list[Receipt]]:
@@ -234,7 +250,7 @@ class Run:
             return [
                 [self.store.receipt(*path.split("/")) for path in block["receipts"]] for block in self._made["blocks"]
             ]
-        parts = np.array_split(np.array(self._done), min(FAN_IN, max(1, self.done)))
+        parts = np.array_split(np.array(self.done_tasks), min(FAN_IN, max(1, self.done)))
         return [list(self.store.receipts(part.tolist())) for part in parts if len(part)]
 
     def _sums(self, layer: int) -> Iterator[LayerSums]:
