@@ -39,7 +39,7 @@ from fisher_ray.worker import Worker
 STEPS = 10.0 ** np.arange(-7, 0.25, 0.5)
 
 # What the limit of the ratio may differ from 1 by. float64 models of transformers take some norms and softmaxes in float32.
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 
 # What stored matrices may differ from those computed anew by; an exact run in float32 is off by 1e-5.
 _STORED = 1e-3
@@ -49,7 +49,7 @@ _STORED = 1e-3
 _KINKS = 0.05
 
 # Up to where the second order is said to hold.
-HOLDS = 0.1
+_HOLDS = 0.1
 
 # Steps of the fourth difference that shows rounding, relative to |h|: so small that the function's own fourth difference,
 # about (30 step)^4, is below rounding, and so large that they move what transformers computes in float32 in any model.
@@ -145,7 +145,7 @@ class LayerTest:
         1 by the law. None where rounding covers the deviation up to steps that are no longer small.
         """
         median = self.deviation[1]
-        seen = ((median > 10 * self.floor) & (median < HOLDS)).nonzero()[0][:3]
+        seen = ((median > 10 * self.floor) & (median < _HOLDS)).nonzero()[0][:3]
         if len(seen) < 3:
             return None
         return float(np.polyfit(np.log10(STEPS[seen]), np.log10(median[seen]), 1)[0])
@@ -157,7 +157,7 @@ class LayerTest:
         Medians over the pairs that are judged; None where none of them is.
         """
         first = self._limit[0]
-        wrong = np.abs(self.ratio - 1).max(2) > HOLDS
+        wrong = np.abs(self.ratio - 1).max(2) > _HOLDS
         wrong &= np.arange(len(STEPS)) >= first[..., None]
         last = np.where(wrong.any(-1), wrong.argmax(-1), len(STEPS)) - 1
         p, d = (self._clear & (last >= first)).nonzero()
@@ -275,10 +275,10 @@ class Validation:
             axes.fill_between(STEPS, low, high, color=colour, alpha=0.12, lw=0)
             axes.plot(STEPS, median, color=colour, marker="o", ms=4, lw=1.4, label=f"layer {layer}")
         lowest = np.min([test.deviation[0] for test in self.layers.values()], axis=0)
-        anchor = max((lowest < HOLDS).nonzero()[0], default=0)
+        anchor = max((lowest < _HOLDS).nonzero()[0], default=0)
         beside = lowest[anchor] / 3 * STEPS / STEPS[anchor]  # the curves would cover it
         axes.plot(STEPS, beside, color="0.3", ls="--", lw=1, label="slope 1, the law's")
-        axes.axhline(HOLDS, color="#D55E00", lw=0.8, ls=":", label="10 %")
+        axes.axhline(_HOLDS, color="#D55E00", lw=0.8, ls=":", label="10 %")
         axes.set(
             xscale="log",
             yscale="log",
@@ -351,7 +351,7 @@ def validate(
         ratio, predicted, noise = map(np.stack, zip(*moved[layer], strict=True))
         full = run.config.dtype in ("float32", "float64")
         tests[layer] = LayerTest(
-            ratio, predicted, noise, np.array(differences[layer]), full, TOLERANCE[worker.model.dtype]
+            ratio, predicted, noise, np.array(differences[layer]), full, _TOLERANCE[worker.model.dtype]
         )
     return Validation(run.store.uri, dtype, positions, tests)
 
@@ -452,7 +452,7 @@ def _moved(
     log_prob = _log_probs(model, place, layer, to)
     around, log_p, log_q = log_prob[: 5 * _RANDOM], log_prob[2], log_prob[5 * _RANDOM :]
     shape = (len(directions), 2, len(STEPS))
-    measured = divergence(log_p[None], log_q).view(shape)
+    measured = torch.cat([divergence(log_p[None], some) for some in log_q.split(model.head.rows())]).view(shape)
     # A float32 stream takes a small step only roughly: what it took is what counts.
     taken = (to[5 * _RANDOM :] - stream).double()
     predicted = ((taken @ factors.double().mT).square().sum(-1) / 2).view(shape)
