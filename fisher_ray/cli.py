@@ -36,6 +36,7 @@ from fisher_ray.run import open_run
 from fisher_ray.shards import Lease, RefusedError, RunStore
 from fisher_ray.storage import DamagedError, Storage, StorageError, is_transient
 from fisher_ray.sweep import read_sweep, run_sweep
+from fisher_ray.validate import validate
 
 # Exit codes. DAMAGED is that of verify and report.
 COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3, 4, 5, 130
@@ -84,6 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     reporting.add_argument("run")
     reporting.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (report.html)")
     reporting.set_defaults(act=_report)
+    validating = commands.add_parser(
+        "validate", help="compare KL divergences of the run's own model with v^T F v / 2, at positions of its own"
+    )
+    validating.add_argument("run")
+    validating.add_argument("--layer", type=int, nargs="+", help="of the run's (first, middle and last)")
+    validating.add_argument("--positions", type=int, default=32, help="spread over the run (32)")
+    validating.add_argument(
+        "--dtype", choices=("float64", "float32"), default="float64", help="to compute in (float64)"
+    )
+    validating.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="picture of deviation against step")
+    validating.add_argument("--json", action="store_true", help="for machines")
+    validating.set_defaults(act=_validate)
 
     clean = commands.add_parser("clean", help="list what killed attempts left behind, or remove it")
     clean.add_argument("run")
@@ -564,6 +577,24 @@ def _report(given: dict[str, Any]) -> int:
     for line in report.damaged[:_NAMED]:
         errors.print(f"left out: {line}", style="red", markup=False, soft_wrap=True)
     return DAMAGED if report.damaged else COMPLETE
+
+
+def _validate(given: dict[str, Any]) -> int:
+    result = validate(open_run(given["run"]), given["layer"], given["positions"], given["dtype"])
+    if given["output"] is not None:
+        result.plot(given["output"])
+    if given["json"]:
+        print(json.dumps(result.asdict()))
+    else:
+        console = _console()
+        console.print(result.table())
+        console.print(
+            f"KL / (v^T F v / 2) at {len(result.positions)} positions in {result.dtype}, 6 directions each, as |v| falls; "
+            f"passes within {min(test.tolerance for test in result.layers.values()):g} of 1",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return COMPLETE if result.passed else FAILED
 
 
 def _clean(given: dict[str, Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,7 @@ class Run:
         description: run.json.
         complete: whether it is reduced, and over every task that was not given up.
         tasks, done: how many tasks there are, and how many of them are done.
+        done_tasks: which are done, ascending.
         layers: at which there are matrices.
         d_model: width of the residual stream.
     """
@@ -71,8 +72,8 @@ class Run:
         self.layers: list[int] = description["layers"]
         self.d_model: int = description["d_model"]
         self.tasks: int = description["tasks"]
-        self._done = sorted(int(name) for name in store.names("done") if name.isdigit())
-        self.done = len(self._done)
+        self.done_tasks = sorted(int(name) for name in store.names("done") if name.isdigit())
+        self.done = len(self.done_tasks)
         self._manifest = self._reduced()
         self.complete = self._manifest is not None
         self._checked: set[str] = set()
@@ -191,21 +192,25 @@ class Run:
         Raises:
             DamagedError: the file holds other bytes than were written.
         """
-        if task in self._done:
+        if task in self.done_tasks:
             receipt = self.store.receipt("done", task_name(task))
             if "positions" in receipt.files:
                 return self._table(receipt)
         return positions_schema(tuple(self.config.columns), {}).empty_table()
 
-    def factors(self, layer: int) -> Iterator[Shard]:
-        """Score factors G of every position, ``F = G^T G``, a task at a time; of runs with ``save="factors"``."""
-        return self._kept("factors", layer)
+    def factors(self, layer: int, tasks: Iterable[int] | None = None) -> Iterator[Shard]:
+        """Score factors G of every position, ``F = G^T G``, a task at a time; of runs with ``save="factors"``.
 
-    def matrices(self, layer: int) -> Iterator[Shard]:
-        """F of every position, a task at a time; of runs with ``save="matrices"`` or ``"factors"``."""
+        Args:
+            tasks: of these only; None: of all that are done.
+        """
+        return self._kept("factors", layer, tasks)
+
+    def matrices(self, layer: int, tasks: Iterable[int] | None = None) -> Iterator[Shard]:
+        """F of every position, a task at a time, as :meth:`factors`; of runs with ``save="matrices"`` or ``"factors"``."""
         if self.config.save != "factors":
-            return self._kept("matrices", layer)
-        return (Shard(shard.table, _squared(shard.array)) for shard in self.factors(layer))
+            return self._kept("matrices", layer, tasks)
+        return (Shard(shard.table, _squared(shard.array)) for shard in self.factors(layer, tasks))
 
     def matrix(self, layer: int, document: str, position: int) -> np.ndarray:
         """F of one position, [d_model, d_model], of runs that keep factors or matrices; only its own task's files are read.
@@ -218,15 +223,14 @@ class Run:
         files = self.positions().to_table(["__filename"], filter=where)["__filename"].to_pylist()
         if not files:
             raise ValueError(f"{self.store.uri} has no scored position {position} in a document {document!r}.")
-        shard = self._shard(self.store.receipt("done", Path(files[0]).name[:8]), self.config.save, layer)
+        (shard,) = self.matrices(layer, [int(Path(files[0]).name[:8])])
         documents, positions = (shard.table[name].to_pylist() for name in ("document", "position"))
-        row = list(zip(documents, positions, strict=True)).index((document, position))
-        kept = shard.array[row : row + 1]
-        return (_squared(kept) if self.config.save == "factors" else kept)[0]
+        return shard.array[list(zip(documents, positions, strict=True)).index((document, position))]
 
-    def _kept(self, what: str, layer: int) -> Iterator[Shard]:
+    def _kept(self, what: str, layer: int, tasks: Iterable[int] | None) -> Iterator[Shard]:
         self._check_kept((what,), layer)
-        return (self._shard(receipt, what, layer) for receipt in self._receipts() if "positions" in receipt.files)
+        receipts = self.store.receipts(self.done_tasks if tasks is None else tasks)
+        return (self._shard(receipt, what, layer) for receipt in receipts if "positions" in receipt.files)
 
     def _check_kept(self, whats: tuple[str, ...], layer: int) -> None:
         self._check(layer, None)
@@ -260,7 +264,7 @@ class Run:
         return self._manifest
 
     def _receipts(self) -> Iterator[Receipt]:
-        return self.store.receipts(self._done)
+        return self.store.receipts(self.done_tasks)
 
     @cached_property
     def _blocks(self) -> list[list[Receipt]]:
@@ -269,7 +273,7 @@ class Run:
             return [
                 [self.store.receipt(*path.split("/")) for path in block["receipts"]] for block in self._made["blocks"]
             ]
-        parts = np.array_split(np.array(self._done), min(FAN_IN, max(1, self.done)))
+        parts = np.array_split(np.array(self.done_tasks), min(FAN_IN, max(1, self.done)))
         return [list(self.store.receipts(part.tolist())) for part in parts if len(part)]
 
     def _sums(self, layer: int) -> Iterator[LayerSums]:

@@ -38,6 +38,9 @@ Gradients = Literal["own_position", "per_position"]
 # Mixing positions errs by 0.1 and more; in float64 the library still takes some softmaxes and logits in float32.
 _LIMITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
+# Sequences that go through the model together where every moved position needs one of its own.
+_ROWS = 32
+
 
 @dataclass(frozen=True)
 class SelfCheck:
@@ -296,21 +299,46 @@ class SplitModel:
         direction = direction.to(stream)
         step = 1e-2 * stream.norm(dim=-1, keepdim=True) / direction.norm()
         sides = torch.stack([stream + step * direction, stream - step * direction])
-        twice = input_ids.expand(2, -1)
-        both = {name: value.expand(2, *value.shape[1:]) for name, value in encoded.items()}
-        if self.gradients == "per_position":
-            n = len(positions)
-            hidden = self.lower(input_ids, encoded, [layer_idx])[layer_idx].expand(2 * n, -1, -1).clone()
-            at = (torch.arange(2 * n, device=self.device), positions.repeat(2))
-            hidden[at] = sides.flatten(0, 1)
-            each = {name: value.expand(2 * n, *value.shape[1:]) for name, value in encoded.items()}
-            z = self.upper(hidden, layer_idx, each)[at].unflatten(0, (2, n))
-        else:
-            context, _ = self.record(twice, both)
-            with attention_mode(self.model, "replay", context, positions.expand(2, -1)):
-                _, z = self._run(twice[:, positions], both, (), positions.expand(2, -1), (layer_idx, sides))
+        z = self.moved(input_ids, encoded, positions, layer_idx, sides)
         above, below = (self.head.predict(side).prob for side in z)
         return (above - below) / (2 * step)
+
+    @torch.no_grad()
+    def moved(
+        self,
+        input_ids: Int[Tensor, "1 seq"],
+        encoded: Mapping[str, Tensor],
+        positions: Int[Tensor, " n"],
+        layer_idx: int,
+        streams: Float[Tensor, "k n d_model"],
+    ) -> Float[Tensor, "k n d_z"]:
+        """Final hidden states with other residual streams at chosen positions, the context held constant.
+
+        Args:
+            input_ids: the tokens that the context is made of.
+            encoded: of the encoder, see :meth:`encode`.
+            positions: where streams are replaced, each without the others.
+            layer_idx: at which they are replaced.
+            streams: k of them for each position.
+        """
+        k, n, _ = streams.shape
+        queries, at = streams.flatten(0, 1), positions.repeat(k)
+        if self.gradients == "per_position":
+            stream = self.lower(input_ids, encoded, [layer_idx])[layer_idx]
+            parts: list[Tensor] = []
+            for some, where in zip(queries.split(_ROWS), at.split(_ROWS), strict=True):
+                rows = (torch.arange(len(some), device=self.device), where)
+                hidden = stream.repeat(len(some), 1, 1)
+                hidden[rows] = some.to(hidden)
+                each = {name: value.expand(len(some), *value.shape[1:]) for name, value in encoded.items()}
+                parts.append(self.upper(hidden, layer_idx, each)[rows])
+            z = torch.cat(parts)
+        else:
+            context, _ = self.record(input_ids, encoded)
+            with attention_mode(self.model, "replay", context, at[None]):
+                _, replayed = self._run(input_ids[:, at], encoded, (), at[None], (layer_idx, queries[None]))
+            z = replayed[0]
+        return z.unflatten(0, (k, n))
 
     def lower(
         self, input_ids: Int[Tensor, "batch seq"], encoded: Mapping[str, Tensor], layers: Sequence[int]

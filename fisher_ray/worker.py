@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -243,16 +244,14 @@ class Worker:
         Returns:
             per layer: the five tokens raised and the five lowered, most first.
         """
-        work = self._tokenize(task)
         rates: dict[int, list[Tensor]] = {layer: [] for layer in directions}
-        for i, window in enumerate(work.windows[:num_windows]):
+        for _, window, encoder in islice(self.windows(task), num_windows):
             ids = torch.tensor([window.ids], device=self.model.device)
             spread = window.scored[:: -(-len(window.scored) // num_positions)]
             at = torch.tensor(spread, device=self.model.device)
-            encoded = self._encoded([i], work)
             for layer, direction in directions.items():
                 along = torch.from_numpy(direction).to(self.model.device)
-                rates[layer].append(self.model.probability_rates(ids, at, layer, along, **encoded))
+                rates[layer].append(self.model.probability_rates(ids, at, layer, along, **encoder))
         moved = {}
         for layer, each in rates.items():
             ranked = torch.cat(each).nan_to_num().mean(0).argsort().tolist()
@@ -260,6 +259,16 @@ class Worker:
         return moved
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
+
+    def windows(self, task: Task) -> Iterator[tuple[str, Window, dict[str, Tensor]]]:
+        """A task's windows as they are scored: id of the document, window, and the encoder's tokens if there is one.
+
+        Raises:
+            CorpusError: a document that cannot be read or tokenized.
+        """
+        work = self._tokenize(task)
+        for i, window in enumerate(work.windows):
+            yield work.documents[window.document].id, window, self._encoded([i], work)
 
     def _tokenize(self, task: Task) -> _Tokenized:
         positions = Positions(self.config.positions)
