@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
-from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, Task, position_bucket
+from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, RunConfig, Task, position_bucket
 from fisher_ray.scores import Scores, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
@@ -43,8 +43,29 @@ def at_once(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
+def load_model(config: RunConfig) -> SplitModel:
+    """The model of a run, in a process that gives the same bits each time."""
+    deterministic_kernels()
+    torch.set_num_threads(config.cpus_per_actor)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "this run computes on GPUs and a worker found none: torch.cuda.is_available() is false. Check the driver and "
+            "the image of that node, or run on CPUs (--device cpu)."
+        )
+    several = (config.gpus_per_actor or 0) > 1 and config.device == "cuda"
+    return SplitModel.from_pretrained(
+        config.model,
+        device=None if several else config.device,
+        device_map="auto" if several else None,
+        dtype=config.dtype,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        gradients=config.gradients,
+    )
+
+
 @dataclass
-class _Tokenized:
+class Tokenized:
     """A task's documents as tokens, and the windows that score them."""
 
     documents: list[Document]
@@ -80,30 +101,14 @@ class Worker:
     Args:
         plan: what is run; its sources are not needed here.
         store: where shards go.
+        model: the plan's model, where it is loaded already.
     """
 
-    def __init__(self, plan: Plan, store: RunStore):
+    def __init__(self, plan: Plan, store: RunStore, model: SplitModel | None = None):
         self.plan, self.config, self.store = plan, plan.config, store
-        config = self.config
-        deterministic_kernels()
-        torch.set_num_threads(config.cpus_per_actor)
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                "this run computes on GPUs and a worker found none: torch.cuda.is_available() is false. Check the driver and "
-                "the image of that node, or run on CPUs (--device cpu)."
-            )
-        several = (config.gpus_per_actor or 0) > 1 and config.device == "cuda"
-        self.model = SplitModel.from_pretrained(
-            config.model,
-            device=None if several else config.device,
-            device_map="auto" if several else None,
-            dtype=config.dtype,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            gradients=config.gradients,
-        )
+        self.model = load_model(self.config) if model is None else model
         self.layers = plan.layers
-        self.max_seq_len, self.stride = config.window(plan.facts)
+        self.max_seq_len, self.stride = self.config.window(plan.facts)
         self.sink = _sink(self.model)
         self.provenance = {
             "device": torch.cuda.get_device_name(self.model.device) if self.model.device.type == "cuda" else "cpu",
@@ -131,7 +136,7 @@ class Worker:
             StorageError: the shard cannot be written.
         """
         start = time.perf_counter()
-        work = self._tokenize(task)
+        work = self.tokenize(task)
         read = time.perf_counter()
         result, took = in_turn(self._score_all, work)
         computed = time.perf_counter()
@@ -150,7 +155,7 @@ class Worker:
         receipt = Receipt(task_name(task.id), self.plan.fingerprint, files, counts, seconds, self.provenance)
         return self.store.commit("done", receipt)
 
-    def _score_all(self, work: _Tokenized) -> tuple[_Scored, float]:
+    def _score_all(self, work: Tokenized) -> tuple[_Scored, float]:
         """A task's results, and the seconds it took."""
         start = time.perf_counter()
         # A new thread starts with the environment's number, and the number changes the order of sums.
@@ -181,7 +186,7 @@ class Worker:
         result.sums = {layer: sums.packed(layer) for layer in self.layers}
         return result, time.perf_counter() - start
 
-    def _groups(self, work: _Tokenized) -> tuple[list[str], Callable[[Window, int], str]]:
+    def _groups(self, work: Tokenized) -> tuple[list[str], Callable[[Window, int], str]]:
         """Names of a task's groups, sorted, and the group of a window's position."""
         config, column = self.config, self.config.group_column
         if config.group_by is None:
@@ -210,7 +215,7 @@ class Worker:
             )
         return names, group_of
 
-    def _write(self, attempt: str, work: _Tokenized, result: _Scored) -> dict[str, StoredFile]:
+    def _write(self, attempt: str, work: Tokenized, result: _Scored) -> dict[str, StoredFile]:
         """Write a shard's files, several at once."""
         writes: dict[str, tuple[str, bytes, int | None]] = {}
         if result.scored:
@@ -235,36 +240,43 @@ class Worker:
 
     def moved_tokens(
         self, task: Task, directions: Mapping[int, np.ndarray], num_windows: int = 8, num_positions: int = 16
-    ) -> dict[int, tuple[list[str], list[str]]]:
-        """Tokens that a step along each layer's direction raises and lowers most, through the model's own upper layers.
+    ) -> dict[int, list[tuple[list[str], list[str]]]]:
+        """Tokens that a step along each of a layer's directions raises and lowers most, through the model's own upper layers.
 
         Ranked by ``dp(y)/de`` at ``h + e v``, averaged over scored positions spread over a task's first windows.
 
+        Args:
+            directions: per layer [k, d_model].
+
         Returns:
-            per layer: the five tokens raised and the five lowered, most first.
+            per layer and direction: the five tokens raised and the five lowered, most first.
         """
-        work = self._tokenize(task)
+        work = self.tokenize(task)
         rates: dict[int, list[Tensor]] = {layer: [] for layer in directions}
         for i, window in enumerate(work.windows[:num_windows]):
             ids = torch.tensor([window.ids], device=self.model.device)
             spread = window.scored[:: -(-len(window.scored) // num_positions)]
             at = torch.tensor(spread, device=self.model.device)
-            encoded = self._encoded([i], work)
-            for layer, direction in directions.items():
-                along = torch.from_numpy(direction).to(self.model.device)
+            encoded = self.encoded([i], work)
+            for layer, rows in directions.items():
+                along = torch.tensor(rows, device=self.model.device)
                 rates[layer].append(self.model.probability_rates(ids, at, layer, along, **encoded))
-        moved = {}
-        for layer, each in rates.items():
-            ranked = torch.cat(each).nan_to_num().mean(0).argsort().tolist()
-            moved[layer] = ([self._text(t) for t in ranked[:-6:-1]], [self._text(t) for t in ranked[:5]])
-        return moved
+
+        def extremes(rate: Tensor) -> tuple[list[str], list[str]]:
+            ranked = rate.argsort().tolist()
+            return [self.text(t) for t in ranked[:-6:-1]], [self.text(t) for t in ranked[:5]]
+
+        return {
+            layer: [extremes(rate) for rate in torch.cat(each, 1).nan_to_num().mean(1)] for layer, each in rates.items()
+        }
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
-    def _tokenize(self, task: Task) -> _Tokenized:
+    def tokenize(self, task: Task) -> Tokenized:
+        """A task's documents as tokens, and their windows."""
         positions = Positions(self.config.positions)
         first = 1 if self.config.token_source == "sampled" and self.sink is None else 0
-        work = _Tokenized([], [], [], [])
+        work = Tokenized([], [], [], [])
         for document in self._documents(task):
             ids = self._ids(document)
             chosen = [t for t in positions.choose(len(ids)) if t >= first]
@@ -298,7 +310,8 @@ class Worker:
             )
         return list(self.model.tokenizer(document.content, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _text(self, token: int) -> str:
+    def text(self, token: int) -> str:
+        """A token as text; its number where the model has no tokenizer."""
         if self.model.tokenizer is None:
             return str(token)
         return str(self.model.tokenizer.decode([token], clean_up_tokenization_spaces=False))
@@ -317,7 +330,7 @@ class Worker:
         if batch:
             yield batch
 
-    def _scores(self, batch: list[int], work: _Tokenized) -> Iterator[Scores]:
+    def _scores(self, batch: list[int], work: Tokenized) -> Iterator[Scores]:
         some = [work.windows[i] for i in batch]
         longest = max(len(window.ids) for window in some)
         ids = torch.zeros(len(some), longest, dtype=torch.int64)
@@ -341,10 +354,10 @@ class Worker:
             following=[window.following for window in some],
             seed=config.seed,
             memory_budget=config.memory_budget,
-            **self._encoded(batch, work),
+            **self.encoded(batch, work),
         )
 
-    def _encoded(self, batch: list[int], work: _Tokenized) -> dict[str, Tensor]:
+    def encoded(self, batch: list[int], work: Tokenized) -> dict[str, Tensor]:
         """The encoder's tokens of a batch of windows, padded."""
         if not work.encoder_tokens:
             return {}
@@ -357,7 +370,7 @@ class Worker:
     # ---- the table ---------------------------------------------------------------------------------------------------
 
     def _table(
-        self, work: _Tokenized, where: np.ndarray, columns: dict[int, list[dict[str, Any]]], ranked: np.ndarray
+        self, work: Tokenized, where: np.ndarray, columns: dict[int, list[dict[str, Any]]], ranked: np.ndarray
     ) -> pa.Table:
         """One row per (layer, document, position); ``where [2, N]`` holds window and window position of each row."""
         chosen = [work.windows[i] for i in where[0]]
@@ -367,7 +380,7 @@ class Worker:
             "document": [document.id for document in documents],
             "position": [w.start + t - w.sink for w, t in zip(chosen, where[1].tolist(), strict=True)],
             "token": tokens,
-            "text": [self._text(token) for token in tokens],
+            "text": [self.text(token) for token in tokens],
             "context": where[1].astype(np.int32),
         }
         for i, column in enumerate(self.config.columns):
