@@ -2,9 +2,9 @@
 
     python benchmarks/steering.py --model demo/model --corpus demo/corpus.jsonl
 
-The target is the second likeliest token, the gain 0.1 nat at the model itself, the positions are of documents that the mean F has
-not seen. Compared is the KL over the other tokens, renormalised, of F at each position, of the corpus's mean F, and of the
-plain gradient step.
+The target is the second likeliest token, the gain 0.1 nat, found on the model itself, and the positions are of documents that
+the mean F has not seen. Compared is the KL over the other tokens, renormalised, of steps by F at each position, by the corpus's
+mean F, and along the plain gradient.
 """
 
 from __future__ import annotations

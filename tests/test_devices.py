@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import oracles
 import pytest
 import torch
 import transformers as tf
