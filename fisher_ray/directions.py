@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,17 +24,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from fisher_ray.architecture import ModelFacts, attention_reading
+from fisher_ray.architecture import ModelError, ModelFacts, attention_reading, weights_digest
 from fisher_ray.corpus import Window
 from fisher_ray.estimators import Exact
 from fisher_ray.head import Prediction
 from fisher_ray.plan import Plan
 from fisher_ray.run import Run
-from fisher_ray.scores import score_factors
+from fisher_ray.scores import iter_scores, score_factors
 from fisher_ray.spectrum import symmetric_eigh
 from fisher_ray.split import SplitModel, Tape, full_precision
 from fisher_ray.statistics import Estimate, jackknife, quadratic_form
-from fisher_ray.worker import Tokenized, Worker, load_model
+from fisher_ray.worker import Worker, load_model
 
 # Share of the mean eigenvalue that is added to every one before F is inverted: directions along which F is next to nothing
 # would otherwise take steps far beyond where F describes the output. Fixed before anything was measured with it.
@@ -42,6 +42,8 @@ DAMPING = 1e-2
 
 _SHOWN = 12  # tokens before a position
 _SPREAD = 16  # positions a window that steps are tried at
+_PUSH = 3  # backward passes that a product with J_z costs; factors of F cost d_model
+_TABLE = 1 << 18  # rows of a table in memory
 
 COORDINATES_SCHEMA = pa.schema(
     [
@@ -119,13 +121,15 @@ class _Passage:
         window: tokens, and which of them are scored.
         ids: [1, seq].
         at: [n], window positions that are scored.
-        encoded: the encoder's output, for an encoder-decoder.
+        encoder: what the scores' functions take of an encoder-decoder's other tokens.
+        encoded: the encoder's output for them.
     """
 
     document: str
     window: Window
     ids: Tensor
     at: Tensor
+    encoder: Mapping[str, Any]
     encoded: Mapping[str, Tensor]
 
     def spread(self) -> Int[Tensor, " few"]:
@@ -138,8 +142,18 @@ class _Passage:
 
 
 def model_of(run: Run) -> SplitModel:
-    """The run's own model, on whatever device there is here."""
-    return load_model(replace(run.config, device=None, gpus_per_actor=None))
+    """The run's own model, on whatever device there is here.
+
+    Raises:
+        ModelError: it is gone, or its weights are no longer those of the run.
+    """
+    config = run.config
+    if weights_digest(config.model, config.revision) != run.description["result_fields"]["weights"]:
+        raise ModelError(
+            f"the weights of {config.model} are not those that {run.store.uri} was made with. Put those back, or run again in "
+            "another directory."
+        )
+    return load_model(replace(config, device=None, gpus_per_actor=None))
 
 
 class _Corpus:
@@ -167,14 +181,9 @@ class _Corpus:
                     return
                 ids = torch.tensor([window.ids], device=self.model.device)
                 at = torch.tensor(window.scored, device=self.model.device)
-                yield _Passage(document, window, ids, at, self._encoded(i, work))
-
-    def _encoded(self, i: int, work: Tokenized) -> Mapping[str, Tensor]:
-        given = self.worker.encoded([i], work)
-        if not given:
-            return {}
-        device = self.model.device
-        return self.model.encode(given["encoder_input_ids"].to(device), given["encoder_attention_mask"].to(device))
+                encoder = {name: value.to(self.model.device) for name, value in self.worker.encoded([i], work).items()}
+                encoded = self.model.encode(*encoder.values()) if encoder else {}
+                yield _Passage(document, window, ids, at, encoder, encoded)
 
     def tape(self, passage: _Passage, layers: list[int]) -> Tape:
         return self.model.tape(passage.ids, passage.encoded, layers, passage.at)
@@ -314,7 +323,8 @@ def project(
 
     One window is in memory at a time; the file appears when it is whole. The rows hold :data:`COORDINATES_SCHEMA`, v as it is
     given: a direction twice as long has twice the coordinate and four times the sensitivity. Tokens are the corpus's own, also
-    for a run with ``token_source="sampled"``. Costs a forward pass, and about three backward passes a direction and layer.
+    for a run with ``token_source="sampled"``. Costs a forward pass, and three backward passes a direction and layer or those
+    of :class:`fisher_ray.Exact`, whichever is less.
 
     Args:
         run: an open run.
@@ -329,23 +339,21 @@ def project(
     Raises:
         ValueError: a layer that the run has not, or directions of another width.
     """
-    for layer, rows in directions.items():
-        if layer not in run.layers or rows.ndim != 2 or rows.shape[1] != run.d_model:
+    for layer, each in directions.items():
+        if layer not in run.layers or each.ndim != 2 or each.shape[1] != run.d_model:
             raise ValueError(
-                f"directions must be [k, {run.d_model}] at layers of {run.layers}, got {list(rows.shape)} at layer {layer}."
+                f"directions must be [k, {run.d_model}] at layers of {run.layers}, got {list(each.shape)} at layer {layer}."
             )
     corpus, output = _Corpus(run, model), Path(output)
-    layers = sorted(directions)
+    rows = {layer: torch.tensor(directions[layer], device=corpus.model.device) for layer in sorted(directions)}
     written, unfinished = 0, output.with_name(output.name + ".part")
     try:
         with pq.ParquetWriter(unfinished, COORDINATES_SCHEMA, compression="zstd") as writer:
             for passage in corpus.passages(documents):
-                with full_precision():
-                    tape = corpus.tape(passage, layers)
-                    tables = [_coordinates(corpus, passage, tape, layer, directions[layer]) for layer in layers]
-                for table in tables:
-                    writer.write_table(table)
-                    written += len(table)
+                for layer, *measured in _measured(corpus, passage, rows):
+                    for table in _coordinates(corpus, passage, layer, *measured):
+                        writer.write_table(table)
+                        written += len(table)
         unfinished.replace(output)
     except OSError as error:
         raise ValueError(f"cannot write {output}: {error}. Expected a path in a folder that exists.") from error
@@ -354,31 +362,52 @@ def project(
     return written
 
 
-def _coordinates(corpus: _Corpus, passage: _Passage, tape: Tape, layer: int, directions: np.ndarray) -> pa.Table:
-    """One row a position and direction."""
-    rows = torch.tensor(directions, dtype=torch.float64)
-    sensitivity = _sensitivities(corpus.model, tape, layer, rows).cpu()
-    coordinate = tape.streams[layer].cpu().double() @ rows.mT
-    n, k = sensitivity.shape
+def _measured(
+    corpus: _Corpus, passage: _Passage, directions: Mapping[int, Tensor]
+) -> Iterator[tuple[int, Int[Tensor, " n"], Float[Tensor, "n k"], Float[Tensor, "n k"]]]:
+    """(layer, window positions, coordinates, sensitivities), by products with J_z or by factors, whichever is cheaper."""
+    model = corpus.model
+    if _PUSH * max(map(len, directions.values())) < model.d_model:
+        with full_precision():
+            tape = corpus.tape(passage, list(directions))
+            for layer, rows in directions.items():
+                stream = tape.streams[layer]
+                yield layer, passage.at, stream @ rows.mT.to(stream), _sensitivities(model, tape, layer, rows)
+        return
+    layers, at = list(directions), passage.at.tolist()
+    for scores in iter_scores(model, passage.ids, layers=layers, estimator=Exact(), positions=at, **passage.encoder):
+        for layer, rows in directions.items():
+            along = rows.mT.to(scores.factors[layer])
+            sensitivity = torch.stack([(g @ along).square().sum(0) for g in scores.factors[layer]])
+            yield layer, scores.position, scores.activations[layer][:, 0] @ along, sensitivity
+
+
+def _coordinates(
+    corpus: _Corpus,
+    passage: _Passage,
+    layer: int,
+    at: Int[Tensor, " n"],
+    coordinate: Float[Tensor, "n k"],
+    sensitivity: Float[Tensor, "n k"],
+) -> Iterator[pa.Table]:
+    """One row a position and direction; a table for each few positions, so that many directions take no more memory."""
     finite = (sensitivity.isfinite() & coordinate.isfinite()).all(1)
-    tokens = [passage.window.ids[t] for t in passage.at.tolist()]
-    columns = {
-        "document": [passage.document] * n,
-        "position": [passage.position(t) for t in passage.at.tolist()],
-        "layer": [layer] * n,
-        "token": tokens,
-        "text": [corpus.worker.text(token) for token in tokens],
-    }
-    each = np.repeat(np.flatnonzero(finite.numpy()), k)
-    table = pa.table(columns, schema=pa.schema(list(COORDINATES_SCHEMA)[:5])).take(each)
-    values = {
-        "direction": np.tile(np.arange(k, dtype=np.int32), int(finite.sum())),
-        "coordinate": coordinate[finite].flatten().numpy().astype(np.float32),
-        "sensitivity": sensitivity[finite].flatten().numpy().astype(np.float32),
-    }
-    for name, value in values.items():
-        table = table.append_column(name, pa.array(value))
-    return table.cast(COORDINATES_SCHEMA)
+    for some in finite.nonzero()[:, 0].cpu().split(max(1, _TABLE // sensitivity.shape[1])):
+        where = at.cpu()[some].tolist()
+        tokens = [passage.window.ids[t] for t in where]
+        one_each = {
+            "document": [passage.document] * len(where),
+            "position": [passage.position(t) for t in where],
+            "layer": [layer] * len(where),
+            "token": tokens,
+            "text": [corpus.worker.text(token) for token in tokens],
+        }
+        k = sensitivity.shape[1]
+        fields = [COORDINATES_SCHEMA.field(name) for name in one_each]
+        repeated = pa.table(one_each, pa.schema(fields)).take(np.repeat(np.arange(len(where)), k))
+        numbers = [values.cpu()[some].flatten().float().numpy() for values in (coordinate, sensitivity)]
+        directions = np.tile(np.arange(k, dtype=np.int32), len(where))
+        yield pa.Table.from_arrays([*repeated.columns, directions, *numbers], schema=COORDINATES_SCHEMA)
 
 
 # ---- what a step costs ---------------------------------------------------------------------------------------------------

@@ -124,7 +124,8 @@ class Run:
     def done_tasks(self) -> Iterator[Task]:
         """The tasks that are done, in the order of the corpus: where in it the positions are."""
         tasks = Tasks(self.store.load(StoredFile(**self.description["plan"])))
-        return (tasks[i] for i in self._done)
+        done = set(self._done)
+        return (task for task in tasks if task.id in done)
 
     # ---- means -------------------------------------------------------------------------------------------------------
 

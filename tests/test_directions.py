@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import oracles
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -177,6 +178,19 @@ def test_the_table_of_coordinates(run: Run, made: Path, split: SplitModel, tmp_p
         assert row["coordinate"] == pytest.approx(float(truth.streams[row["layer"]] @ v), rel=1e-4, abs=1e-5)
         assert row["sensitivity"] == pytest.approx(float(v @ truth.matrix(row["layer"]) @ v), rel=1e-3)
     assert len(beyond) > 300
+
+
+def test_many_directions_are_measured_by_factors_and_the_numbers_are_the_same(run: Run, tmp_path: Path):
+    few = {LAYER: some_directions(3)}
+    many = {LAYER: np.concatenate([few[LAYER], some_directions(20, 7)])}
+    for name, directions in (("few", few), ("many", many)):
+        fd.project(run, directions, tmp_path / name, documents=3)
+    one, other = (pq.read_table(tmp_path / name) for name in ("few", "many"))
+    assert len(other) * 3 == len(one) * 23
+    other = other.filter(pc.field("direction") < 3)
+    assert one.drop_columns(["coordinate", "sensitivity"]).equals(other.drop_columns(["coordinate", "sensitivity"]))
+    for name in ("coordinate", "sensitivity"):
+        np.testing.assert_allclose(one[name], other[name], rtol=2e-4, atol=1e-6)
 
 
 # ---- what they move ------------------------------------------------------------------------------------------------------
@@ -403,6 +417,15 @@ def test_files_that_hold_no_directions(name: str, tmp_path: Path):
     write(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         fd.read_directions(tmp_path / name, D_MODEL)
+
+
+def test_weights_that_have_changed_since_the_run_are_refused(made: Path, tmp_path: Path):
+    (tmp_path / "docs.txt").write_text("some words here")
+    model = jobs.save_model(tmp_path / "model")
+    jobs.run_here(jobs.settings(model, tmp_path / "docs.txt", tmp_path / "run"))
+    jobs.save_model(tmp_path / "model", seed=1)
+    with pytest.raises(ModelError, match=r"the weights of .*model are not those that .*run was made with"):
+        fd.model_of(open_run(tmp_path / "run"))
 
 
 def test_another_model_or_layer_is_refused(run: Run, models: Callable[..., SplitModel], tmp_path: Path):
