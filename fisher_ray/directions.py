@@ -105,6 +105,13 @@ def _bad_rows(rows: np.ndarray) -> str:
     return ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
 
 
+def _check(run: Run, layer: int, directions: np.ndarray) -> None:
+    if layer not in run.layers or directions.ndim != 2 or directions.shape[1] != run.d_model:
+        raise ValueError(
+            f"directions must be [k, {run.d_model}] at layers of {run.layers}, got {list(directions.shape)} at layer {layer}."
+        )
+
+
 def _eigenvectors(run: Run, layer: int) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     return symmetric_eigh(torch.from_numpy(np.array(run.fisher(layer))))
 
@@ -185,9 +192,6 @@ class _Corpus:
                 encoded = self.model.encode(*encoder.values()) if encoder else {}
                 yield _Passage(document, window, ids, at, encoder, encoded)
 
-    def tape(self, passage: _Passage, layers: list[int]) -> Tape:
-        return self.model.tape(passage.ids, passage.encoded, layers, passage.at)
-
 
 def _sensitivities(model: SplitModel, tape: Tape, layer: int, directions: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
     """``v^T F_t v`` exactly, at every query of a tape; nats^2 per squared unit of v."""
@@ -218,6 +222,8 @@ def moved_tokens(
     Raises:
         ValueError: no task is done that has positions.
     """
+    for layer, each in directions.items():
+        _check(run, layer, each)
     corpus = _Corpus(run, model)
     for task in run.done_tasks():
         if corpus.worker.tokenize(task).windows:
@@ -271,6 +277,7 @@ def strongest(
         documents: read at most, where nothing was kept.
         model: the run's; not needed where factors or matrices were kept.
     """
+    _check(run, layer, direction[None])
     kept = run.config.save != "summary"
     found = _kept(run, layer, direction, count) if kept else _recomputed(run, layer, direction, count, documents, model)
     source = f"the {run.config.save} of all positions" if kept else f"the first {documents} documents, computed again"
@@ -300,16 +307,15 @@ def _recomputed(
 ) -> Iterator[Place]:
     """The strongest positions of each window."""
     corpus = _Corpus(run, model)
-    (layer,) = corpus.model.check_layers([layer])
-    along = torch.tensor(direction[None], dtype=torch.float64)
+    along = {layer: torch.tensor(direction[None], device=corpus.model.device)}
     for passage in corpus.passages(documents):
-        with full_precision():
-            values = _sensitivities(corpus.model, corpus.tape(passage, [layer]), layer, along)[:, 0]
-        for i in values.nan_to_num(-1).argsort(descending=True)[:count].tolist():
-            t = int(passage.at[i])
-            texts = [corpus.worker.text(token) for token in passage.window.ids[: t + 1]]
-            before = "".join(texts[max(passage.window.sink, t - _SHOWN) : t])
-            yield Place(passage.document, passage.position(t), float(values[i]), before, texts[t])
+        for _, at, _, sensitivity in _measured(corpus, passage, along):
+            values = sensitivity[:, 0].nan_to_num(-1)
+            for i in values.argsort(descending=True)[:count].tolist():
+                t = int(at[i])
+                texts = [corpus.worker.text(token) for token in passage.window.ids[: t + 1]]
+                before = "".join(texts[max(passage.window.sink, t - _SHOWN) : t])
+                yield Place(passage.document, passage.position(t), float(values[i]), before, texts[t])
 
 
 def project(
@@ -340,10 +346,7 @@ def project(
         ValueError: a layer that the run has not, or directions of another width.
     """
     for layer, each in directions.items():
-        if layer not in run.layers or each.ndim != 2 or each.shape[1] != run.d_model:
-            raise ValueError(
-                f"directions must be [k, {run.d_model}] at layers of {run.layers}, got {list(each.shape)} at layer {layer}."
-            )
+        _check(run, layer, each)
     corpus, output = _Corpus(run, model), Path(output)
     rows = {layer: torch.tensor(directions[layer], device=corpus.model.device) for layer in sorted(directions)}
     written, unfinished = 0, output.with_name(output.name + ".part")
@@ -366,15 +369,17 @@ def _measured(
     corpus: _Corpus, passage: _Passage, directions: Mapping[int, Tensor]
 ) -> Iterator[tuple[int, Int[Tensor, " n"], Float[Tensor, "n k"], Float[Tensor, "n k"]]]:
     """(layer, window positions, coordinates, sensitivities), by products with J_z or by factors, whichever is cheaper."""
-    model = corpus.model
-    if _PUSH * max(map(len, directions.values())) < model.d_model:
+    model, layers = corpus.model, list(directions)
+    most = max(map(len, directions.values()))
+    # A row and a graph for every position is more than may fit; scores are cut to what does.
+    if model.gradients == "own_position" and _PUSH * most < model.d_model:
         with full_precision():
-            tape = corpus.tape(passage, list(directions))
+            tape = model.tape(passage.ids, passage.encoded, layers, passage.at)
             for layer, rows in directions.items():
                 stream = tape.streams[layer]
                 yield layer, passage.at, stream @ rows.mT.to(stream), _sensitivities(model, tape, layer, rows)
         return
-    layers, at = list(directions), passage.at.tolist()
+    at = passage.at.tolist()
     for scores in iter_scores(model, passage.ids, layers=layers, estimator=Exact(), positions=at, **passage.encoder):
         for layer, rows in directions.items():
             along = rows.mT.to(scores.factors[layer])
@@ -427,10 +432,9 @@ def cost(run: Run, layer: int, direction: Float[np.ndarray, "*k d_model"]) -> Es
     Raises:
         ValueError: no such layer, or another width.
     """
-    direction = np.asarray(direction, np.float64)
-    if direction.ndim not in (1, 2) or direction.shape[-1] != run.d_model:
-        raise ValueError(f"directions must be [{run.d_model}] or [k, {run.d_model}], got {list(direction.shape)}.")
-    whole = quadratic_form(run.blocks(layer), torch.from_numpy(np.atleast_2d(direction)))
+    rows = np.atleast_2d(np.asarray(direction, np.float64))
+    _check(run, layer, rows)
+    whole = quadratic_form(run.blocks(layer), torch.from_numpy(rows))
     shape = direction.shape[:-1]
     return Estimate(whole.value.reshape(shape) / 2, whole.error.reshape(shape) / 2, whole.blocks)
 

@@ -438,8 +438,11 @@ def test_another_model_or_layer_is_refused(run: Run, models: Callable[..., Split
             fd.project(run, directions, tmp_path / "out.parquet")
     with pytest.raises(ValueError, match=r"number of directions must be in \[1, 12\], got 13"):
         fd.top_directions(run, 0, 13)
-    with pytest.raises(ValueError, match=r"directions must be \[12\] or \[k, 12\], got \[2, 5\]"):
-        fd.cost(run, 0, np.ones((2, 5)))
+    for read in (fd.cost, fd.strongest):
+        with pytest.raises(
+            ValueError, match=r"directions must be \[k, 12\] at layers of \[0, 1, 2\], got \[1, 5\] at layer 0"
+        ):
+            read(run, 0, np.ones(5))
 
 
 def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
