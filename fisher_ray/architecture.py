@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from fisher_ray.head import Head
 
@@ -216,6 +217,78 @@ def on_stream(blocks: nn.ModuleList, layer: int, visit: Callable[[int, Tensor], 
         return args, {**kwargs, "hidden_states": visit(layer, kwargs["hidden_states"])}
 
     return blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+
+
+def attention_reading(
+    model: Any, block: nn.Module, upper: Callable[[Tensor], Any]
+) -> dict[Literal["query", "key", "value"], Tensor]:
+    """What each head of a block's self-attention reads of the residual stream, float64 [heads, head_dim, d_model].
+
+    The weights of its projections times the linear part of the norm before them. That one is measured and not looked up:
+    what arrives at the projections of a stream x, less what arrives of -x, is ``2 s * x`` for an x of mean 0 and mean
+    square 1, whatever the norm is called, where it stands, and whether it adds one to its weights.
+
+    Args:
+        model: a transformers model.
+        block: one of its blocks.
+        upper: runs the model from the stream that enters the block.
+
+    Raises:
+        ModelError: projections that are not known, or something else than a norm with a scale before them.
+    """
+    projection, weights = _projections(model, block)
+    like = next(projection.parameters())
+    d = weights["query"].shape[-1]
+    signs = 1.0 - 2.0 * (torch.arange(d) % 2)
+    other = torch.randn(d, generator=torch.Generator().manual_seed(0)) + 0.5
+    probes = torch.stack([signs, -signs, other, -other])[:, None].to(like)
+    arrived: list[Tensor] = []
+    handle = projection.register_forward_pre_hook(lambda _, args: arrived.append(args[0].detach()[:, 0].double().cpu()))
+    try:
+        upper(probes)
+    finally:
+        handle.remove()
+    scale = (arrived[0][0] - arrived[0][1]) / 2 * signs
+    found, x = (arrived[0][2] - arrived[0][3]) / 2, other.double()
+    centred = x - x.mean()
+    eye = torch.eye(d, dtype=torch.float64)
+    for expected, matrix in (
+        (scale * centred / centred.square().mean().sqrt(), eye - 1 / d),  # LayerNorm
+        (scale * x / x.square().mean().sqrt(), eye),  # RMSNorm
+        (scale * x, eye),  # none: the norm stands behind the block's parts
+    ):
+        if float((found - expected).norm()) <= 1e-2 * float(found.norm()):
+            return {name: each * scale @ matrix for name, each in weights.items()}
+    raise ModelError(
+        f"{type(block).__name__} of {type(model).__name__} has something else than a norm with a scale before its attention; "
+        "what its heads read is not known."
+    )
+
+
+def _projections(model: Any, block: nn.Module) -> tuple[nn.Module, dict[Literal["query", "key", "value"], Tensor]]:
+    """A module that the attention's input enters, and the heads' weights [heads, head_dim, d_model], float64."""
+    heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
+    found: list[tuple[nn.Module, list[Tensor]]] = []
+    for module in block.modules():
+        fused = getattr(module, "c_attn", None)
+        linear = [each for x in "qkv" if isinstance(each := getattr(module, f"{x}_proj", None), nn.Linear)]
+        if isinstance(fused, Conv1D):  # [d_model, 3 d_model]
+            found.append((fused, list(fused.weight.T.chunk(3))))
+        elif len(linear) == 3:
+            found.append((linear[0], [each.weight for each in linear]))
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(block).__name__} of {type(model).__name__} has {len(found) or 'no'} attentions with weights "
+            "c_attn (GPT-2) or q_proj, k_proj and v_proj (LLaMA and its like); what heads read is known for one of those only."
+        )
+    projection, weights = found[0]
+    size = weights[0].shape[0] // heads
+    # Heads of a group have the key and value head of the group.
+    query, key, value = (
+        each.detach().double().cpu().unflatten(0, (-1, size)).repeat_interleave(heads * size // len(each), 0)
+        for each in weights
+    )
+    return projection, {"query": query, "key": key, "value": value}
 
 
 def _may_have_tokenizer(name: str) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import logging
+import math
 import shlex
 import sys
 import time
@@ -27,10 +28,11 @@ from rich.table import Table
 from fisher_ray import __version__, inspection
 from fisher_ray.cluster import RayPool, submit
 from fisher_ray.cost import HARDWARE, Hardware
+from fisher_ray.directions import cost, model_of, moved_tokens, project, read_directions, top_directions
 from fisher_ray.dispatch import LocalPool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
-from fisher_ray.report import layer_table
+from fisher_ray.report import direction_table, layer_table
 from fisher_ray.report_html import html_report
 from fisher_ray.run import open_run
 from fisher_ray.shards import Lease, RefusedError, RunStore
@@ -97,6 +99,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     validating.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="picture of deviation against step")
     validating.add_argument("--json", action="store_true", help="for machines")
     validating.set_defaults(act=_validate)
+
+    projecting = commands.add_parser(
+        "project", help="what directions move and cost; with -o where in the corpus they are"
+    )
+    projecting.add_argument("run")
+    projecting.add_argument(
+        "--directions", type=Path, metavar="FILE", help=".npy or .safetensors, one a row (eigenvectors of the mean F)"
+    )
+    projecting.add_argument("--top", type=int, default=4, help="eigenvectors to take, where no file is given (4)")
+    projecting.add_argument("--layers", help="3,6 or 0-3 (all of the run's)")
+    projecting.add_argument(
+        "-o", "--output", type=Path, metavar="FILE.parquet", help="coordinate and v^T F v of every position"
+    )
+    projecting.add_argument("--max-docs", type=int, help="documents in that table (all)")
+    projecting.add_argument("--json", action="store_true", help="for machines")
+    projecting.set_defaults(act=_project)
 
     clean = commands.add_parser("clean", help="list what killed attempts left behind, or remove it")
     clean.add_argument("run")
@@ -595,6 +613,34 @@ def _validate(given: dict[str, Any]) -> int:
             soft_wrap=True,
         )
     return COMPLETE if result.passed else FAILED
+
+
+def _project(given: dict[str, Any]) -> int:
+    run, path = open_run(given["run"]), given["directions"]
+    read = None if path is None else read_directions(path, run.d_model)
+    model = model_of(run)
+    layers = run.layers
+    if given["layers"] is not None:
+        layers = replace(run.config, layers=given["layers"]).layer_list(model.num_layers)
+    chosen = {layer: top_directions(run, layer, given["top"]) if read is None else read for layer in layers}
+    rows = []
+    costs = {layer: cost(run, layer, directions) for layer, directions in chosen.items()}
+    for layer, moved in moved_tokens(run, chosen, model).items():
+        nats, error = costs[layer].value.tolist(), costs[layer].error.tolist()
+        for i, (raised, lowered) in enumerate(moved):
+            known = {"cost": nats[i], "error": None if math.isnan(error[i]) else error[i]}
+            rows.append({"layer": layer, "direction": i, **known, "raised": raised, "lowered": lowered})
+    output = given["output"]
+    written = None if output is None else project(run, chosen, output, given["max_docs"], model)
+    if given["json"]:
+        print(json.dumps({"directions": rows, "output": output and str(output), "rows": written}))
+        return COMPLETE
+    console = _console()
+    console.print(f"{run.store.uri}: {run.status}", soft_wrap=True, highlight=False)
+    console.print(direction_table(rows))
+    if output is not None:
+        console.print(f"coordinates: {output}, {written:,} rows", soft_wrap=True, highlight=False)
+    return COMPLETE
 
 
 def _clean(given: dict[str, Any]) -> int:

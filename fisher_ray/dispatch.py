@@ -140,8 +140,9 @@ class Servant:
         return self._in_turn(finish_layers, self.plan, self.store, root)
 
     def moved_tokens(self, task: Task) -> dict[int, tuple[list[str], list[str]]]:
-        directions = {layer: read_array(self.store, layer, "eigenvectors")[:, 0].copy() for layer in self.plan.layers}
-        return self._in_turn(self.load().moved_tokens, task, directions)
+        directions = {layer: read_array(self.store, layer, "eigenvectors")[:, :1].T for layer in self.plan.layers}
+        moved = self._in_turn(self.load().moved_tokens, task, directions)
+        return {layer: tokens for layer, (tokens,) in moved.items()}
 
 
 class Pool(Protocol):

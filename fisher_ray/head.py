@@ -47,11 +47,7 @@ class Head:
 
     def predict(self, z: Float[Tensor, "n d_z"]) -> Prediction:
         """The next-token distribution at ``z``, at least in float32."""
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        if self.weight.dtype == z.dtype:
-            logits = z @ self.weight.T
-        else:
-            logits = torch.cat([z @ rows.T for _, rows in self.row_chunks(z.dtype)], -1)
+        logits = self.products(z.to(torch.promote_types(z.dtype, torch.float32)))
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1.0:
@@ -59,6 +55,12 @@ class Head:
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return Prediction(self, logits)
+
+    def products(self, z: Float[Tensor, "*n d_z"]) -> Float[Tensor, "*n vocab_size"]:
+        """``W z`` in the dtype of z."""
+        if self.weight.dtype == z.dtype:
+            return z @ self.weight.T
+        return torch.cat([z @ rows.T for _, rows in self.row_chunks(z.dtype)], -1)
 
     def row_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "chunk d_z"]]]:
         """Slices of the vocabulary with their rows of W in ``dtype``."""
@@ -133,6 +135,19 @@ class Prediction:
     def scores(self, token: Int[Tensor, "n k"]) -> Float[Tensor, "n k d_z"]:
         """``c_y = grad_z log p(y)`` for the given tokens."""
         return (self._row(token) - self._top_row).sub_(self._offset[:, None])
+
+    def variance(self, tangents: Float[Tensor, "n k d_z"]) -> Float[Tensor, "n k"]:
+        """``u^T M u``, the variance under p of ``du_y = u . c_y`` over tokens y, for k directions u a position; nats^2.
+
+        Costs 2 vocab_size d_z flop a direction.
+        """
+        rates = self.head.products(tangents.to(self.logits.dtype))
+        slope = self._slope(self.logits)
+        rates = rates * (slope[:, None] if isinstance(slope, Tensor) else slope)
+        # Relative to the likeliest token's: where p is peaked, the mean is small and nothing cancels.
+        rates = rates - rates.gather(2, self.top[:, None, None].expand(-1, rates.shape[1], 1))
+        prob = self.prob[:, None]
+        return (prob * (rates - (prob * rates).sum(-1, keepdim=True)).square()).sum(-1)
 
     def second_moment_factor(self) -> Float[Tensor, "n rank d_z"]:
         """``A`` with ``A^T A = M``: the vocabulary's weighted scores, or the Cholesky factor of M, whichever is smaller.

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from fisher_ray.plan import RunConfig
+from fisher_ray.plan import RunConfig, Task, Tasks
 from fisher_ray.reduce import FAN_IN
 from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder, task_name
 from fisher_ray.statistics import Blocks, Spectrum, spectrum
@@ -124,6 +124,12 @@ class Run:
         if not self.complete:
             return []
         return pq.read_table(pa.BufferReader(self.store.load(self._stored("reduced/summary.parquet")))).to_pylist()
+
+    def corpus_tasks(self) -> Iterator[Task]:
+        """The tasks that are done, in the order of the corpus: where in it the positions are."""
+        tasks = Tasks(self.store.load(StoredFile(**self.description["plan"])))
+        done = set(self.done_tasks)
+        return (task for task in tasks if task.id in done)
 
     # ---- means -------------------------------------------------------------------------------------------------------
 

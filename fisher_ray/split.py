@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisher_ray.architecture import (
     ModelError,
@@ -91,6 +92,25 @@ class Tape:
         padded[self._where] = cotangents.to(padded.dtype)
         grads = torch.autograd.grad(self._z, list(self._streams.values()), padded, retain_graph=True)
         return {layer: self._gathered(grad) for layer, grad in zip(self._streams, grads, strict=True)}
+
+    def push(self, layer: int, directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "n k d_z"]:
+        """``J_z v``: how fast z moves as the stream at ``layer`` moves along each of k directions, at every query.
+
+        A backward pass is linear in its cotangent, with the matrix ``J_z^T``; so its own backward pass multiplies by ``J_z``.
+        Costs one backward pass, and one of that pass, about twice as much, a direction.
+        """
+        stream = self._streams[layer]
+        row, column = (index.to(stream.device) for index in self._where)
+        cotangent = torch.zeros_like(self._z).requires_grad_()
+        with torch.enable_grad():
+            (pulled,) = torch.autograd.grad(self._z, stream, cotangent, create_graph=True)
+        moved = []
+        for direction in directions.to(stream):
+            tangent = torch.zeros_like(pulled)
+            tangent[row, column] = direction
+            (pushed,) = torch.autograd.grad(pulled, cotangent, tangent, retain_graph=True)
+            moved.append(pushed[self._where])
+        return torch.stack(moved, 1)
 
     def _gathered(self, padded: Tensor) -> Tensor:
         """The queries' rows, on z's device; a stream and its gradient live where the block below left them."""
@@ -260,6 +280,21 @@ class SplitModel:
             streams, z = self._run(input_ids, encoded, layers, hidden=hidden)
         return Tape(z, streams, (torch.arange(len(last), device=last.device), last))
 
+    def tape(
+        self,
+        input_ids: Int[Tensor, "1 seq"],
+        encoded: Mapping[str, Tensor],
+        layers: Sequence[int],
+        positions: Int[Tensor, " n"],
+    ) -> Tape:
+        """The tape of chosen positions of one sequence, whichever way this model's gradients are taken."""
+        if self.gradients == "per_position":
+            n = len(positions)
+            each = {name: value.expand(n, *value.shape[1:]) for name, value in encoded.items()}
+            with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no backward pass of their backward pass
+                return self.alone_tape(input_ids.expand(n, -1), each, layers, positions)
+        return self.own_tape(input_ids, encoded, layers, (torch.zeros_like(positions), positions))
+
     def last_tape(
         self, hidden: Float[Tensor, "batch seq d_model"], layer_idx: int, encoded: Mapping[str, Tensor], copies: int
     ) -> Tape:
@@ -284,11 +319,11 @@ class SplitModel:
         input_ids: Int[Tensor, "1 seq"],
         positions: Int[Tensor, " n"],
         layer_idx: int,
-        direction: Float[Tensor, " d_model"],
+        directions: Float[Tensor, "k d_model"],
         encoder_input_ids: Int[Tensor, "1 enc_seq"] | None = None,
         encoder_attention_mask: Bool[Tensor, "1 enc_seq"] | None = None,
-    ) -> Float[Tensor, "n vocab_size"]:
-        """``dp(y | h_t + e v, x_<t) / de`` at ``e = 0``, for every token at each position, the context held constant.
+    ) -> Float[Tensor, "k n vocab_size"]:
+        """``dp(y | h_t + e v, x_<t) / de`` at ``e = 0`` for each direction v, position and token; the context is held constant.
 
         Central differences with a step of 1e-2 of each position's own norm; ``v`` need not be a unit vector.
         """
@@ -296,33 +331,32 @@ class SplitModel:
             {} if encoder_input_ids is None else self.encode(encoder_input_ids.to(self.device), encoder_attention_mask)
         )
         stream = self.lower(input_ids, encoded, [layer_idx])[layer_idx][0, positions]
-        direction = direction.to(stream)
-        step = 1e-2 * stream.norm(dim=-1, keepdim=True) / direction.norm()
-        sides = torch.stack([stream + step * direction, stream - step * direction])
-        z = self.moved(input_ids, encoded, positions, layer_idx, sides)
-        above, below = (self.head.predict(side).prob for side in z)
+        along = directions.to(stream)[:, None]
+        step = 1e-2 * stream.norm(dim=-1, keepdim=True) / along.norm(dim=-1, keepdim=True)
+        sides = torch.cat([stream + step * along, stream - step * along])
+        moved = self.replaced(input_ids, positions, layer_idx, sides, encoded)
+        above, below = torch.stack([self.head.predict(z).prob for z in moved]).chunk(2)
         return (above - below) / (2 * step)
 
     @torch.no_grad()
-    def moved(
+    def replaced(
         self,
         input_ids: Int[Tensor, "1 seq"],
-        encoded: Mapping[str, Tensor],
         positions: Int[Tensor, " n"],
         layer_idx: int,
-        streams: Float[Tensor, "k n d_model"],
-    ) -> Float[Tensor, "k n d_z"]:
-        """Final hidden states with other residual streams at chosen positions, the context held constant.
+        streams: Float[Tensor, "m n d_model"],
+        encoded: Mapping[str, Tensor],
+    ) -> Float[Tensor, "m n d_z"]:
+        """Final hidden states with other residual streams at chosen positions, each without the others, the context constant.
 
         Args:
             input_ids: the tokens that the context is made of.
-            encoded: of the encoder, see :meth:`encode`.
-            positions: where streams are replaced, each without the others.
+            positions: where streams are replaced.
             layer_idx: at which they are replaced.
-            streams: k of them for each position.
+            streams: m of them for each position.
+            encoded: of the encoder, see :meth:`encode`.
         """
-        k, n, _ = streams.shape
-        queries, at = streams.flatten(0, 1), positions.repeat(k)
+        queries, at = streams.flatten(0, 1), positions.repeat(len(streams))
         if self.gradients == "per_position":
             stream = self.lower(input_ids, encoded, [layer_idx])[layer_idx]
             parts: list[Tensor] = []
@@ -338,7 +372,7 @@ class SplitModel:
             with attention_mode(self.model, "replay", context, at[None]):
                 _, replayed = self._run(input_ids[:, at], encoded, (), at[None], (layer_idx, queries[None]))
             z = replayed[0]
-        return z.unflatten(0, (k, n))
+        return z.unflatten(0, streams.shape[:2])
 
     def lower(
         self, input_ids: Int[Tensor, "batch seq"], encoded: Mapping[str, Tensor], layers: Sequence[int]

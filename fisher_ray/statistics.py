@@ -169,6 +169,13 @@ def _quadratic(vectors: Tensor, matrix: Tensor) -> Tensor:
     return (vectors * (matrix @ vectors)).sum(0)
 
 
+def quadratic_form(blocks: Blocks, directions: Tensor) -> Estimate:
+    """``v^T F v`` with the mean F for directions [k, d], one a row; nats^2 per squared unit of v."""
+    means = [blocks.mean("fisher"), *(blocks.mean("fisher", without=block) for block in blocks.sums if len(blocks) > 1)]
+    value, *without = (_quadratic(directions.mT, mean) for mean in means)
+    return jackknife(value, torch.stack(without or [value]), blocks.weights)
+
+
 def half_angles(blocks: Blocks, count: int, splits: int = 8, seed: int = 0) -> np.ndarray:
     """Angles in degrees between each of the first ``count`` eigenvectors of random halves of the corpus; [splits, count].
 

@@ -486,7 +486,7 @@ def _log_probs(
         encoded = model.encode(*(tensor.to(model.device) for tensor in place.encoder.values()))
     at = torch.tensor([place.at], device=model.device)
     with full_precision():
-        z = model.moved(place.ids, encoded, at, layer, streams[:, None])[:, 0]
+        z = model.replaced(place.ids, at, layer, streams[:, None], encoded)[:, 0]
         return torch.cat(
             [model.head.predict(some).logits.double().log_softmax(-1) for some in z.split(model.head.rows())]
         )

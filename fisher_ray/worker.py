@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
-from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, Task, position_bucket
+from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, RunConfig, Task, position_bucket
 from fisher_ray.scores import Scores, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
@@ -42,6 +42,27 @@ InTurn = Callable[..., Any]
 def at_once(function: Callable[..., Any], *args: Any) -> Any:
     """The turn of a process that does one thing at a time."""
     return function(*args)
+
+
+def load_model(config: RunConfig) -> SplitModel:
+    """The model of a run, in a process that gives the same bits each time."""
+    deterministic_kernels()
+    torch.set_num_threads(config.cpus_per_actor)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "this run computes on GPUs and a worker found none: torch.cuda.is_available() is false. Check the driver and "
+            "the image of that node, or run on CPUs (--device cpu)."
+        )
+    several = (config.gpus_per_actor or 0) > 1 and config.device == "cuda"
+    return SplitModel.from_pretrained(
+        config.model,
+        device=None if several else config.device,
+        device_map="auto" if several else None,
+        dtype=config.dtype,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        gradients=config.gradients,
+    )
 
 
 @dataclass
@@ -81,30 +102,14 @@ class Worker:
     Args:
         plan: what is run; its sources are not needed here.
         store: where shards go.
+        model: the plan's model, where it is loaded already.
     """
 
-    def __init__(self, plan: Plan, store: RunStore):
+    def __init__(self, plan: Plan, store: RunStore, model: SplitModel | None = None):
         self.plan, self.config, self.store = plan, plan.config, store
-        config = self.config
-        deterministic_kernels()
-        torch.set_num_threads(config.cpus_per_actor)
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                "this run computes on GPUs and a worker found none: torch.cuda.is_available() is false. Check the driver and "
-                "the image of that node, or run on CPUs (--device cpu)."
-            )
-        several = (config.gpus_per_actor or 0) > 1 and config.device == "cuda"
-        self.model = SplitModel.from_pretrained(
-            config.model,
-            device=None if several else config.device,
-            device_map="auto" if several else None,
-            dtype=config.dtype,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            gradients=config.gradients,
-        )
+        self.model = load_model(self.config) if model is None else model
         self.layers = plan.layers
-        self.max_seq_len, self.stride = config.window(plan.facts)
+        self.max_seq_len, self.stride = self.config.window(plan.facts)
         self.sink = _sink(self.model)
         self.provenance = {
             "device": torch.cuda.get_device_name(self.model.device) if self.model.device.type == "cuda" else "cpu",
@@ -236,27 +241,33 @@ class Worker:
 
     def moved_tokens(
         self, task: Task, directions: Mapping[int, np.ndarray], num_windows: int = 8, num_positions: int = 16
-    ) -> dict[int, tuple[list[str], list[str]]]:
-        """Tokens that a step along each layer's direction raises and lowers most, through the model's own upper layers.
+    ) -> dict[int, list[tuple[list[str], list[str]]]]:
+        """Tokens that a step along each of a layer's directions raises and lowers most, through the model's own upper layers.
 
         Ranked by ``dp(y)/de`` at ``h + e v``, averaged over scored positions spread over a task's first windows.
 
+        Args:
+            directions: per layer [k, d_model].
+
         Returns:
-            per layer: the five tokens raised and the five lowered, most first.
+            per layer and direction: the five tokens raised and the five lowered, most first.
         """
         rates: dict[int, list[Tensor]] = {layer: [] for layer in directions}
-        for _, window, encoder in islice(self.windows(task), num_windows):
+        for _, window, encoded in islice(self.windows(task), num_windows):
             ids = torch.tensor([window.ids], device=self.model.device)
             spread = window.scored[:: -(-len(window.scored) // num_positions)]
             at = torch.tensor(spread, device=self.model.device)
-            for layer, direction in directions.items():
-                along = torch.from_numpy(direction).to(self.model.device)
-                rates[layer].append(self.model.probability_rates(ids, at, layer, along, **encoder))
-        moved = {}
-        for layer, each in rates.items():
-            ranked = torch.cat(each).nan_to_num().mean(0).argsort().tolist()
-            moved[layer] = ([self._text(t) for t in ranked[:-6:-1]], [self._text(t) for t in ranked[:5]])
-        return moved
+            for layer, rows in directions.items():
+                along = torch.tensor(rows, device=self.model.device)
+                rates[layer].append(self.model.probability_rates(ids, at, layer, along, **encoded))
+
+        def extremes(rate: Tensor) -> tuple[list[str], list[str]]:
+            ranked = rate.argsort().tolist()
+            return [self.text(t) for t in ranked[:-6:-1]], [self.text(t) for t in ranked[:5]]
+
+        return {
+            layer: [extremes(rate) for rate in torch.cat(each, 1).nan_to_num().mean(1)] for layer, each in rates.items()
+        }
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
@@ -271,6 +282,7 @@ class Worker:
             yield work.documents[window.document].id, window, self._encoded([i], work)
 
     def _tokenize(self, task: Task) -> _Tokenized:
+        """A task's documents as tokens, and their windows."""
         positions = Positions(self.config.positions)
         first = 1 if self.config.token_source == "sampled" and self.sink is None else 0
         work = _Tokenized([], [], [], [])
@@ -307,7 +319,8 @@ class Worker:
             )
         return list(self.model.tokenizer(document.content, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _text(self, token: int) -> str:
+    def text(self, token: int) -> str:
+        """A token as text; its number where the model has no tokenizer."""
         if self.model.tokenizer is None:
             return str(token)
         return str(self.model.tokenizer.decode([token], clean_up_tokenization_spaces=False))
@@ -376,7 +389,7 @@ class Worker:
             "document": [document.id for document in documents],
             "position": [w.start + t - w.sink for w, t in zip(chosen, where[1].tolist(), strict=True)],
             "token": tokens,
-            "text": [self._text(token) for token in tokens],
+            "text": [self.text(token) for token in tokens],
             "context": where[1].astype(np.int32),
         }
         for i, column in enumerate(self.config.columns):

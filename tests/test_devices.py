@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import oracles
 import pytest
 import torch
 import transformers as tf
@@ -144,7 +145,8 @@ def test_other_ways_in(name: str, gradients: Any, unchecked_shapes: None):
             before,
             upper(hidden[:, -1], hidden[:, :-1], **encoded),
             upper.jacobian(hidden[:, -1], hidden[:, :-1], **encoded),
-            split.probability_rates(ids, at, 1, direction, **encoder(split, 1)),
+            split.probability_rates(ids, at, 1, direction[None], **encoder(split, 1)),
+            split.tape(ids, oracles.encoded(split, encoder(split, 1)), [1], at).push(1, direction[None]),
             score_factors(split, IDS, layers=[1], estimator=Sampled(2), positions=[5], **encoder(split)),
         ]
 

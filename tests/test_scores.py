@@ -380,7 +380,7 @@ def test_probability_rates_are_directional_derivatives(models: Models):
         for layer in (0, 2):
             encoder = batch.encoder_of(0)
             arguments = [encoder["encoder_input_ids"], encoder["encoder_attention_mask"].bool()] if encoder else []
-            rates = split.probability_rates(batch.rows[0][None], torch.tensor([1, 5, 8]), layer, v, *arguments)
+            rates = split.probability_rates(batch.rows[0][None], torch.tensor([1, 5, 8]), layer, v[None], *arguments)[0]
             for n, position in enumerate((1, 5, 8)):
                 truth = oracles.one_position(split, batch.rows[0], position, [layer], encoder)
                 expected = truth.prob * (truth.scores[layer] @ v)

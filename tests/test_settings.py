@@ -214,8 +214,10 @@ def test_token_ids_without_a_tokenizer(ending: str, tmp_path: Path) -> None:
     assert [r["token"] for r in rows] == ids.flatten().tolist() and [r["text"] for r in rows] == list(
         map(str, ids.flat)
     )
-    moved = Worker(outcome.plan, outcome.store).moved_tokens(outcome.plan.make_tasks()[0], {2: np.eye(jobs.D_MODEL)[0]})
-    assert all(0 <= int(token) < VOCAB for tokens in moved[2] for token in tokens)
+    moved = Worker(outcome.plan, outcome.store).moved_tokens(
+        outcome.plan.make_tasks()[0], {2: np.eye(jobs.D_MODEL)[:1]}
+    )
+    assert all(0 <= int(token) < VOCAB for tokens in moved[2][0] for token in tokens)
 
 
 def test_positions_that_are_not_finite_are_left_out_and_counted(

@@ -230,7 +230,7 @@ def test_another_stored_matrix_does_not_pass(
 ) -> None:
     run = open_run(made("gpt2") if save == "matrices" else made("gpt2", save=save))
     assert validate.validate(run, [2], num_positions=2).layers[2].stored.max() < 1e-5
-    right_matrices, right_rows = Run.matrices, Run.task_positions
+    right_matrices, right_rows = Run.matrices, Run.table
 
     def matrices(self: Run, *args: Any) -> Any:
         return (Shard(shard.table, shard.array * 1.01) for shard in right_matrices(self, *args))
@@ -241,7 +241,7 @@ def test_another_stored_matrix_does_not_pass(
         return table.set_column(at, "trace", [table["trace"].to_numpy() * np.float32(1.01)])
 
     monkeypatch.setattr(Run, "matrices", matrices)
-    monkeypatch.setattr(Run, "task_positions", rows)
+    monkeypatch.setattr(Run, "table", rows)
     test = validate.validate(run, [2], num_positions=2).layers[2]
     assert test.failures == ["stored F is another"]
     np.testing.assert_allclose(test.stored, 0.01, rtol=1e-3)

@@ -1,0 +1,695 @@
+"""What directions of a run's residual streams mean: what they move, where they matter, what a step along one costs.
+
+A direction is a row ``v [d_model]``; directions of one layer are rows of a matrix. ``v^T F_t v`` is how fast the prediction at
+position t changes along v: with ``u = J_z v`` it is the variance under p of the change of the logits, ``u^T M u``. So it
+takes a product with ``J_z`` a direction, and no factor of F.
+
+What asks for a model takes the run's own, loaded each time; give it as ``model`` to load it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from heapq import nlargest
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from fisher_ray.architecture import ModelError, ModelFacts, attention_reading, weights_digest
+from fisher_ray.corpus import Window
+from fisher_ray.estimators import Exact
+from fisher_ray.head import Prediction
+from fisher_ray.plan import Plan
+from fisher_ray.run import Run
+from fisher_ray.scores import iter_scores, score_factors
+from fisher_ray.spectrum import symmetric_eigh
+from fisher_ray.split import SplitModel, Tape, full_precision
+from fisher_ray.statistics import Estimate, jackknife, quadratic_form
+from fisher_ray.worker import Worker, load_model
+
+# Share of the mean eigenvalue that is added to every one before F is inverted: directions along which F is next to nothing
+# would otherwise take steps far beyond where F describes the output. Fixed before anything was measured with it.
+DAMPING = 1e-2
+
+_SHOWN = 12  # tokens before a position
+_SPREAD = 16  # positions a window that steps are tried at
+_PUSH = 3  # backward passes that a product with J_z costs; factors of F cost d_model
+_TABLE = 1 << 18  # rows of a table in memory
+
+COORDINATES_SCHEMA = pa.schema(
+    [
+        ("document", pa.string()),
+        ("position", pa.int32()),
+        ("layer", pa.int16()),
+        ("token", pa.int32()),
+        ("text", pa.string()),
+        ("direction", pa.int32()),
+        ("coordinate", pa.float32()),
+        ("sensitivity", pa.float32()),
+    ],
+    metadata={"fisher_ray.schema": "coordinates.1"},
+)
+
+
+# ---- which directions ----------------------------------------------------------------------------------------------------
+
+
+def top_directions(run: Run, layer: int, k: int) -> Float[np.ndarray, "k d_model"]:
+    """The k leading eigenvectors of the mean F as rows, each with its largest entry positive.
+
+    Raises:
+        ValueError: no such layer, or k is not in [1, d_model].
+    """
+    if not 1 <= k <= run.d_model:
+        raise ValueError(f"the number of directions must be in [1, {run.d_model}], got {k}.")
+    return _eigenvectors(run, layer)[1].mT[:k].numpy()
+
+
+def read_directions(path: str | Path, d_model: int) -> Float[np.ndarray, "k d_model"]:
+    """Directions, one a row, from an .npy file or from the one matrix of that width in a .safetensors file.
+
+    Raises:
+        ValueError: no such file, not one of those, another width, or numbers that are not finite.
+    """
+    path = Path(path)
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else {path.name: np.load(path, allow_pickle=False)}
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot read directions from {path}: {error} Expected .npy or .safetensors with rows of {d_model} numbers."
+        ) from error
+    fitting = [array for array in tensors.values() if array.ndim == 2 and array.shape[1] == d_model and len(array)]
+    if len(fitting) != 1:
+        found = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(tensors.items())) or "nothing"
+        raise ValueError(
+            f"{path} must hold one matrix of directions [n, {d_model}], one a row, for this run's d_model of {d_model}; "
+            f"it holds {found}. Put the rows wanted in a file of their own."
+        )
+    rows = fitting[0].astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise ValueError(f"directions in {path} must be finite; rows {_bad_rows(rows)} are not.")
+    return rows
+
+
+def _bad_rows(rows: np.ndarray) -> str:
+    bad = np.flatnonzero(~np.isfinite(rows).all(1))
+    return ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
+
+
+def _check(run: Run, layer: int, directions: np.ndarray) -> None:
+    if layer not in run.layers or directions.ndim != 2 or directions.shape[1] != run.d_model:
+        raise ValueError(
+            f"directions must be [k, {run.d_model}] at layers of {run.layers}, got {list(directions.shape)} at layer {layer}."
+        )
+
+
+def _eigenvectors(run: Run, layer: int) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    return symmetric_eigh(torch.from_numpy(np.array(run.fisher(layer))))
+
+
+# ---- the run's corpus, read again ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """One window of a document, as it goes through the model.
+
+    Attributes:
+        document: its id.
+        window: tokens, and which of them are scored.
+        ids: [1, seq].
+        at: [n], window positions that are scored.
+        encoder: what the scores' functions take of an encoder-decoder's other tokens.
+        encoded: the encoder's output for them.
+    """
+
+    document: str
+    window: Window
+    ids: Tensor
+    at: Tensor
+    encoder: Mapping[str, Any]
+    encoded: Mapping[str, Tensor]
+
+    def spread(self) -> Int[Tensor, " few"]:
+        """At most 16 of its scored positions."""
+        return self.at[:: -(-len(self.at) // _SPREAD)]
+
+    def position(self, t: int) -> int:
+        """Document position of a window position."""
+        return self.window.start + t - self.window.sink
+
+
+def model_of(run: Run) -> SplitModel:
+    """The run's own model, on whatever device there is here.
+
+    Raises:
+        ModelError: it is gone, or its weights are no longer those of the run.
+    """
+    config = run.config
+    if weights_digest(config.model, config.revision) != run.description["result_fields"]["weights"]:
+        raise ModelError(
+            f"the weights of {config.model} are not those that {run.store.uri} was made with. Put those back, or run again in "
+            "another directory."
+        )
+    return load_model(replace(config, device=None, gpus_per_actor=None))
+
+
+class _Corpus:
+    """The documents of a run's finished tasks, and the model that reads them."""
+
+    def __init__(self, run: Run, model: SplitModel | None):
+        self.run, self.model = run, model or model_of(run)
+        facts = ModelFacts.of(self.model.model.config)
+        if facts.d_model != run.d_model or max(run.layers) > facts.num_layers:
+            raise ValueError(
+                f"the run is of {run.config.model}, width {run.d_model} and layers up to {max(run.layers)}; the model given, "
+                f"{self.model.label}, has width {facts.d_model} and {facts.num_layers} blocks. Give the run's own."
+            )
+        self.worker = Worker(Plan(run.config, facts), run.store, self.model)
+
+    def passages(self, documents: int | None = None) -> Iterator[_Passage]:
+        """Windows in the order of the corpus; of the first so many documents that have one."""
+        seen, last = 0, ""
+        for task in self.run.corpus_tasks():
+            for document, window, arguments in self.worker.windows(task):
+                seen, last = seen + (document != last), document
+                if documents is not None and seen > documents:
+                    return
+                ids = torch.tensor([window.ids], device=self.model.device)
+                at = torch.tensor(window.scored, device=self.model.device)
+                encoder = {name: value.to(self.model.device) for name, value in arguments.items()}
+                encoded = self.model.encode(*encoder.values()) if encoder else {}
+                yield _Passage(document, window, ids, at, encoder, encoded)
+
+
+def _sensitivities(model: SplitModel, tape: Tape, layer: int, directions: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
+    """``v^T F_t v`` exactly, at every query of a tape; nats^2 per squared unit of v."""
+    pushed = tape.push(layer, directions)
+    rows = max(1, model.head.rows() // len(directions))
+    parts = [model.head.predict(z).variance(u) for z, u in zip(tape.z.split(rows), pushed.split(rows), strict=True)]
+    return torch.cat(parts)
+
+
+# ---- what they move, and where -------------------------------------------------------------------------------------------
+
+
+def moved_tokens(
+    run: Run, directions: Mapping[int, Float[np.ndarray, "k d_model"]], model: SplitModel | None = None
+) -> dict[int, list[tuple[list[str], list[str]]]]:
+    """Tokens that a step along each direction raises and lowers most, through the model's own upper layers.
+
+    ``dp(y)/de`` at ``h + e v``, averaged over up to 128 positions of the first task that has one.
+
+    Args:
+        run: whose corpus the positions are of.
+        directions: per layer, one a row.
+        model: the run's.
+
+    Returns:
+        per layer and direction: the five tokens raised and the five lowered, most first.
+
+    Raises:
+        ValueError: no task is done that has positions.
+    """
+    for layer, each in directions.items():
+        _check(run, layer, each)
+    corpus = _Corpus(run, model)
+    for task in run.corpus_tasks():
+        if next(corpus.worker.windows(task), None) is not None:
+            return corpus.worker.moved_tokens(task, directions)
+    raise ValueError(f"no position of {run.store.uri} is scored yet.")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A position of the corpus where a direction matters.
+
+    Attributes:
+        sensitivity: ``v^T F_t v``, nats^2 per squared unit of v.
+        before: the text before it, up to twelve tokens.
+        text: the token there.
+    """
+
+    document: str
+    position: int
+    sensitivity: float
+    before: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Strongest:
+    """Where a direction is strongest, most first, and what that was read from, in words."""
+
+    places: list[Place]
+    source: str
+
+
+def strongest(
+    run: Run,
+    layer: int,
+    direction: Float[np.ndarray, " d_model"],
+    count: int = 10,
+    documents: int = 50,
+    model: SplitModel | None = None,
+) -> Strongest:
+    """The positions of the corpus with the largest ``v^T F_t v = |G_t v|^2``.
+
+    From the factors or matrices of all positions where the run has kept them, with its estimator's error; else computed
+    again, exactly, over the first documents.
+
+    Args:
+        run: an open run.
+        layer: one of its layers.
+        direction: v.
+        count: positions wanted.
+        documents: read at most, where nothing was kept.
+        model: the run's; not needed where factors or matrices were kept.
+    """
+    _check(run, layer, direction[None])
+    kept = run.config.save != "summary"
+    found = _kept(run, layer, direction, count) if kept else _recomputed(run, layer, direction, count, documents, model)
+    source = f"the {run.config.save} of all positions" if kept else f"the first {documents} documents, computed again"
+    estimator = run.config.estimator if kept else "exact"
+    return Strongest(nlargest(count, found, key=lambda place: place.sensitivity), f"{source} ({estimator})")
+
+
+def _kept(run: Run, layer: int, direction: np.ndarray, count: int) -> Iterator[Place]:
+    """The strongest positions of each task, from what it has saved."""
+    for shard in run.factors(layer) if run.config.save == "factors" else run.matrices(layer):
+        along = shard.array @ direction
+        values = np.square(along).sum(-1) if run.config.save == "factors" else along @ direction
+        document, position, text = (shard.table[name].to_pylist() for name in ("document", "position", "text"))
+        for i in np.argsort(-values)[:count].tolist():
+            # Text that lies before it in the same document, as far as it was scored.
+            first = i
+            while first > max(0, i - _SHOWN) and (document[first - 1], position[first - 1]) == (
+                document[i],
+                position[first] - 1,
+            ):
+                first -= 1
+            yield Place(document[i], position[i], float(values[i]), "".join(text[first:i]), text[i])
+
+
+def _recomputed(
+    run: Run, layer: int, direction: np.ndarray, count: int, documents: int, model: SplitModel | None
+) -> Iterator[Place]:
+    """The strongest positions of each window."""
+    corpus = _Corpus(run, model)
+    along = {layer: torch.tensor(direction[None], device=corpus.model.device)}
+    for passage in corpus.passages(documents):
+        for _, at, _, sensitivity in _measured(corpus, passage, along):
+            values = sensitivity[:, 0].nan_to_num(-1)
+            for i in values.argsort(descending=True)[:count].tolist():
+                t = int(at[i])
+                texts = [corpus.worker.text(token) for token in passage.window.ids[: t + 1]]
+                before = "".join(texts[max(passage.window.sink, t - _SHOWN) : t])
+                yield Place(passage.document, passage.position(t), float(values[i]), before, texts[t])
+
+
+def project(
+    run: Run,
+    directions: Mapping[int, Float[np.ndarray, "k d_model"]],
+    output: str | Path,
+    documents: int | None = None,
+    model: SplitModel | None = None,
+) -> int:
+    """Coordinates ``h_t . v`` and exact ``v^T F_t v`` of every position of the corpus, as a Parquet table.
+
+    One window is in memory at a time; the file appears when it is whole. The rows hold :data:`COORDINATES_SCHEMA`, v as it is
+    given: a direction twice as long has twice the coordinate and four times the sensitivity. Tokens are the corpus's own, also
+    for a run with ``token_source="sampled"``. Costs a forward pass, and three backward passes a direction and layer or those
+    of :class:`fisher_ray.Exact`, whichever is less.
+
+    Args:
+        run: an open run.
+        directions: per layer, one a row.
+        output: the file.
+        documents: the first so many; default: all of the tasks that are done.
+        model: the run's.
+
+    Returns:
+        rows written. Positions where something is not finite have none.
+
+    Raises:
+        ValueError: a layer that the run has not, or directions of another width.
+    """
+    for layer, each in directions.items():
+        _check(run, layer, each)
+    corpus, output = _Corpus(run, model), Path(output)
+    rows = {layer: torch.tensor(directions[layer], device=corpus.model.device) for layer in sorted(directions)}
+    written, unfinished = 0, output.with_name(output.name + ".part")
+    try:
+        with pq.ParquetWriter(unfinished, COORDINATES_SCHEMA, compression="zstd") as writer:
+            for passage in corpus.passages(documents):
+                for layer, *measured in _measured(corpus, passage, rows):
+                    for table in _coordinates(corpus, passage, layer, *measured):
+                        writer.write_table(table)
+                        written += len(table)
+        unfinished.replace(output)
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error}. Expected a path in a folder that exists.") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return written
+
+
+def _measured(
+    corpus: _Corpus, passage: _Passage, directions: Mapping[int, Tensor]
+) -> Iterator[tuple[int, Int[Tensor, " n"], Float[Tensor, "n k"], Float[Tensor, "n k"]]]:
+    """(layer, window positions, coordinates, sensitivities), by products with J_z or by factors, whichever is cheaper."""
+    model, layers = corpus.model, list(directions)
+    most = max(map(len, directions.values()))
+    # A row and a graph for every position is more than may fit; scores are cut to what does.
+    if model.gradients == "own_position" and _PUSH * most < model.d_model:
+        with full_precision():
+            tape = model.tape(passage.ids, passage.encoded, layers, passage.at)
+            for layer, rows in directions.items():
+                stream = tape.streams[layer]
+                yield layer, passage.at, stream @ rows.mT.to(stream), _sensitivities(model, tape, layer, rows)
+        return
+    at = passage.at.tolist()
+    for scores in iter_scores(model, passage.ids, layers=layers, estimator=Exact(), positions=at, **passage.encoder):
+        for layer, rows in directions.items():
+            along = rows.mT.to(scores.factors[layer])
+            sensitivity = torch.stack([(g @ along).square().sum(0) for g in scores.factors[layer]])
+            yield layer, scores.position, scores.activations[layer][:, 0] @ along, sensitivity
+
+
+def _coordinates(
+    corpus: _Corpus,
+    passage: _Passage,
+    layer: int,
+    at: Int[Tensor, " n"],
+    coordinate: Float[Tensor, "n k"],
+    sensitivity: Float[Tensor, "n k"],
+) -> Iterator[pa.Table]:
+    """One row a position and direction; a table for each few positions, so that many directions take no more memory."""
+    finite = (sensitivity.isfinite() & coordinate.isfinite()).all(1)
+    for some in finite.nonzero()[:, 0].cpu().split(max(1, _TABLE // sensitivity.shape[1])):
+        where = at.cpu()[some].tolist()
+        tokens = [passage.window.ids[t] for t in where]
+        one_each = {
+            "document": [passage.document] * len(where),
+            "position": [passage.position(t) for t in where],
+            "layer": [layer] * len(where),
+            "token": tokens,
+            "text": [corpus.worker.text(token) for token in tokens],
+        }
+        k = sensitivity.shape[1]
+        fields = [COORDINATES_SCHEMA.field(name) for name in one_each]
+        repeated = pa.table(one_each, pa.schema(fields)).take(np.repeat(np.arange(len(where)), k))
+        numbers = [values.cpu()[some].flatten().float().numpy() for values in (coordinate, sensitivity)]
+        directions = np.tile(np.arange(k, dtype=np.int32), len(where))
+        yield pa.Table.from_arrays([*repeated.columns, directions, *numbers], schema=COORDINATES_SCHEMA)
+
+
+# ---- what a step costs ---------------------------------------------------------------------------------------------------
+
+
+def cost(run: Run, layer: int, direction: Float[np.ndarray, "*k d_model"]) -> Estimate:
+    """``v^T F v / 2`` with the mean F: what the step v costs in output, ``KL(p(h) || p(h + v))`` to second order, nats.
+
+    Args:
+        run: an open run.
+        layer: one of its layers.
+        direction: v, or several, one a row.
+
+    Returns:
+        the mean over positions of the corpus, with its jackknife standard error.
+
+    Raises:
+        ValueError: no such layer, or another width.
+    """
+    rows = np.atleast_2d(np.asarray(direction, np.float64))
+    _check(run, layer, rows)
+    whole = quadratic_form(run.blocks(layer), torch.from_numpy(rows))
+    shape = direction.shape[:-1]
+    return Estimate(whole.value.reshape(shape) / 2, whole.error.reshape(shape) / 2, whole.blocks)
+
+
+@dataclass(frozen=True)
+class SafeDirections:
+    """A subspace in which steps change the output little, and what steps in it were measured to do.
+
+    Attributes:
+        vectors: [m, d_model], orthonormal rows.
+        share: of tr F that it holds.
+        norm: of the steps tried.
+        kl: ``KL(p(h) || p(h + v))`` of steps of that norm in it, nats; mean over positions, standard error over documents.
+        random_kl: the same in random subspaces of m dimensions, drawn anew for each window.
+        predicted, random_predicted: what ``v^T F v / 2`` makes of them.
+    """
+
+    vectors: np.ndarray
+    share: float
+    norm: float
+    kl: Estimate
+    random_kl: Estimate
+    predicted: float
+    random_predicted: float
+
+
+def safe_directions(
+    run: Run,
+    layer: int,
+    share: float,
+    norm: float | None = None,
+    documents: int = 16,
+    seed: int = 0,
+    model: SplitModel | None = None,
+) -> SafeDirections:
+    """The largest bottom eigenspace of the mean F that holds at most ``share`` of its trace, verified by KL.
+
+    Args:
+        run: an open run.
+        layer: one of its layers.
+        share: in (0, 1).
+        norm: of the steps that it is verified with; default: a tenth of the standard deviation of h, ``sqrt(tr Sigma) / 10``.
+        documents: that it is verified on, the first of the corpus.
+        seed: of the steps.
+        model: the run's.
+
+    Raises:
+        ValueError: a share out of range, or one that the smallest eigenvalue exceeds by itself.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be in (0, 1), got {share}.")
+    values, vectors = _eigenvectors(run, layer)
+    held = values.clamp_min(0).flip(0).cumsum(0) / values.clamp_min(0).sum()
+    m = int((held <= share).sum())
+    if m == 0:
+        raise ValueError(
+            f"the smallest eigenvalue at layer {layer} holds {float(held[0]):.2g} of the trace, more than {share:g}. "
+            "Allow a larger share."
+        )
+    if norm is None:
+        norm = 0.1 * float(np.trace(run.activation(layer)[1])) ** 0.5
+    bottom = vectors[:, -m:].flip(1)
+    generator = torch.Generator().manual_seed(seed)
+    corpus = _Corpus(run, model)
+    sums: dict[str, list[float]] = {}
+    for passage in corpus.passages(documents):
+        at = passage.spread()
+        basis = torch.linalg.qr(torch.randn(run.d_model, m, generator=generator, dtype=torch.float64))[0]
+        coefficients = torch.randn(2, m, len(at), generator=generator, dtype=torch.float64)
+        steps = torch.stack([space @ each for space, each in zip((bottom, basis), coefficients, strict=True)]).mT
+        steps = torch.cat([torch.zeros_like(steps[:1]), norm * steps / steps.norm(dim=-1, keepdim=True)])
+        with full_precision():
+            h = corpus.model.lower(passage.ids, passage.encoded, [layer])[layer][0, at]
+            moved = corpus.model.replaced(passage.ids, at, layer, h + steps.to(h), passage.encoded)
+            before, *after = (corpus.model.head.predict(z) for z in moved)
+        kl = torch.stack([_kl(before, other) for other in after])
+        kept = kl[:, kl.isfinite().all(0)]
+        total = sums.setdefault(passage.document, [0.0, 0.0, 0])
+        sums[passage.document] = [
+            total[0] + float(kept[0].sum()),
+            total[1] + float(kept[1].sum()),
+            total[2] + kept.shape[1],
+        ]
+    each = torch.tensor([row for row in sums.values() if row[2]], dtype=torch.float64)
+    if not len(each):
+        raise ValueError(f"no position of {run.store.uri} is scored yet at layer {layer}.")
+    whole = each.sum(0)
+    rest = whole - each if len(each) > 1 else each
+    both = jackknife(whole[:2] / whole[2], rest[:, :2] / rest[:, 2:], each[:, 2].numpy())
+    estimates = [
+        Estimate(np.asarray(v), np.asarray(e), both.blocks) for v, e in zip(both.value, both.error, strict=True)
+    ]
+    trace = float(values.sum())
+    return SafeDirections(
+        bottom.mT.numpy(),
+        float(held[m - 1]),
+        norm,
+        kl=estimates[0],
+        random_kl=estimates[1],
+        predicted=norm**2 * float(held[m - 1]) * trace / m / 2,
+        random_predicted=norm**2 * trace / run.d_model / 2,
+    )
+
+
+def _kl(p: Prediction, q: Prediction, without: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
+    """``KL(p || q)`` a position, nats; where a token is named, over the others, renormalised.
+
+    In float64: it is a small difference.
+    """
+    logits = [each.logits.double() for each in (p, q)]
+    if without is not None:
+        logits = [each.scatter(1, without[:, None], -torch.inf) for each in logits]
+    log_p, log_q = (each.log_softmax(-1) for each in logits)
+    return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0)).sum(-1)
+
+
+# ---- who reads them, and where they go -----------------------------------------------------------------------------------
+
+
+def reading_heads(
+    model: SplitModel, run: Run, layer: int, k: int
+) -> dict[Literal["query", "key", "value"], Float[np.ndarray, " heads"]]:
+    """How much of what each attention head of block ``layer`` reads lies in the top-k eigenspace of the mean F there.
+
+    The share is ``|W_a U|_F^2 / |W_a|_F^2``, with ``U [d_model, k]`` the eigenvectors and ``W_a [head_dim, d_model]`` the
+    head's rows of the query, key or value projection times the linear part of the block's input norm: its scale, and for a
+    LayerNorm the subtraction of the mean. (The division by the size of h is one number a position and changes no share.)
+    Weights that point anywhere have ``k / d_model``.
+
+    Returns:
+        shares in [0, 1], one a query head; heads that share a key and value head have its share.
+
+    Raises:
+        ValueError: the run has no such layer, or no block reads it.
+        ModelError: an attention whose weights this package does not know.
+    """
+    if not 0 <= layer < model.num_layers:
+        raise ValueError(f"layer must be in [0, {model.num_layers}), the blocks of {model.name}, got {layer}.")
+    top = torch.tensor(top_directions(run, layer, k)).mT
+    weights = attention_reading(model.model, model.blocks[layer], lambda h: model.upper(h, layer, {}))
+    return {
+        name: ((each @ top).square().sum((1, 2)) / each.square().sum((1, 2))).numpy() for name, each in weights.items()
+    }
+
+
+def overlaps(run: Run, k: int) -> tuple[Float[np.ndarray, "L L"], float]:
+    """How much of one layer's top-k eigenspace lies in another's, ``|U_i^T U_j|_F^2 / k``, for all pairs of the run's layers.
+
+    Returns:
+        the matrix, 1 on its diagonal; and ``k / d_model``, what random subspaces have in the mean.
+    """
+    tops = torch.tensor(np.stack([top_directions(run, layer, k) for layer in run.layers]))
+    products = torch.einsum("ikd,jld->ijkl", tops, tops)
+    return products.square().sum((2, 3)).numpy() / k, k / run.d_model
+
+
+# ---- steering ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Steps that raise tokens' log-probability, at n positions.
+
+    Attributes:
+        steps: [n, d_model].
+        gain: [n], of log p of the target, nats, as measured; NaN where no step along that direction reached what was asked.
+        kl_others: [n], KL over the other tokens, renormalised: what else the step has changed, nats.
+    """
+
+    steps: Tensor
+    gain: Tensor
+    kl_others: Tensor
+
+
+def steer(
+    model: SplitModel,
+    run: Run,
+    layer: int,
+    input_ids: Int[Tensor, "1 seq"],
+    positions: Int[Tensor, " n"],
+    targets: Int[Tensor, " n"],
+    metric: Literal["position", "mean", "euclidean"] = "mean",
+    gain: float = 0.1,
+) -> Steering:
+    """The steps of least output change that raise tokens' log-probability by ``gain``.
+
+    ``v ~ (F + DAMPING tr F / d_model)^-1 grad_h log p(target)``, its length found on the model itself.
+
+    Args:
+        model: the run's.
+        run: whose mean F is used with ``metric="mean"``.
+        layer: where the step is taken.
+        input_ids: one sequence.
+        positions: of it, ascending.
+        targets: the token to raise at each.
+        metric: F of each position, exactly; the corpus's mean; or the identity, a plain gradient step.
+        gain: nats.
+
+    Raises:
+        ValueError: positions that are not ascending, or a metric that there is not.
+    """
+    if metric not in ("position", "mean", "euclidean"):
+        raise ValueError(f"metric must be position, mean or euclidean, got {metric!r}.")
+    if model.is_encoder_decoder:
+        raise ValueError(f"{model.name} has an encoder; steering takes models without.")
+    if bool((positions[1:] <= positions[:-1]).any()):
+        raise ValueError(f"positions must ascend, got {positions.tolist()}.")
+    (layer,) = model.check_layers([layer])
+    with full_precision():
+        tape = model.tape(input_ids, {}, [layer], positions)
+        before = model.head.predict(tape.z)
+        gradient = tape.pull(before.scores(targets[:, None])[:, 0])[layer].double()
+        if metric == "position":
+            scores = score_factors(model, input_ids, layers=[layer], estimator=Exact(), positions=positions.tolist())
+            direction = _least_change(scores.matrices(layer).double(), gradient)
+        elif metric == "mean":
+            direction = _least_change(torch.tensor(run.fisher(layer), device=gradient.device), gradient)
+        else:
+            direction = gradient
+        direction = direction / direction.norm(dim=-1, keepdim=True)
+
+        def moved(length: Tensor) -> Prediction:
+            h = tape.streams[layer] + (length[:, None] * direction).to(tape.streams[layer])
+            return model.head.predict(model.replaced(input_ids, positions, layer, h[None], {})[0])
+
+        def gained(length: Tensor) -> Tensor:
+            return (moved(length).log_prob(targets) - before.log_prob(targets)).double()
+
+        length = _reach(gained, gain, gain / (direction * gradient).sum(-1))
+        after = moved(length.nan_to_num())
+    reached = length.isfinite()
+    return Steering(
+        length[:, None] * direction,
+        gained(length.nan_to_num()).where(reached, torch.nan),
+        _kl(before, after, targets).where(reached, torch.nan),
+    )
+
+
+def _least_change(fisher: Float[Tensor, "*n d d"], gradient: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """``(F + DAMPING tr F / d)^-1 g``."""
+    d = gradient.shape[-1]
+    ridge = DAMPING / d * fisher.diagonal(dim1=-2, dim2=-1).sum(-1)
+    damped = fisher + ridge[..., None, None] * torch.eye(d).to(fisher)
+    return torch.linalg.solve(damped, gradient[..., None])[..., 0]
+
+
+def _reach(gained: Callable[[Tensor], Tensor], gain: float, guess: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The length at which each position has gained enough, the first found by doubling; NaN beyond 2^10 of the guess."""
+    low, high = torch.zeros_like(guess), guess.clone()
+    short = gained(high) < gain
+    for _ in range(10):
+        low, high = torch.where(short, high, low), torch.where(short, 2 * high, high)
+        short = gained(high) < gain
+        if not short.any():
+            break
+    for _ in range(30):
+        middle = (low + high) / 2
+        enough = gained(middle) >= gain
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return high.masked_fill(short, torch.nan)

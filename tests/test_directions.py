@@ -1,0 +1,475 @@
+"""What directions mean, against autograd over every token, steps through the library's own model, and weights made by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from families import FAMILIES, build
+from safetensors.numpy import save_file
+from torch import Tensor
+
+import jobs
+from fisher_ray import ModelError, SplitModel, cost, open_run
+from fisher_ray import directions as fd
+from fisher_ray.cli import BAD_INPUT, COMPLETE, main
+from fisher_ray.head import Head
+from fisher_ray.run import Run
+from jobs import D_MODEL, LAYERS, MAX_POSITIONS, Stored, gpt2  # noqa: F401
+
+LAYER = 1
+STRIDE = 12  # a quarter of the window
+
+
+@pytest.fixture(scope="module")
+def made(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Two runs of one corpus, exact: one that keeps factors, one that keeps nothing of single positions; in several tasks."""
+    folder = tmp_path_factory.mktemp("directions")
+    (folder / "docs.txt").write_text(jobs.some_text(2_000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "MIN_TASK_BYTES", 400)
+        for save in ("factors", "summary"):
+            config = jobs.settings(gpt2, folder / "docs.txt", folder / save, estimator="exact", save=save)
+            assert jobs.run_here(config)[1].tasks > 4
+    return folder
+
+
+@pytest.fixture
+def run(made: Path) -> Run:
+    return open_run(made / "summary")
+
+
+@pytest.fixture(scope="module")
+def split(gpt2: str) -> SplitModel:  # noqa: F811
+    """The stored model in float64; oracles look at it through the library alone."""
+    return SplitModel(jobs.library_model(gpt2), jobs.tokenizer())
+
+
+def some_directions(k: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((k, D_MODEL))
+
+
+def window_of(document: str, position: int, made: Path) -> tuple[Tensor, int]:
+    """The tokens of the window that scores a document's position, sink first, and where in it that is."""
+    offset = int(document.rpartition(":")[2])
+    text = dict(jobs.paragraphs((made / "docs.txt").read_bytes()))[offset]
+    ids = jobs.tokenizer()(text)["input_ids"]
+    for first, new, end in jobs.token_windows(len(ids), MAX_POSITIONS, STRIDE):
+        if new <= position < end:
+            return torch.tensor([0, *ids[first:end]]), position - first + 1
+    raise AssertionError(f"{document} has no position {position}")
+
+
+# ---- v^T F v -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "t5", "gpt_oss", "gptj", "mamba"])
+def test_pushed_directions_have_the_variance_that_all_tokens_scores_have(name: str, models: Callable[..., SplitModel]):
+    """v^T F v through J_z v, against sum_y p(y) (g_y . v)^2 by autograd, one token at a time."""
+    split = models(name, gradients="per_position" if name in ("gptj", "mamba") else "own_position")
+    batch = oracles.inputs(split, [9])
+    at, along = torch.tensor([1, 4, 8]), torch.randn(2, 24, generator=torch.Generator().manual_seed(1)).double()
+    tape = split.tape(batch.rows[0][None], oracles.encoded(split, batch.encoder_of(0)), [0, 2], at)
+    for layer in (0, 2):
+        got = split.head.predict(tape.z).variance(tape.push(layer, along))
+        for n, position in enumerate(at.tolist()):
+            truth = oracles.one_position(split, batch.rows[0], position, [layer], batch.encoder_of(0))
+            expected = ((truth.scores[layer] @ along.mT).square() * truth.prob[:, None]).sum(0)
+            torch.testing.assert_close(got[n], expected, rtol=2e-5, atol=0)
+
+
+def test_variance_keeps_its_digits_where_p_is_peaked():
+    """In float32, 1 - p(top) from 1e-2 to 1e-7: sum p x^2 - (sum p x)^2 loses all of them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 8, generator=generator) + 30  # rows with a common part that drops out
+    tangents = torch.randn(6, 2, 8, generator=generator)
+    logits = torch.randn(6, 50, generator=generator)
+    logits[:, 3] = torch.linspace(8, 20, 6)
+    z = torch.linalg.lstsq(weight.double(), logits.double().mT).solution.mT
+    head = Head(weight)
+    got = head.predict(z.float()).variance(tangents)
+    truth = Head(weight.double()).predict(z.float().double()).variance(tangents.double())
+    p = (z.float().double() @ weight.double().mT).softmax(-1)
+    rates = tangents.double() @ weight.double().mT
+    mean = (p[:, None] * rates).sum(-1, keepdim=True)
+    torch.testing.assert_close(truth, (p[:, None] * (rates - mean).square()).sum(-1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(got.double(), truth, rtol=2e-3, atol=0)
+
+
+def test_cost_is_the_quadratic_form_of_the_mean_with_the_error_of_a_mean(run: Run, made: Path):
+    directions = some_directions(3)
+    got = fd.cost(run, LAYER, directions)
+    factors = Stored(made / "factors").saved("factors", LAYER).astype(np.float64)
+    each = ((factors @ directions.T) ** 2).sum(1) / 2  # one row a position
+    np.testing.assert_allclose(got.value, each.mean(0), rtol=1e-5)
+    # The blocks of a run this small are its tasks; the delete-m_j jackknife of a mean in closed form.
+    sizes = [size for receipt in Stored(made / "factors").receipts if (size := receipt["counts"]["scored"])]
+    assert got.blocks == len(sizes) > 4
+    variance, n = 0, len(each)
+    for block in np.split(each, np.cumsum(sizes)[:-1]):
+        m = len(block)
+        moved = (each.sum(0) - block.sum(0)) / (n - m) - each.mean(0)
+        variance = variance + (n / m - 1) * moved**2 / len(sizes)
+    np.testing.assert_allclose(got.error, variance**0.5, rtol=1e-3)
+    one = fd.cost(run, LAYER, directions[1])
+    assert one.value.shape == () and float(one.value) == pytest.approx(got.value[1]) and one.blocks == got.blocks
+
+
+def test_cost_of_an_eigenvector_is_half_its_eigenvalue(run: Run):
+    top = fd.top_directions(run, LAYER, 3)
+    np.testing.assert_allclose(top @ top.T, np.eye(3), atol=1e-10)
+    values = np.linalg.eigvalsh(run.fisher(LAYER))[::-1]
+    np.testing.assert_allclose(2 * fd.cost(run, LAYER, top).value, values[:3], rtol=1e-6)
+
+
+# ---- where ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_strongest_positions_with_their_text(made: Path):
+    direction = some_directions(1)[0]
+    stored = Stored(made / "factors")
+    rows = stored.rows(LAYER)
+    strength = ((stored.saved("factors", LAYER).astype(np.float64) @ direction) ** 2).sum(1)
+    order = np.argsort(-strength)[:6]
+    kept = fd.strongest(open_run(made / "factors"), LAYER, direction, count=6)
+    again = fd.strongest(open_run(made / "summary"), LAYER, direction, count=6, documents=1000)
+    assert kept.source == "the factors of all positions (exact)"
+    assert again.source == "the first 1000 documents, computed again (exact)"
+    for found in (kept.places, again.places):
+        assert [(p.document, p.position) for p in found] == [(rows[i]["document"], rows[i]["position"]) for i in order]
+        np.testing.assert_allclose([p.sensitivity for p in found], strength[order], rtol=1e-4)
+        for place in found:
+            ids, t = window_of(place.document, place.position, made)
+            before, here = ids[max(1, t - 12) : t].tolist(), int(ids[t])
+            assert place.text == jobs.tokenizer().decode([here])
+            assert place.before.endswith("".join(jobs.tokenizer().decode([i]) for i in before))
+
+
+def test_fewer_documents_are_the_first_ones(run: Run, made: Path):
+    places = fd.strongest(run, LAYER, some_directions(1)[0], count=1000, documents=2).places
+    offsets = [offset for offset, _ in jobs.paragraphs((made / "docs.txt").read_bytes())]
+    assert {place.document for place in places} == {f"docs.txt:{offset}" for offset in offsets[:2]}
+
+
+def test_the_table_of_coordinates(run: Run, made: Path, split: SplitModel, tmp_path: Path):
+    """Every scored position of every window, against h and F of autograd through the library's model."""
+    directions = {0: some_directions(2), LAYER: some_directions(3, 1)}
+    written = fd.project(run, directions, tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet")
+    rows = table.to_pylist()
+    assert written == len(rows) == 5 * run.count(LAYER)
+    assert table.schema.equals(fd.COORDINATES_SCHEMA) and not list(tmp_path.glob("*.part"))
+    positions = {(row["document"], row["position"]): row for row in Stored(made / "summary").rows(LAYER)}
+    beyond = [row for row in rows if row["position"] > MAX_POSITIONS and row["layer"] == LAYER]
+    for row in [*rows[:: len(rows) // 5], *beyond[:: len(beyond) // 3], rows[-1]]:
+        ids, t = window_of(row["document"], row["position"], made)
+        truth = oracles.one_position(split, ids, t, [row["layer"]])
+        v = torch.tensor(directions[row["layer"]][row["direction"]])
+        assert row["token"] == ids[t] == positions[row["document"], row["position"]]["token"]
+        assert row["text"] == positions[row["document"], row["position"]]["text"]
+        assert row["coordinate"] == pytest.approx(float(truth.streams[row["layer"]] @ v), rel=1e-4, abs=1e-5)
+        assert row["sensitivity"] == pytest.approx(float(v @ truth.matrix(row["layer"]) @ v), rel=1e-3)
+    assert len(beyond) > 300
+
+
+def test_many_directions_are_measured_by_factors_and_the_numbers_are_the_same(run: Run, tmp_path: Path):
+    few = {LAYER: some_directions(3)}
+    many = {LAYER: np.concatenate([few[LAYER], some_directions(20, 7)])}
+    for name, directions in (("few", few), ("many", many)):
+        fd.project(run, directions, tmp_path / name, documents=3)
+    one, other = (pq.read_table(tmp_path / name) for name in ("few", "many"))
+    assert len(other) * 3 == len(one) * 23
+    other = other.filter(pc.field("direction") < 3)
+    assert one.drop_columns(["coordinate", "sensitivity"]).equals(other.drop_columns(["coordinate", "sensitivity"]))
+    for name in ("coordinate", "sensitivity"):
+        np.testing.assert_allclose(one[name], other[name], rtol=2e-4, atol=1e-6)
+
+
+# ---- what they move ------------------------------------------------------------------------------------------------------
+
+
+def test_moved_tokens_of_several_directions(gpt2: str, split: SplitModel, tmp_path: Path):  # noqa: F811
+    """sum_t p(y) g_y . v over all positions of a document short enough that all are taken."""
+    text = "the quick brown fox"
+    (tmp_path / "docs.txt").write_text(text)
+    jobs.run_here(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run"))
+    ids = torch.tensor([0, *jobs.tokenizer()(text)["input_ids"]])
+    assert len(ids) <= 17
+    directions = some_directions(2)
+    ((first, second),) = fd.moved_tokens(open_run(tmp_path / "run"), {LAYER: directions}).values()
+    for v, (raised, lowered) in zip(torch.tensor(directions), (first, second), strict=True):
+        truths = [oracles.one_position(split, ids, t, [LAYER]) for t in range(1, len(ids))]
+        ranked = sum(truth.prob * (truth.scores[LAYER] @ v) for truth in truths).argsort().tolist()
+        assert raised == [jobs.tokenizer().decode([i]) for i in ranked[::-1][:5]]
+        assert lowered == [jobs.tokenizer().decode([i]) for i in ranked[:5]]
+    assert first != second
+
+
+# ---- safe subspaces ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_safe_directions_hold_what_they_may_and_cost_what_f_says(run: Run, share: float):
+    """Steps short enough for the second order: measured KL within four standard errors of v^T F v / 2, and apart."""
+    got = fd.safe_directions(run, LAYER, share, norm=0.02, documents=1000)
+    m, fisher = len(got.vectors), np.array(run.fisher(LAYER))
+    np.testing.assert_allclose(got.vectors @ got.vectors.T, np.eye(m), atol=1e-10)
+    held = np.trace(got.vectors @ fisher @ got.vectors.T) / np.trace(fisher)
+    assert got.share == pytest.approx(held) and held <= share
+    assert np.linalg.eigvalsh(fisher)[: m + 1].sum() > share * np.trace(fisher)
+    assert got.predicted == pytest.approx(0.02**2 * held * np.trace(fisher) / m / 2)
+    assert got.random_predicted == pytest.approx(0.02**2 * np.trace(fisher) / D_MODEL / 2)
+    assert abs(got.kl.value - got.predicted) < 4 * got.kl.error < got.predicted
+    assert abs(got.random_kl.value - got.random_predicted) < 4 * got.random_kl.error < got.random_predicted
+    assert got.kl.value < 0.6 * got.random_kl.value
+
+
+def test_shares_that_no_subspace_has(run: Run):
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"share must be in \(0, 1\)"):
+            fd.safe_directions(run, LAYER, share)
+    steep = Fixed(np.diag(np.arange(1.0, D_MODEL + 1)))
+    with pytest.raises(ValueError, match=r"smallest eigenvalue at layer 0 holds 0.013 of the trace, more than 0.01"):
+        fd.safe_directions(steep, 0, 0.01)
+
+
+# ---- heads and layers ----------------------------------------------------------------------------------------------------
+
+
+class Fixed(Run):
+    """A run whose mean F is given."""
+
+    def __init__(self, fisher: np.ndarray):
+        self.d_model, self._fisher = len(fisher), fisher
+
+    def fisher(self, layer: int, group: str | None = None, normalised: bool = False) -> np.ndarray:
+        return self._fisher
+
+
+def planted(rows: Tensor, head: int, size: int, u: Tensor, scale: Tensor) -> Tensor:
+    """Weights [heads * size, d] of which that head alone reads u through a norm of the given scale, and reads nothing else."""
+    read = rows * scale
+    read = read - torch.outer(read @ u, u)
+    read[head * size : (head + 1) * size] = torch.outer(torch.arange(1.0, size + 1).to(u), u)
+    return read / scale
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma", "opt", "olmo2"])
+def test_one_head_alone_reads_a_direction(name: str):
+    model = build(FAMILIES[name], torch.float64)
+    split = SplitModel(model, check=False)
+    block, d = split.blocks[1], split.d_model
+    u = torch.randn(d, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    u = u - u.mean()  # a LayerNorm lets nothing else through
+    u = u / u.norm()
+    scale = {
+        "gpt2": lambda: block.ln_1.weight,
+        "gemma": lambda: 1 + block.input_layernorm.weight,
+        "opt": lambda: block.self_attn_layer_norm.weight,
+        "olmo2": lambda: torch.ones(d, dtype=torch.float64),  # its norms stand behind attention and MLP
+    }.get(name, lambda: block.input_layernorm.weight)()
+    size = 6
+    if name == "gpt2":
+        fused = block.attn.c_attn.weight
+        query, key, value = fused.T.chunk(3)
+        fused.copy_(torch.cat([planted(query, 2, size, u, scale), planted(key, 1, size, u, scale), value]).T)
+        where = {"query": [0, 0, 1, 0], "key": [0, 1, 0, 0]}
+    else:
+        attention = block.self_attn
+        attention.q_proj.weight.copy_(planted(attention.q_proj.weight, 2, size, u, scale))
+        attention.k_proj.weight.copy_(planted(attention.k_proj.weight, 1, size, u, scale))
+        grouped = attention.k_proj.weight.shape[0] < attention.q_proj.weight.shape[0]
+        where = {"query": [0, 0, 1, 0], "key": [0, 0, 1, 1] if grouped else [0, 1, 0, 0]}
+    shares = fd.reading_heads(split, Fixed(torch.outer(u, u).numpy()), 1, 1)
+    for what, expected in where.items():
+        np.testing.assert_allclose(shares[what], expected, atol=1e-4)  # the norm's epsilon
+    assert (shares["value"] > 0.001).all() and (shares["value"] < 0.5).all()
+    everything = fd.reading_heads(split, Fixed(np.eye(d)), 1, d)
+    for share in everything.values():
+        np.testing.assert_allclose(share, 1, atol=1e-12)
+
+
+def test_attention_that_is_not_known(models: Callable[..., SplitModel], run: Run, split: SplitModel):
+    with pytest.raises(ModelError, match=r"GPTNeoXLayer of GPTNeoXForCausalLM has no attentions with weights c_attn"):
+        fd.reading_heads(models("gpt_neox"), Fixed(np.eye(24)), 1, 2)
+    with pytest.raises(ValueError, match=rf"layer must be in \[0, {LAYERS}\)"):
+        fd.reading_heads(split, run, LAYERS, 2)
+
+
+def test_overlaps_are_traces_of_products_of_projectors(run: Run):
+    k = 4
+    got, chance = fd.overlaps(run, k)
+    projectors = []
+    for layer in run.layers:
+        vectors = np.linalg.eigh(run.fisher(layer))[1][:, -k:]
+        projectors.append(vectors @ vectors.T)
+    truth = [[np.trace(one @ other) / k for other in projectors] for one in projectors]
+    np.testing.assert_allclose(got, truth, atol=1e-8)
+    np.testing.assert_allclose(np.diag(got), 1)
+    assert chance == k / D_MODEL
+    whole, one = fd.overlaps(run, D_MODEL)
+    assert one == 1
+    np.testing.assert_allclose(whole, 1)
+
+
+# ---- steering ------------------------------------------------------------------------------------------------------------
+
+
+def nudged_log_probs(split: SplitModel, ids: Tensor, t: int, step: Tensor) -> Tensor:
+    """log p at t with a step added to the stream there, through the library's own model."""
+
+    def before(module: Any, args: Any) -> Any:
+        stream = args[0].clone()
+        stream[:, t] += step
+        return (stream, *args[1:])
+
+    handle = split.blocks[LAYER].register_forward_pre_hook(before)
+    try:
+        return oracles.library_logits(split, ids[None])[0, t].double().log_softmax(-1)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "mean", "position"])
+def test_steps_gain_what_was_asked_along_the_direction_of_the_formula(run: Run, split: SplitModel, metric: Any):
+    ids, at, targets = (
+        torch.randint(2, 400, (20,), generator=torch.Generator().manual_seed(3)),
+        [2, 7, 19],
+        [5, 250, 31],
+    )
+    got = fd.steer(split, run, LAYER, ids[None], torch.tensor(at), torch.tensor(targets), metric, gain=0.1)
+    for n, (t, target) in enumerate(zip(at, targets, strict=True)):
+        truth = oracles.one_position(split, ids, t, [LAYER])
+        g = truth.scores[LAYER][target]
+        fisher = {
+            "euclidean": torch.zeros(D_MODEL, D_MODEL, dtype=torch.float64),
+            "mean": torch.tensor(run.fisher(LAYER)),
+            "position": truth.matrix(LAYER),
+        }[metric]
+        damped = fisher + 0.01 * (fisher.trace() or 1) / D_MODEL * torch.eye(D_MODEL, dtype=torch.float64)
+        direction = torch.linalg.inv(damped) @ g
+        assert torch.nn.functional.cosine_similarity(got.steps[n], direction, dim=0) > 1 - 1e-6
+        after = nudged_log_probs(split, ids, t, got.steps[n])
+        assert float(after[target] - truth.log_prob[target]) == pytest.approx(0.1, abs=1e-6)
+        assert float(got.gain[n]) == pytest.approx(0.1, abs=1e-6)
+        others = torch.arange(400) != target
+        p, q = truth.log_prob[others].exp(), after[others].exp()
+        p, q = p / p.sum(), q / q.sum()
+        assert float(got.kl_others[n]) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+
+
+def test_the_metric_of_a_position_changes_the_other_tokens_least(run: Run, split: SplitModel):
+    ids = torch.randint(2, 400, (1, 30), generator=torch.Generator().manual_seed(4))
+    at = torch.arange(1, 30)
+    targets = torch.randint(2, 400, (29,), generator=torch.Generator().manual_seed(5))
+    plain, own = (fd.steer(split, run, LAYER, ids, at, targets, metric) for metric in ("euclidean", "position"))
+    assert (own.kl_others < plain.kl_others).all()
+    assert (own.steps.norm(dim=1) > plain.steps.norm(dim=1)).float().mean() > 0.9  # at the price of a longer step
+
+
+def test_a_gain_that_no_step_reaches_is_nan_and_others_go_on(run: Run, split: SplitModel):
+    ids, at, targets = torch.arange(2, 14)[None], torch.tensor([3, 8]), torch.tensor([7, 9])
+    got = fd.steer(split, run, LAYER, ids, at, targets, "mean", gain=30.0)
+    assert got.gain.isnan().all() and got.kl_others.isnan().all() and got.steps.isnan().all()
+    with pytest.raises(ValueError, match=r"positions must ascend, got \[8, 3\]"):
+        fd.steer(split, run, LAYER, ids, at.flip(0), targets)
+
+
+# ---- files, models and the command ---------------------------------------------------------------------------------------
+
+
+def test_directions_are_read_from_both_kinds_of_files(tmp_path: Path):
+    rows = some_directions(3).astype(np.float32)
+    np.save(tmp_path / "a.npy", rows)
+    save_file({"W_dec": rows, "W_enc": rows.T.copy(), "b": rows[:, 0].copy()}, tmp_path / "a.safetensors")
+    for name in ("a.npy", "a.safetensors"):
+        np.testing.assert_array_equal(fd.read_directions(tmp_path / name, D_MODEL), rows)
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "narrow.npy": (
+        lambda path: np.save(path, np.ones((3, 5))),
+        r"must hold one matrix .* d_model of 12; it holds narrow.npy \[3, 5\]",
+    ),
+    "flat.npy": (lambda path: np.save(path, np.ones(D_MODEL)), r"it holds flat.npy \[12\]"),
+    "two.safetensors": (
+        lambda path: save_file({"a": np.ones((2, D_MODEL)), "b": np.ones((2, D_MODEL))}, path),
+        r"it holds a \[2, 12\], b \[2, 12\]\. Put the rows wanted in a file of their own",
+    ),
+    "nan.npy": (lambda path: np.save(path, np.full((2, D_MODEL), np.nan)), r"must be finite; rows 0, 1 are not"),
+    "text.npy": (lambda path: path.write_text("no array"), r"cannot read directions from .*Expected .npy or .safetensors"),
+    "text.safetensors": (lambda path: path.write_text("no tensors at all"), r"cannot read directions from"),
+    "missing.npy": (lambda path: None, r"cannot read directions from .*No such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_files_that_hold_no_directions(name: str, tmp_path: Path):
+    write, message = BAD_FILES[name]
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        fd.read_directions(tmp_path / name, D_MODEL)
+
+
+def test_weights_that_have_changed_since_the_run_are_refused(made: Path, tmp_path: Path):
+    (tmp_path / "docs.txt").write_text("some words here")
+    model = jobs.save_model(tmp_path / "model")
+    jobs.run_here(jobs.settings(model, tmp_path / "docs.txt", tmp_path / "run"))
+    jobs.save_model(tmp_path / "model", seed=1)
+    with pytest.raises(ModelError, match=r"the weights of .*model are not those that .*run was made with"):
+        fd.model_of(open_run(tmp_path / "run"))
+
+
+def test_another_model_or_layer_is_refused(run: Run, models: Callable[..., SplitModel], tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"width 12 and layers up to 2; the model given, .*, has width 24 and 3 blocks"
+    ):
+        fd.moved_tokens(run, {0: some_directions(1)}, models("gpt2"))
+    for directions in ({7: some_directions(1)}, {0: np.ones((2, 5))}):
+        with pytest.raises(ValueError, match=r"directions must be \[k, 12\] at layers of \[0, 1, 2\]"):
+            fd.project(run, directions, tmp_path / "out.parquet")
+    with pytest.raises(ValueError, match=r"number of directions must be in \[1, 12\], got 13"):
+        fd.top_directions(run, 0, 13)
+    for read in (fd.cost, fd.strongest):
+        with pytest.raises(
+            ValueError, match=r"directions must be \[k, 12\] at layers of \[0, 1, 2\], got \[1, 5\] at layer 0"
+        ):
+            read(run, 0, np.ones(5))
+
+
+def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    uri = str(made / "summary")
+    assert (
+        main(["project", uri, "--top", "2", "--layers", "1", "-o", str(tmp_path / "o.parquet"), "--json"]) == COMPLETE
+    )
+    said = json.loads(capsys.readouterr().out)
+    run = open_run(uri)
+    top = fd.top_directions(run, 1, 2)
+    assert [(row["layer"], row["direction"]) for row in said["directions"]] == [(1, 0), (1, 1)]
+    np.testing.assert_allclose([row["cost"] for row in said["directions"]], fd.cost(run, 1, top).value)
+    assert said["rows"] == len(pq.read_table(tmp_path / "o.parquet")) == 2 * run.count(1)
+    moved = fd.moved_tokens(run, {1: top})[1]
+    assert [(row["raised"], row["lowered"]) for row in said["directions"]] == moved
+
+    np.save(tmp_path / "mine.npy", top)
+    assert main(["project", uri, "--directions", str(tmp_path / "mine.npy"), "--layers", "1"]) == COMPLETE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split(":")[1].strip().startswith("complete") and len(lines) == 4
+    assert f"{float(fd.cost(run, 1, top).value[0]):.4g}" in lines[2]
+
+    np.save(tmp_path / "narrow.npy", np.ones((2, 5)))
+    for flags in (
+        ["--directions", str(tmp_path / "narrow.npy")],
+        ["--layers", "9"],
+        ["-o", str(tmp_path / "no/o.parquet")],
+    ):
+        assert main(["project", uri, *flags]) == BAD_INPUT
+        assert capsys.readouterr().err.count("\n") == 1
