@@ -797,5 +797,5 @@ def _rounded(values: np.ndarray) -> list[Any]:
 
 def _embedded(data: str, name: str = "") -> str:
     """A script element of JSON, which nothing in it can end."""
-    named, safe = f' id="{name}"' if name else "", data
+    named, safe = f' id="{name}"' if name else "", data.replace("<", "\\u003c")
     return f'<script type="application/json"{named}>{safe}</script>'
