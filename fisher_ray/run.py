@@ -19,7 +19,7 @@ from fisher_ray.plan import RunConfig, Task, Tasks
 from fisher_ray.reduce import FAN_IN
 from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder, task_name
 from fisher_ray.statistics import Blocks, Spectrum, spectrum
-from fisher_ray.storage import StorageError, StoredFile
+from fisher_ray.storage import DamagedError, StorageError, StoredFile
 from fisher_ray.sums import GroupSums, LayerSums
 
 
@@ -256,10 +256,10 @@ class Run:
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def _reduced(self) -> dict[str, Any] | None:
-        """The manifest of a reduction over all that is done."""
+        """The manifest of a reduction over all that is done; without a sound one the sums of the tasks serve."""
         try:
             manifest = self.store.read_sealed("reduced/manifest.json")
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedError):
             return None
         same = manifest["fingerprint"] == self.description["fingerprint"]
         return manifest if same and manifest["tasks"] == self.done else None

@@ -155,6 +155,14 @@ def test_a_reduction_of_fewer_tasks_than_are_done_is_not_taken_for_one_of_all(co
     assert not run.complete and run.done == run.tasks - 1
 
 
+def test_without_a_sound_manifest_the_sums_of_tasks_serve(copied: Path, made: Path) -> None:
+    manifest = copied / "reduced/manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    run = open_run(copied)
+    assert not run.complete and run.status.startswith(f"unfinished: {run.tasks} of {run.tasks} tasks")
+    np.testing.assert_allclose(run.fisher(1), open_run(made).fisher(1), rtol=1e-12)
+
+
 # ---- positions ---------------------------------------------------------------------------------------------------------
 
 
