@@ -31,7 +31,7 @@ from fisher_ray.head import Prediction
 from fisher_ray.plan import Plan
 from fisher_ray.run import Run
 from fisher_ray.scores import iter_scores, score_factors
-from fisher_ray.spectrum import symmetric_eigh
+from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
 from fisher_ray.split import SplitModel, Tape, full_precision
 from fisher_ray.statistics import Estimate, jackknife, quadratic_form
 from fisher_ray.worker import Worker, load_model
@@ -585,8 +585,7 @@ def overlaps(run: Run, k: int) -> tuple[Float[np.ndarray, "L L"], float]:
         the matrix, 1 on its diagonal; and ``k / d_model``, what random subspaces have in the mean.
     """
     tops = torch.tensor(np.stack([top_directions(run, layer, k) for layer in run.layers]))
-    products = torch.einsum("ikd,jld->ijkl", tops, tops)
-    return products.square().sum((2, 3)).numpy() / k, k / run.d_model
+    return subspace_overlaps(tops.mT).numpy(), k / run.d_model
 
 
 # ---- steering ------------------------------------------------------------------------------------------------------------

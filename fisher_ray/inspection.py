@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fisher_ray.run import Run
-from fisher_ray.spectrum import symmetric_eigh
+from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
 from fisher_ray.statistics import Blocks, Estimate, convergence, half_angles, spectrum
 from fisher_ray.storage import StorageError
 
@@ -179,14 +179,14 @@ def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
         spectra = [run.spectrum(layer) for run in (one, other)]
         means = [torch.from_numpy(np.array(run.fisher(layer))) for run in (one, other)]
         moved, _ = symmetric_eigh(means[1] - means[0])
-        top = [torch.from_numpy(s.eigenvectors[:, :count]) for s in spectra]
+        top = torch.from_numpy(np.stack([s.eigenvectors[:, :count] for s in spectra]))
         row: dict[str, Any] = {"layer": layer, "positions": [run.count(layer) for run in (one, other)]}
         for name in ("trace", *RANKS):
             before, after = (getattr(s, name) for s in spectra)
             change = Estimate(after.value - before.value, np.hypot(before.error, after.error), 0)
             row[name] = {"values": [float(before.value), float(after.value)], "change": _pair(change)}
         row["distance"] = float((means[1] - means[0]).norm() / means[0].norm())
-        row["overlap"] = float((top[0].mT @ top[1]).square().sum()) / top[0].shape[1]
+        row["overlap"] = float(subspace_overlaps(top)[0, 1])
         row["gained"], row["lost"] = float(moved[0].clamp_min(0)), float(-moved[-1].clamp_max(0))
         rows.append(row)
     k = min(count, one.d_model)

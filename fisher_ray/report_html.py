@@ -19,12 +19,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from plotly.colors import sample_colorscale
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 import fisher_ray
 from fisher_ray.run import Run
+from fisher_ray.spectrum import subspace_overlaps
 from fisher_ray.statistics import Convergence, Estimate, Spectrum, convergence, half_angles, spectrum
 from fisher_ray.storage import DamagedError
 
@@ -549,10 +551,9 @@ def _overlaps(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Secti
     figure = make_subplots(1, len(sizes), subplot_titles=titles, horizontal_spacing=0.06)
     names = [str(each.layer) for each in layers]
     for column, k in enumerate(sizes, 1):
-        # |U_i^T U_j|_F^2 / k
-        overlap = np.einsum("idk,jdl->ijkl", vectors[:, :, :k], vectors[:, :, :k], optimize=True) ** 2
+        overlap = subspace_overlaps(torch.from_numpy(vectors[:, :, :k]))
         figure.add_heatmap(
-            x=names, y=names, z=(overlap.sum((2, 3)) / k).astype(np.float32), coloraxis="coloraxis", row=1, col=column,
+            x=names, y=names, z=overlap.float().numpy(), coloraxis="coloraxis", row=1, col=column,
             hovertemplate="layers %{y} and %{x}: %{z:.3f}<extra></extra>",
         )  # fmt: skip
     figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"thickness": 14}})

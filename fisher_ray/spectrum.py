@@ -46,6 +46,11 @@ def anisotropy(eigenvalues: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
     return torch.maximum(relative[..., 0].abs(), relative[..., -1].abs())
 
 
+def subspace_overlaps(bases: Float[Tensor, "L d k"]) -> Float[Tensor, "L L"]:
+    """``|U_i^T U_j|_F^2 / k`` for orthonormal columns: 1 where two span the same space, k / d in the mean for random ones."""
+    return torch.einsum("idk,jdl->ijkl", bases, bases).square().sum((2, 3)) / bases.shape[2]
+
+
 def whitening(
     mean: Float[Tensor, " d"], second_moment: Float[Tensor, "d d"]
 ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
