@@ -113,7 +113,7 @@ def test_moved_streams_give_the_librarys_own_predictions(name: str, models: Mode
     generator = torch.Generator().manual_seed(0)
     nudges = torch.randn(40, 2, split.d_model, dtype=torch.float64, generator=generator)  # more than go together
     streams = split.lower(ids, encoded, [1])[1][0, positions] + nudges
-    z = split.moved(ids, encoded, positions, 1, streams)
+    z = split.replaced(ids, positions, 1, streams, encoded)
     assert z.shape[:2] == (40, 2)
     for k in (0, 17, 39):
         for n, position in enumerate(positions.tolist()):
