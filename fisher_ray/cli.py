@@ -34,13 +34,13 @@ from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
 from fisher_ray.report import direction_table, layer_table
 from fisher_ray.report_html import html_report
-from fisher_ray.run import open_run
+from fisher_ray.run import open_run, read_description
 from fisher_ray.shards import Lease, RefusedError, RunStore
 from fisher_ray.storage import DamagedError, Storage, StorageError, is_transient
 from fisher_ray.sweep import read_sweep, run_sweep
 from fisher_ray.validate import validate
 
-# Exit codes. DAMAGED is that of verify and report.
+# Exit codes. DAMAGED is that of verify, inspect and report.
 COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3, 4, 5, 130
 
 # Settings of the pool that the published script's flags are joined by.
@@ -441,10 +441,7 @@ def _show(console: Console, outcome: Outcome) -> None:
 
 def _opened(uri: str) -> tuple[RunStore, dict[str, Any]]:
     store = RunStore(uri)
-    run = store.read_run()
-    if run is None:
-        raise ConfigError(f"{uri} holds no run. Expected the directory given as --output.")
-    return store, run
+    return store, read_description(store)
 
 
 def _plan(given: dict[str, Any]) -> int:
@@ -673,7 +670,9 @@ def _inspect(given: dict[str, Any]) -> int:
         return _told(inspection.one_position(run, document, int(position)), inspection.show_position, given["json"])
     if given["layer"] is not None:
         return _told(inspection.one_layer(run, given["layer"], given["group"]), inspection.show_layer, given["json"])
-    return _told(inspection.overview(run), inspection.show_overview, given["json"])
+    facts = inspection.overview(run)
+    _told(facts, inspection.show_overview, given["json"])
+    return DAMAGED if facts["damaged"] else COMPLETE
 
 
 def _diff(given: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ from rich.table import Table
 from fisher_ray.run import Run
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
 from fisher_ray.statistics import Blocks, Estimate, convergence, half_angles, spectrum
-from fisher_ray.storage import StorageError
+from fisher_ray.storage import DamagedError
 
 # Eigenvectors of a layer that are looked at one by one, and that span the subspace two runs are compared by.
 TOP = 8
@@ -27,21 +27,24 @@ RANKS = ("participation_ratio", "entropy_rank", "trace_rank_99")
 
 
 def overview(run: Run) -> dict[str, Any]:
-    """Status, counts, health and one row a layer; what cannot be read is named in ``problems`` and left out."""
+    """Status, counts, health and one row a layer; what cannot be read is left out and named in ``problems`` or ``damaged``."""
     counts = run.counts
     problems: list[str] = []
+    damaged: list[str] = []
     layers = []
     for layer in run.layers:
         try:
             layers.append({"layer": layer, **_spectral(run.blocks(layer))})
-        except (StorageError, ValueError) as error:
+        except DamagedError as error:
+            damaged.append(str(error))
+        except ValueError as error:
             problems.append(str(error))
     quarantined = []
     for path in run.store.list("quarantine"):
         try:
             quarantined.append(str(run.store.read_sealed(path)["error"]))
-        except StorageError as error:
-            problems.append(str(error))
+        except DamagedError as error:
+            damaged.append(str(error))
     if counts.invalid:
         problems.append(f"{counts.invalid} positions had activations or scores that were not finite, and are left out")
     if counts.halvings:
@@ -60,6 +63,7 @@ def overview(run: Run) -> dict[str, Any]:
         "layers": layers,
         "quarantined": quarantined,
         "problems": problems,
+        "damaged": damaged,
     }
 
 
@@ -254,7 +258,7 @@ def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
         f"± one standard error from {blocks} blocks of documents{_ROUGH if blocks < 8 else ''}, for the population they come "
         "from. Only what is whitened compares over layers. Spectra span three decades, indices on a logarithmic axis.",
     )
-    for line in (*facts["quarantined"], *facts["problems"]):
+    for line in (*facts["quarantined"], *facts["problems"], *facts["damaged"]):
         _say(console, f"note: {line}", style="yellow")
 
 

@@ -33,6 +33,19 @@ def open_run(uri: str | Path) -> Run:
     return Run(RunStore(str(uri)))
 
 
+def read_description(store: RunStore) -> dict[str, Any]:
+    """run.json of a directory that has to hold a run; errors as of :func:`open_run`."""
+    description = store.read_run()
+    if description is None:
+        raise StorageError(f"{store.uri} holds no run. Expected the directory given as --output.")
+    if description.get("schema") != RUN_VERSION:
+        raise StorageError(
+            f"{store.uri} is written in format {description.get('schema')!r}, and this version reads {RUN_VERSION!r}. "
+            "Read it with the version that wrote it."
+        )
+    return description
+
+
 @dataclass(frozen=True)
 class Shard:
     """What one task has kept of each position at one layer.
@@ -60,15 +73,7 @@ class Run:
 
     def __init__(self, store: RunStore):
         self.store = store
-        description = store.read_run()
-        if description is None:
-            raise StorageError(f"{store.uri} holds no run. Expected the directory given as --output.")
-        if description.get("schema") != RUN_VERSION:
-            raise StorageError(
-                f"{store.uri} is written in format {description.get('schema')!r}, and this version reads {RUN_VERSION!r}. "
-                "Read it with the version that wrote it."
-            )
-        self.description = description
+        self.description = description = read_description(store)
         self.layers: list[int] = description["layers"]
         self.d_model: int = description["d_model"]
         self.tasks: int = description["tasks"]

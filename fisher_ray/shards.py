@@ -172,7 +172,8 @@ class RunStore(Storage):
                 raise DamagedError("run.json", f"{self.uri}/run.json is gone.") from None
             if set(found) - {"plan.parquet"}:  # which a driver that was killed right then has left
                 raise StorageError(
-                    f"output directory {self.uri} is not empty and holds no run of ours. Choose a new or empty one."
+                    f"{self.uri} is not empty and holds no run of ours. Expected the directory of a run, or for a new one an "
+                    "empty directory."
                 ) from None
             return None
         run = unseal(raw)

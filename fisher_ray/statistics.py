@@ -156,7 +156,9 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
     return Spectrum(
         estimate(lambda each: each),
         vectors.numpy(),
-        estimate(lambda each: each.sum(-1)),
+        jackknife(
+            values.sum(-1), left.sum(-1), blocks.weights
+        ),  # rounding makes small eigenvalues negative: they count here
         estimate(participation_ratio),
         estimate(entropy_rank),
         estimate(trace_rank),

@@ -213,7 +213,7 @@ def test_a_job_stopped_goes_on(job_server: Cluster, flags: list[Any], output: Pa
         for pid in workers:  # or they may be through before Ray's command has started
             os.kill(pid, signal.SIGSTOP)
         stopping = Tree(RAY, "job", "stop", "--address", job_server.jobs_address, job_of(job))
-        until(lambda: "Attempting to stop" in stopping.said, 180, "Ray is about to stop the job", stopping)
+        until(lambda: "Attempting to stop" in stopping.said, 60, "Ray is about to stop the job", stopping)
         for pid in workers:
             os.kill(pid, signal.SIGCONT)
         assert stopping.code(120) == 0, stopping.said
