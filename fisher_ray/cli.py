@@ -268,6 +268,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--group-by", help="position, token or a column: a mean for each bucket, frequent token or value as well"
     )
     corpus.add_argument("--num-groups", type=int, help="frequent tokens, or values of the column at most (32)")
+    corpus.add_argument(
+        "--sketch", type=int, metavar="ROWS", help="keep sketches of so many rows in place of d x d sums (sums in full)"
+    )
     corpus.add_argument("--max-docs", type=int, help="documents to take (all)")
     corpus.add_argument("--max-seq-len", type=int, help="tokens a window (the model's positions, at most 512)")
     corpus.add_argument("--stride", type=int, help="tokens that windows overlap by (a quarter of the window)")

@@ -21,8 +21,10 @@ from fisher_ray.architecture import ModelError, meta_model
 from fisher_ray.draws import Draws
 from fisher_ray.estimators import Estimator
 from fisher_ray.scores import Pass, TokenSource
+from fisher_ray.sketch import sketch_flop
 from fisher_ray.spectrum import factor_eigenvalues
 from fisher_ray.split import Gradients, SplitModel
+from fisher_ray.sums import sums_memory
 
 Save = Literal["summary", "factors", "matrices"]
 
@@ -157,6 +159,7 @@ class Cost:
         token_source, token_draws: see :func:`fisher_ray.score_factors`.
         save: arrays of every position that are kept.
         num_groups: groups of positions with sums of their own.
+        sketch: rows of the sketches kept of the sums; None: the sums in full.
         share: of the tokens, how many are scored.
     """
 
@@ -169,6 +172,7 @@ class Cost:
     token_draws: int = 1
     save: Save = "summary"
     num_groups: int = 1
+    sketch: int | None = None
     share: float = 1.0
 
     # ---- computing ---------------------------------------------------------------------------------------------------
@@ -194,10 +198,12 @@ class Cost:
 
     @property
     def sums_bytes(self) -> int:
-        """Written once a task: packed float32 triangles of three matrices, and the sum of h in float64."""
+        """Written once a task: packed float32 triangles of three matrices, or sketches that are full, and the sum of h in
+        float64."""
         d = self.model.d_model
-        headers = 1750 * len(self.layers)  # of an .npz each
-        return self._streams * (3 * d * (d + 1) // 2 * 4 + 8 * d + 3 * 8) + headers
+        headers = (1750 if self.sketch is None else 4375) * len(self.layers)  # of an .npz each
+        counts = 8 * (3 if self.sketch is None else 12)  # of positions; of a sketch its rows, trace and loss as well
+        return self._streams * (4 * self._matrix_numbers + 8 * d + counts) + headers
 
     @property
     def position_bytes(self) -> float:
@@ -211,8 +217,9 @@ class Cost:
         """
         d = self.model.d_model
         nodes = _inner_nodes(num_tasks)
-        arrays = 8 * (4 * d * d + 3 * d) + 7 * 128  # an .npy's header
-        return self._streams * (arrays + nodes * 8 * (3 * d * (d + 1) // 2 + d))
+        rank = d if self.sketch is None else self.sketch
+        arrays = 8 * (4 * rank * d + 2 * rank + d) + 7 * 128  # an .npy's header
+        return self._streams * (arrays + nodes * 8 * (self._matrix_numbers + d))
 
     @property
     def requests(self) -> int:
@@ -229,9 +236,8 @@ class Cost:
 
     @property
     def sums_memory(self) -> int:
-        """The sums that a worker holds: float64 squares."""
-        d = self.model.d_model
-        return self._streams * 8 * (3 * d * d + d)
+        """The sums that a worker holds: float64 squares, or sketches that are full."""
+        return self._streams * sums_memory(self.model.d_model, self.sketch)
 
     @property
     def graph_bytes_per_token(self) -> float:
@@ -307,6 +313,12 @@ class Cost:
     @property
     def _streams(self) -> int:
         return self.num_groups * len(self.layers)
+
+    @property
+    def _matrix_numbers(self) -> int:
+        """Of the three matrices of a layer and group."""
+        d = self.model.d_model
+        return 3 * d * (d + 1) // 2 if self.sketch is None else 3 * self.sketch * d
 
     @property
     def _windows(self) -> int:
@@ -392,8 +404,9 @@ class Cost:
                 head.predict(z[:1])
         with _counted(self.model.name) as each_layer, torch.no_grad():
             factor_eigenvalues(self._pass(1).averaged(factors, draws))
-        products = 2 * self._rows + draws + (self._rows if self.save == "matrices" else 0)
-        return once.get_total_flops() + layers * (each_layer.get_total_flops() + 2 * products * d * d)
+        row = 2 * d * d if self.sketch is None else sketch_flop(self.sketch, d)
+        products = (2 * self._rows + draws) * row + (2 * self._rows * d * d if self.save == "matrices" else 0)
+        return once.get_total_flops() + layers * (each_layer.get_total_flops() + products)
 
     def _seconds_per_token(self, model_rate: float, float32_rate: float) -> float:
         eigenvalues = _EIGENVALUE_FLOP * len(self.layers) * self.share * min(self._rows, self.model.d_model) ** 3
@@ -410,6 +423,9 @@ class Cost:
             if replace(self, num_groups=count).memory(1) <= room:
                 yield f"at most {count} groups"
                 break
+        rows = self.model.d_model // 16
+        if self.sketch is None and rows > 1 and replace(self, sketch=rows).memory(1) <= room:
+            yield f"sketches (--sketch {rows})"
         if self.model.dtype == torch.float32 and self.memory(1) - self.weight_bytes // 2 <= room:
             yield "half-precision weights (--dtype bfloat16)"
         if hardware.name != "cpu":

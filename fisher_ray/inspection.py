@@ -58,6 +58,7 @@ def overview(run: Run) -> dict[str, Any]:
         "estimator": run.config.estimator,
         "num_samples": run.config.num_samples if run.config.estimator == "sampled" else None,
         "d_model": run.d_model,
+        "sketch": run.config.sketch,
         "counts": asdict(counts),
         "groups": {group: run.count(run.layers[0], group) for group in run.groups},
         "layers": layers,
@@ -102,6 +103,7 @@ def _spectral(blocks: Blocks) -> dict[str, Any]:
     plain, whitened = spectrum(blocks), spectrum(blocks, whitened=True)
     names = ("trace", *RANKS, "anisotropy")
     found: dict[str, Any] = {"positions": blocks.total.count, "blocks": len(blocks)}
+    found["sketch_error"] = blocks.total.fisher.shrunk / blocks.total.count
     found["top_eigenvalue"] = _pair(plain.eigenvalues, 0)
     found |= {name: _pair(getattr(plain, name)) for name in names}
     found["whitened_top_eigenvalue"] = _pair(whitened.eigenvalues, 0)
@@ -258,6 +260,14 @@ def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
         f"± one standard error from {blocks} blocks of documents{_ROUGH if blocks < 8 else ''}, for the population they come "
         "from. Only what is whitened compares over layers. Spectra span three decades, indices on a logarithmic axis.",
     )
+    if facts["sketch"] is not None:
+        lost = ", ".join(f"{row['sketch_error']:.3g}" for row in facts["layers"])
+        _say(
+            console,
+            f"note: sums are sketches of {facts['sketch']} rows, so an eigenvalue may be too small by at most {lost} (of these "
+            "layers in turn), and ranks are those of the sketch",
+            style="yellow",
+        )
     for line in (*facts["quarantined"], *facts["problems"], *facts["damaged"]):
         _say(console, f"note: {line}", style="yellow")
 
@@ -271,6 +281,13 @@ def show_layer(console: Console, facts: Mapping[str, Any]) -> None:
         f"layer {facts['layer']}{group}: {facts['positions']:,} positions in {facts['blocks']} blocks of documents"
         f"{_ROUGH if facts['blocks'] < 8 else ''}; relative standard error of the mean F {_share(facts['relative_error'])}",
     )
+    if facts["sketch_error"]:
+        _say(
+            console,
+            f"note: of a sketch; an eigenvalue may be too small by at most {facts['sketch_error']:.3g}, and ranks are those of "
+            "the sketch",
+            style="yellow",
+        )
     table = _table("quantity", "F", "after whitening")
     for name in ("trace", "top_eigenvalue", *RANKS, "anisotropy"):
         table.add_row(

@@ -124,6 +124,7 @@ class RunConfig:
         batch_tokens: tokens that go through the model together, before the memory budget cuts them further.
         group_by: ``position`` (buckets 0, 1, 2-3, 4-7, ...), ``token`` (the ``num_groups`` most frequent ones) or a column
             of the corpus; each group has a mean and a count of its own.
+        sketch: rows of the sketch (:mod:`fisher_ray.sketch`) that is kept of every sum of matrices; None: the sums in full.
         device: None: ``cuda`` where an actor has a GPU, else ``cpu``; decided when the run starts.
         cpus_per_actor: cores and threads of an actor; part of the result, since threads change the order of sums.
         min_actors, max_actors: the pool; without a maximum all that the cluster has room for at the moment.
@@ -156,6 +157,7 @@ class RunConfig:
     columns: tuple[str, ...] = ()
     group_by: str | None = None
     num_groups: int = 32
+    sketch: int | None = None
     save: Save = "summary"
     seed: int = 0
     dtype: str = "float32"
@@ -203,6 +205,7 @@ class RunConfig:
             "max_seq_len",
             "memory_budget",
             "num_groups",
+            "sketch",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -464,6 +467,7 @@ class Plan:
             token_draws=config.token_draws,
             save=config.save,
             num_groups=self._num_groups(length),
+            sketch=config.sketch,
             share=len(Positions(config.positions).choose(length)) / length,
         )
 
@@ -553,11 +557,17 @@ def make_plan(config: RunConfig) -> Plan:
             f"save matrices would write {len(layers)} x {facts.d_model}^2 numbers a token. "
             "Choose positions (--positions), or save factors."
         )
+    if config.sketch is not None and 2 * config.sketch >= facts.d_model:
+        raise ConfigError(
+            f"sketch must be below {facts.d_model / 2:g}, half of d_model, got {config.sketch}: a sketch of so many rows is no "
+            "smaller than the matrix. Leave it out (--sketch)."
+        )
     sources = tuple(find_sources(config.corpus))
     sampled = config.group_by not in (None, "position")
     sample = list(sample_documents(sources, config.layout, _SAMPLE)) if sampled else []
     listed = [(source.name, source.size, source.version) for source in sources]
-    settings = {key: value for key, value in config.asdict().items() if key not in _EXECUTION | {"corpus"}}
+    # What is unset is left out, so that a setting that comes to be later changes no fingerprint of before.
+    settings = {k: v for k, v in config.asdict().items() if k not in _EXECUTION | {"corpus"} and v is not None}
     fixed = {
         **settings,
         "layers": layers,
@@ -589,9 +599,11 @@ def _check_sums(plan: Plan, sample: Sequence[Document]) -> None:
     needed = plan.cost.sums_memory
     if needed > MAX_SUMS:
         groups = plan.cost.num_groups
+        kept = f"matrices of {width}^2" if config.sketch is None else f"sketches of {config.sketch} rows"
         raise ConfigError(
-            f"{groups} groups x {layers} layers x 3 matrices of {width}^2 need {needed / 2**30:.0f} GiB of sums in every "
-            f"worker; the limit is {MAX_SUMS >> 30} GiB. Take fewer layers a run (--layers), or fewer groups (--num-groups)."
+            f"{groups} groups x {layers} layers x 3 {kept} need {needed / 2**30:.0f} GiB of sums in every "
+            f"worker; the limit is {MAX_SUMS >> 30} GiB. Take fewer layers a run (--layers), fewer groups (--num-groups), or "
+            f"{'smaller sketches' if config.sketch else 'sketches'} (--sketch)."
         )
 
 

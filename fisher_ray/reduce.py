@@ -31,9 +31,18 @@ from fisher_ray.shards import (
     reduced_folder,
     task_name,
 )
-from fisher_ray.spectrum import entropy_rank, participation_ratio, symmetric_eigh, trace_rank, whitened_eigenvalues
+from fisher_ray.sketch import Sketch
+from fisher_ray.spectrum import (
+    entropy_rank,
+    factor_eigh,
+    participation_ratio,
+    symmetric_eigh,
+    trace_rank,
+    whitened_eigenvalues,
+    whitened_factor_eigenvalues,
+)
 from fisher_ray.storage import StoredFile
-from fisher_ray.sums import GroupSums, LayerSums
+from fisher_ray.sums import MATRICES, GroupSums, LayerSums
 
 # Children of a node: also the number of blocks that standard errors can be computed from.
 FAN_IN = 32
@@ -53,10 +62,12 @@ SUMMARY_SCHEMA = pa.schema(
         ("whitened_trace", pa.float64()),
         ("whitened_top_eigenvalue", pa.float64()),
         ("whitened_entropy_rank", pa.float64()),
+        ("sketch_error", pa.float64()),
+        ("captured_share", pa.float64()),
         ("raised", pa.list_(pa.string())),
         ("lowered", pa.list_(pa.string())),
     ],
-    metadata={"fisher_ray.schema": "summary.2"},
+    metadata={"fisher_ray.schema": "summary.3"},
 )
 
 
@@ -139,6 +150,10 @@ def finish_layers(plan: Plan, store: RunStore, root: Node) -> tuple[list[dict[st
     across them), ``activation_mean``, ``activation_second_moment``, ``eigenvalues`` (descending) and ``eigenvectors`` (columns)
     of the mean F, and ``whitened_eigenvalues`` of ``Sigma^(1/2) F Sigma^(1/2)``.
 
+    Of sketches there is ``fisher_factors`` [at most sketch, d] in place of ``fisher``, with ``F = G^T G + E`` and ``0 <= E <=
+    sketch_error I``, and likewise of the other matrices; there are as many eigenvalues as rows; and the groups, which may be
+    thousands, are sums in one ``groups.npz``, as tasks write them.
+
     Returns:
         a row of the summary for each layer and group, without the tokens, and what vouches for the files.
     """
@@ -152,11 +167,19 @@ def finish_layers(plan: Plan, store: RunStore, root: Node) -> tuple[list[dict[st
         if total is None:
             continue
         folder = reduced_folder(layer)
-        rows.append({"layer": layer, "group": None, **_write_means(store, folder, total, files)})
-        if plan.config.group_by is not None:
-            for name in sorted(sums.groups):
-                where = reduced_folder(layer, name)
-                rows.append({"layer": layer, "group": name, **_write_means(store, where, sums.groups[name], files)})
+        row, arrays = _means(total)
+        rows.append({"layer": layer, "group": None, **row})
+        _write_means(store, folder, arrays, files)
+        if plan.config.group_by is None:
+            continue
+        for name in sorted(sums.groups):
+            row, arrays = _means(sums.groups[name])
+            rows.append({"layer": layer, "group": name, **row})
+            if plan.config.sketch is None:
+                _write_means(store, reduced_folder(layer, name), arrays, files)
+        if plan.config.sketch is not None:
+            path = f"{folder}/groups.npz"
+            files[path] = store.store(path, sums.to_bytes())
     return rows, _covering(root.name, plan.fingerprint, children, files)
 
 
@@ -181,28 +204,40 @@ def _covering(name: str, fingerprint: str, children: Sequence[Receipt], files: d
     return Receipt(name, fingerprint, files, counts, seconds, children[0].worker)
 
 
-def _write_means(store: RunStore, folder: str, sums: GroupSums, files: dict[str, StoredFile]) -> dict[str, Any]:
-    """Write one mean and its spectrum; its row of the summary."""
-    fisher = torch.from_numpy(sums.square("fisher") / sums.count)
-    second_moment = torch.from_numpy(sums.square("second_moment") / sums.count)
-    mean = torch.from_numpy(np.asarray(sums.activation, np.float64) / sums.count)
-    values, vectors = symmetric_eigh(fisher)
-    values = values.clamp_min(0)
-    whitened = whitened_eigenvalues(fisher, mean, second_moment)
-    for name, array in {
-        "fisher": fisher.numpy(),
-        "normalised_fisher": sums.square("normalised") / max(sums.traced, 1),
-        "activation_mean": mean.numpy(),
-        "activation_second_moment": second_moment.numpy(),
-        "eigenvalues": values.numpy(),
-        "eigenvectors": vectors.numpy(),
-        "whitened_eigenvalues": whitened.numpy(),
-    }.items():
+def _write_means(store: RunStore, folder: str, arrays: Mapping[str, np.ndarray], files: dict[str, StoredFile]) -> None:
+    for name, array in arrays.items():
         path = f"{folder}/{name}.npy"
         files[path] = store.store(path, npy_bytes(array))
-    return {
+
+
+def _means(sums: GroupSums) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A row of the summary, and the arrays of one mean."""
+    counts = (sums.count, max(sums.traced, 1), sums.count)
+    fisher, normalised, second_moment = (
+        torch.from_numpy(getattr(sums, name).mean(count)) for name, count in zip(MATRICES, counts, strict=True)
+    )
+    mean = torch.from_numpy(np.asarray(sums.activation, np.float64) / sums.count)
+    if isinstance(sums.fisher, Sketch):
+        values, vectors = factor_eigh(fisher)
+        whitened = whitened_factor_eigenvalues(fisher, mean, second_moment)
+    else:
+        values, vectors = symmetric_eigh(fisher)
+        whitened = whitened_eigenvalues(fisher, mean, second_moment)
+    values = values.clamp_min(0)
+    suffix = "_factors" if isinstance(sums.fisher, Sketch) else ""
+    arrays = {
+        f"fisher{suffix}": fisher,
+        f"normalised_fisher{suffix}": normalised,
+        "activation_mean": mean,
+        f"activation_second_moment{suffix}": second_moment,
+        "eigenvalues": values,
+        "eigenvectors": vectors,
+        "whitened_eigenvalues": whitened,
+    }
+    trace = sums.fisher.trace / sums.count
+    row = {
         "positions": sums.count,
-        "trace": float(fisher.trace()),
+        "trace": trace,
         "top_eigenvalue": float(values[0]),
         "participation_ratio": float(participation_ratio(values)),
         "entropy_rank": float(entropy_rank(values)),
@@ -210,7 +245,10 @@ def _write_means(store: RunStore, folder: str, sums: GroupSums, files: dict[str,
         "whitened_trace": float(whitened.sum()),
         "whitened_top_eigenvalue": float(whitened[0]),
         "whitened_entropy_rank": float(entropy_rank(whitened)),
+        "sketch_error": sums.fisher.shrunk / sums.count,
+        "captured_share": float(values.sum()) / trace if suffix and trace > 0 else 1.0,
     }
+    return row, {name: array.numpy() for name, array in arrays.items()}
 
 
 def read_array(store: RunStore, layer: int, name: str) -> np.ndarray:

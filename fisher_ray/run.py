@@ -142,8 +142,7 @@ class Run:
         """Positions that the mean is over."""
         if not self.complete:
             return int(self.blocks(layer, group).total.count)
-        self._check(layer, group)
-        return int(next(r["positions"] for r in self.summary if (r["layer"], r["group"]) == (layer, group)))
+        return int(self._row(layer, group)["positions"])
 
     def fisher(self, layer: int, group: str | None = None, normalised: bool = False) -> np.ndarray:
         """The mean of F, or of ``F / tr F``, [d_model, d_model], float64; mapped from disk where it is on one.
@@ -154,11 +153,42 @@ class Run:
             ValueError: no such layer or group.
             DamagedError: a file holds other bytes than were written.
         """
-        name = "normalised_fisher" if normalised else "fisher"
+        if self.config.sketch is not None:
+            factors = self.fisher_factors(layer, group, normalised)
+            return factors.T @ factors
         if self.complete:
-            return self._array(layer, group, name)
+            return self._array(layer, group, "normalised_fisher" if normalised else "fisher")
         sums = self.blocks(layer, group).total
-        return sums.square("normalised") / max(1, sums.traced) if normalised else sums.square("fisher") / sums.count
+        return sums.normalised.mean(max(1, sums.traced)) if normalised else sums.fisher.mean(sums.count)
+
+    def fisher_factors(self, layer: int, group: str | None = None, normalised: bool = False) -> np.ndarray:
+        """Rows G of the sketch of a mean, [at most sketch, d_model], float64: ``F = G^T G + E``; of runs with ``sketch``.
+
+        ``0 <= E <= sketch_error I``, see :meth:`sketch_error`.
+
+        Raises:
+            ValueError: no such layer or group, or sums are kept in full.
+        """
+        self._check(layer, group)
+        if self.config.sketch is None:
+            raise ValueError(
+                f"{self.store.uri} keeps its sums in full: read fisher(layer). Sketches are kept by --sketch."
+            )
+        if self.complete and group is None:
+            return self._array(layer, None, "normalised_fisher_factors" if normalised else "fisher_factors")
+        if self.complete:
+            stored = self._stored(f"{reduced_folder(layer)}/groups.npz")
+            sums = LayerSums.from_bytes(self.store.load(stored)).groups[str(group)]
+        else:
+            sums = self.blocks(layer, group).total
+        return sums.normalised.mean(max(1, sums.traced)) if normalised else sums.fisher.mean(sums.count)
+
+    def sketch_error(self, layer: int, group: str | None = None) -> float:
+        """The most that a sketch can have lost of any eigenvalue of the mean F; 0 where sums are kept in full."""
+        if self.complete:
+            return float(self._row(layer, group)["sketch_error"])
+        total = self.blocks(layer, group).total
+        return total.fisher.shrunk / total.count
 
     def activation(self, layer: int, group: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Mean [d_model] and covariance [d_model, d_model] of the residual stream."""
@@ -301,6 +331,11 @@ class Run:
         if group is not None and group not in self.groups:
             known = ", ".join(self.groups[:20]) or "none: it was run without --group-by"
             raise ValueError(f"no group {group!r} in {self.store.uri}. Known: {known}.")
+
+    def _row(self, layer: int, group: str | None) -> dict[str, Any]:
+        """Of the summary."""
+        self._check(layer, group)
+        return next(row for row in self.summary if (row["layer"], row["group"]) == (layer, group))
 
     def _array(self, layer: int, group: str | None, name: str) -> np.ndarray:
         """An array of the reduction; one of a local file is checked once and mapped."""

@@ -35,9 +35,18 @@ def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> Fl
 def symmetric_eigh(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """Eigenvalues, descending, and the eigenvectors as columns, each with its largest entry positive."""
     values, vectors = torch.linalg.eigh(matrix)
-    values, vectors = values.flip(-1), vectors.flip(-1)
+    return values.flip(-1), _oriented(vectors.flip(-1))
+
+
+def factor_eigh(factors: Float[Tensor, "R d"]) -> tuple[Float[Tensor, " rank"], Float[Tensor, "d rank"]]:
+    """The same of ``G^T G``, of whose eigenvalues min(R, d) are not zero for certain."""
+    _, singular, vectors = torch.linalg.svd(factors, full_matrices=False)
+    return singular.square(), _oriented(vectors.mT)
+
+
+def _oriented(vectors: Tensor) -> Tensor:
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return values, vectors * largest.sign()
+    return vectors * largest.sign()
 
 
 def anisotropy(eigenvalues: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
@@ -71,3 +80,11 @@ def whitened_eigenvalues(
     """
     root, _ = whitening(mean, second_moment)
     return torch.linalg.eigvalsh(root @ fisher @ root).flip(-1).clamp_min(0)
+
+
+def whitened_factor_eigenvalues(
+    factors: Float[Tensor, "R d"], mean: Float[Tensor, " d"], second_moment_factors: Float[Tensor, "S d"]
+) -> Float[Tensor, " R"]:
+    """The same where ``F = G^T G`` and ``E[h h^T] = H^T H``: those of ``G Sigma G^T``, which are all that are not zero."""
+    along, across = factors @ second_moment_factors.mT, factors @ mean
+    return torch.linalg.eigvalsh(along @ along.mT - torch.outer(across, across)).flip(-1).clamp_min(0)

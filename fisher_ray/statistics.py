@@ -82,6 +82,13 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.sums)
 
+    def trace(self) -> Estimate:
+        """The mean trace of F, exact also where sums are sketches."""
+        counts = np.array([self.total.count, *(self.total.count - block.count for block in self.sums)])
+        traces = np.array([block.fisher.trace for block in self.sums])
+        value, *without = torch.from_numpy(np.array([traces.sum(), *(traces.sum() - traces)]) / counts.clip(1))
+        return jackknife(value, torch.stack(without), self.weights)
+
     def mean(self, name: Literal["fisher", "second_moment", "activation"], without: GroupSums | None = None) -> Tensor:
         """The mean over all positions, or over those of all other blocks; [d, d], of ``activation`` [d]."""
         count = self.total.count
@@ -156,9 +163,7 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
     return Spectrum(
         estimate(lambda each: each),
         vectors.numpy(),
-        jackknife(
-            values.sum(-1), left.sum(-1), blocks.weights
-        ),  # rounding makes small eigenvalues negative: they count here
+        jackknife(values.sum(-1), left.sum(-1), blocks.weights) if whitened else blocks.trace(),
         estimate(participation_ratio),
         estimate(entropy_rank),
         estimate(trace_rank),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from fisher_ray.sketch import FrequentDirections, Sketch, sketch_bytes
 
 # The group of all positions, where none are asked for.
 ALL = ""
@@ -20,6 +26,12 @@ _ROWS = 4096
 MATRICES = ("fisher", "normalised", "second_moment")
 
 
+def sums_memory(d_model: int, sketch: int | None = None) -> int:
+    """Bytes that a worker holds for one layer and group; of a group with few positions a sketch takes less."""
+    matrix = 8 * d_model**2 if sketch is None else sketch_bytes(sketch, d_model)
+    return len(MATRICES) * matrix + 8 * d_model
+
+
 class Sums:
     """Sums of F, F / tr F, h and h h^T, float64, as a worker adds them up.
 
@@ -28,25 +40,24 @@ class Sums:
         d_model: width of the residual stream.
         groups: names; every position belongs to one.
         device: where the sums are kept.
-
-    Attributes:
-        count: [G, L], positions.
-        traced: [G, L], positions with a trace above zero, over which F / tr F is summed.
-        fisher, normalised, second_moment: [G, L, d, d].
-        activation: [G, L, d].
+        sketch: rows of the sketches that are kept of the matrices; None: the matrices themselves.
     """
 
     def __init__(
-        self, layers: Sequence[int], d_model: int, groups: Sequence[str] = (ALL,), device: torch.device | str = "cpu"
+        self,
+        layers: Sequence[int],
+        d_model: int,
+        groups: Sequence[str] = (ALL,),
+        device: torch.device | str = "cpu",
+        sketch: int | None = None,
     ):
         self.layers, self.groups = list(layers), list(groups)
-        shape = (len(self.groups), len(self.layers))
-        self.count = torch.zeros(shape, dtype=torch.int64)
-        self.traced = torch.zeros(shape, dtype=torch.int64)
-        self.fisher, self.normalised, self.second_moment = (
-            torch.zeros(*shape, d_model, d_model, dtype=torch.float64, device=device) for _ in MATRICES
+        kept = (
+            partial(_Square, d_model, device)
+            if sketch is None
+            else partial(FrequentDirections, sketch, d_model, device)
         )
-        self.activation = torch.zeros(*shape, d_model, dtype=torch.float64, device=device)
+        self._sums: dict[tuple[int, int], _Adding] = defaultdict(lambda: _Adding(kept, d_model, device))
 
     def add(
         self,
@@ -57,69 +68,130 @@ class Sums:
     ) -> None:
         """Add N positions of one layer, each to the group of the given index."""
         if group is None:
-            self._add(0, layer, factors, activations)
+            self._sums[0, layer].add(factors, activations)
             return
         for i in group.unique().tolist():
-            self._add(i, layer, factors[group == i], activations[group == i])
+            self._sums[i, layer].add(factors[group == i], activations[group == i])
 
-    def _add(self, group: int, layer: int, factors: Tensor, activations: Tensor) -> None:
-        at = (group, self.layers.index(layer))
+    def packed(self, layer: int) -> LayerSums:
+        """One layer's sums, without groups that have no position."""
+        found = {name: self._sums.get((i, layer)) for i, name in enumerate(self.groups)}
+        return LayerSums({name: sums.packed() for name, sums in found.items() if sums is not None and sums.count})
+
+
+class _Adding:
+    """The sums of one layer and group while positions are added."""
+
+    def __init__(self, kept: partial[_Square] | partial[FrequentDirections], d_model: int, device: torch.device | str):
+        self.count = self.traced = 0
+        self.fisher, self.normalised, self.second_moment = (kept() for _ in MATRICES)
+        self.activation = torch.zeros(d_model, dtype=torch.float64, device=device)
+
+    def add(self, factors: Tensor, activations: Tensor) -> None:
         step = max(1, _ROWS // max(factors.shape[1], activations.shape[1]))
         for start in range(0, len(factors), step):
             g, h = factors[start : start + step], activations[start : start + step]
             trace = g.square().sum((1, 2))
             traced = trace > 0
-            unit = (g * trace.rsqrt().where(traced, 0)[:, None, None]).flatten(0, 1)
-            g = g.flatten(0, 1)
-            self.fisher[at] += g.mT @ g
-            self.normalised[at] += unit.mT @ unit
-            self.activation[at] += h.mean(1).double().sum(0)
-            flat = h.flatten(0, 1)
-            self.second_moment[at] += (flat.mT @ flat) / h.shape[1]
-            self.count[at] += len(h)
-            self.traced[at] += int(traced.sum())
+            self.fisher.add(g.flatten(0, 1))
+            self.normalised.add((g * trace.rsqrt().where(traced, 0)[:, None, None]).flatten(0, 1))
+            self.second_moment.add(h.flatten(0, 1), h.shape[1])
+            self.activation += h.mean(1).double().sum(0)
+            self.count += len(h)
+            self.traced += int(traced.sum())
 
-    def packed(self, layer: int) -> LayerSums:
-        """One layer's sums as upper triangles, without groups that have no position."""
-        d, i = self.fisher.shape[-1], self.layers.index(layer)
-        upper = torch.triu_indices(d, d, device=self.fisher.device)
-        groups = {}
-        for j, name in enumerate(self.groups):
-            if self.count[j, i]:
-                triangles = [getattr(self, m)[j, i, upper[0], upper[1]].cpu().numpy() for m in MATRICES]
-                counts = int(self.count[j, i]), int(self.traced[j, i])
-                groups[name] = GroupSums(*counts, self.activation[j, i].cpu().numpy(), *triangles)
-        return LayerSums(groups)
+    def packed(self) -> GroupSums:
+        matrices = (getattr(self, name).finished() for name in MATRICES)
+        return GroupSums(self.count, self.traced, self.activation.cpu().numpy(), *matrices)
+
+
+class _Square:
+    """A sum of outer products in full."""
+
+    def __init__(self, d_model: int, device: torch.device | str):
+        self._total = torch.zeros(d_model, d_model, dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor, divisor: int = 1) -> None:
+        self._total += (rows.mT @ rows) / divisor
+
+    def finished(self) -> Triangle:
+        upper = torch.triu_indices(*self._total.shape, device=self._total.device)
+        return Triangle(self._total[upper[0], upper[1]].cpu().numpy())
+
+
+@dataclass
+class Triangle:
+    """A finished sum of outer products: the upper triangle, row by row.
+
+    Attributes:
+        values: [d (d + 1) / 2].
+    """
+
+    values: np.ndarray
+
+    # As a sketch has it: nothing is lost.
+    shrunk = 0.0
+
+    def __add__(self, other: Triangle) -> Triangle:
+        """The sum of both, float64."""
+        return Triangle(np.add(self.values, other.values, dtype=np.float64))
+
+    @property
+    def trace(self) -> float:
+        d = self._width
+        diagonal = np.arange(d) * d - np.arange(d) * (np.arange(d) - 1) // 2
+        return float(self.values[diagonal].sum(dtype=np.float64))
+
+    def mean(self, count: int) -> np.ndarray:
+        """Divided by a count, in full, float64."""
+        return self.square() / count
+
+    def square(self) -> np.ndarray:
+        """In full, float64."""
+        matrix = np.empty((self._width, self._width))
+        upper = np.triu_indices(self._width)
+        matrix[upper] = self.values
+        matrix.T[upper] = matrix[upper]
+        return matrix
+
+    @property
+    def _width(self) -> int:
+        return (math.isqrt(8 * len(self.values) + 1) - 1) // 2
+
+
+Matrix = Triangle | Sketch
 
 
 @dataclass
 class GroupSums:
-    """One group's sums at one layer; matrices are upper triangles, row by row, [d (d + 1) / 2]."""
+    """One group's sums at one layer.
+
+    Attributes:
+        count: positions.
+        traced: positions with a trace above zero, over which F / tr F is summed.
+        activation: [d].
+    """
 
     count: int
     traced: int
     activation: np.ndarray
-    fisher: np.ndarray
-    normalised: np.ndarray
-    second_moment: np.ndarray
+    fisher: Matrix
+    normalised: Matrix
+    second_moment: Matrix
 
     def add(self, other: GroupSums) -> None:
         """Add another's sums to these, which become float64."""
+        if len(self.activation) != len(other.activation):
+            raise ValueError(f"sums of width {len(self.activation)} and {len(other.activation)} cannot be added.")
         self.count += other.count
         self.traced += other.traced
-        for name in ("activation", *MATRICES):
-            mine = getattr(self, name)
-            if mine.shape != getattr(other, name).shape:
-                raise ValueError(f"sums of width {len(self.activation)} and {len(other.activation)} cannot be added.")
-            setattr(self, name, np.add(mine, getattr(other, name), dtype=np.float64))
+        self.activation = np.add(self.activation, other.activation, dtype=np.float64)
+        for name in MATRICES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def square(self, name: str) -> np.ndarray:
         """One of the matrices in full, float64."""
-        d = len(self.activation)
-        matrix = np.empty((d, d))
-        upper = np.triu_indices(d)
-        matrix[upper] = getattr(self, name)
-        matrix.T[upper] = matrix[upper]
+        matrix: np.ndarray = getattr(self, name).square()
         return matrix
 
 
@@ -148,14 +220,27 @@ class LayerSums:
         return total
 
     def to_bytes(self, dtype: type[np.floating] = np.float64) -> bytes:
-        """An .npz with a row for each group, names sorted; ``dtype`` is that of the triangles."""
+        """An .npz with a row for each group, names sorted; ``dtype`` is that of the matrices.
+
+        Of sketches the rows of all groups are in one array, one group's after the other's, with the number of each group's
+        beside it.
+        """
         names = sorted(self.groups)
         arrays: dict[str, np.ndarray] = {"groups": np.array(names, dtype=np.str_)}
-        for field in ("count", "traced", "activation", *MATRICES):
-            values = [getattr(self.groups[name], field) for name in names]
-            arrays[field] = np.stack(values) if values else np.empty(0)
-            if field in MATRICES:
-                arrays[field] = arrays[field].astype(dtype, copy=False)
+        for field in ("count", "traced", "activation"):
+            arrays[field] = _stacked([getattr(self.groups[name], field) for name in names])
+        for field in MATRICES:
+            matrices: list[Matrix] = [getattr(self.groups[name], field) for name in names]
+            sketches = [matrix for matrix in matrices if isinstance(matrix, Sketch)]
+            if sketches:
+                arrays["limit"] = np.array(sketches[0].limit)
+                arrays[field] = np.concatenate([sketch.rows for sketch in sketches])
+                arrays[f"{field}_rows"] = np.array([len(sketch.rows) for sketch in sketches])
+                arrays[f"{field}_shrunk"] = np.array([sketch.shrunk for sketch in sketches])
+                arrays[f"{field}_trace"] = np.array([sketch.trace for sketch in sketches])
+            else:
+                arrays[field] = _stacked([matrix.values for matrix in matrices if isinstance(matrix, Triangle)])
+            arrays[field] = arrays[field].astype(dtype, copy=False)
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         return buffer.getvalue()
@@ -165,5 +250,25 @@ class LayerSums:
         """The inverse of :meth:`to_bytes`."""
         with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
             names = arrays["groups"].tolist()
-            columns = [arrays[field] for field in ("count", "traced", "activation", *MATRICES)]
-        return cls({name: GroupSums(int(c), int(t), *rest) for name, c, t, *rest in zip(names, *columns, strict=True)})
+            plain = [arrays[field] for field in ("count", "traced", "activation")]
+            matrices = [_matrices(arrays, field) for field in MATRICES]
+        return cls(
+            {
+                name: GroupSums(int(c), int(t), h, *rest)
+                for name, c, t, h, *rest in zip(names, *plain, *matrices, strict=True)
+            }
+        )
+
+
+def _stacked(values: Sequence[Any]) -> np.ndarray:
+    return np.stack(values) if values else np.empty(0)
+
+
+def _matrices(arrays: Mapping[str, np.ndarray], field: str) -> list[Matrix]:
+    """One of the matrices of every group."""
+    if "limit" not in arrays:
+        return [Triangle(values) for values in arrays[field]]
+    limit, rows = int(arrays["limit"]), arrays[f"{field}_rows"]
+    parts = np.split(arrays[field], rows.cumsum()[:-1])
+    numbers = zip(arrays[f"{field}_shrunk"].tolist(), arrays[f"{field}_trace"].tolist(), strict=True)
+    return [Sketch(part, limit, *each) for part, each in zip(parts, numbers, strict=True)]

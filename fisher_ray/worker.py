@@ -33,7 +33,7 @@ from fisher_ray.shards import (
 from fisher_ray.spectrum import entropy_rank, factor_eigenvalues, participation_ratio, trace_rank
 from fisher_ray.split import SplitModel, deterministic_kernels
 from fisher_ray.storage import StoredFile
-from fisher_ray.sums import ALL, LayerSums, Sums
+from fisher_ray.sums import ALL, LayerSums, Sums, sums_memory
 
 # Calls a function with its arguments when it is its turn, and gives its result.
 InTurn = Callable[..., Any]
@@ -162,7 +162,8 @@ class Worker:
         # A new thread starts with the environment's number, and the number changes the order of sums.
         torch.set_num_threads(self.config.cpus_per_actor)
         groups, group_of = self._groups(work)
-        sums = Sums(self.layers, self.model.d_model, groups, self.model.device)
+        sums = Sums(self.layers, self.model.d_model, groups, self.model.device, self.config.sketch)
+        index = {name: i for i, name in enumerate(groups)}
         result = _Scored({}, [], {layer: [] for layer in self.layers}, {layer: [] for layer in self.layers})
         for batch in self._batches(work.windows):
             for scores in self._scores(batch, work):
@@ -170,8 +171,8 @@ class Worker:
                 where = np.stack([window, scores.position.cpu().numpy()])
                 group = None
                 if self.config.group_by is not None:
-                    index = [groups.index(group_of(work.windows[w], t)) for w, t in where.T.tolist()]
-                    group = torch.tensor(index, device=self.model.device)
+                    members = [index[group_of(work.windows[w], t)] for w, t in where.T.tolist()]
+                    group = torch.tensor(members, device=self.model.device)
                 result.where.append(where)
                 result.scored += len(scores)
                 result.invalid += len(scores.invalid)
@@ -208,11 +209,12 @@ class Worker:
                 return str(work.documents[window.document].carried[index])
 
         names = sorted({group_of(window, t) for window in work.windows for t in window.scored})
-        held = 3 * 8 * len(names) * len(self.layers) * self.model.d_model**2
+        held = len(names) * len(self.layers) * sums_memory(self.model.d_model, config.sketch)
         if column is not None and (len(names) > config.num_groups or held > MAX_SUMS):
             raise CorpusError(
                 f"{column!r} has {len(names)} values in one task; their sums need {held / 2**30:.1f} GiB. At most "
-                f"{config.num_groups} groups and {MAX_SUMS >> 30} GiB are allowed. Group by a column with fewer values."
+                f"{config.num_groups} groups and {MAX_SUMS >> 30} GiB are allowed. Group by a column with fewer values, or "
+                "keep sketches (--sketch)."
             )
         return names, group_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -240,23 +241,34 @@ def test_memory_grows_with_what_is_held(gpt2: SplitModel) -> None:
 # ---- storage ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sketch", [None, 10])
 @pytest.mark.parametrize(("num_layers", "d_model"), [(1, 24), (4, 24), (7, 96), (2, 768)])
-def test_sums_as_held_and_written(num_layers: int, d_model: int, tmp_path: Path) -> None:
+def test_sums_as_held_and_written(num_layers: int, d_model: int, sketch: int | None, tmp_path: Path) -> None:
     config = tf.GPT2Config(n_embd=d_model, n_layer=num_layers, n_head=4, vocab_size=64)
     config.save_pretrained(tmp_path)
     layers = tuple(range(num_layers))
-    cost = Cost(outline(str(tmp_path)), layers, Sampled(1))
-    sums = Sums(list(layers), d_model)
+    cost = Cost(outline(str(tmp_path)), layers, Sampled(1), sketch=sketch)
+    before = float64_bytes()
+    sums = Sums(list(layers), d_model, sketch=sketch)
     for layer in layers:
-        sums.add(layer, torch.ones(1, 1, d_model), torch.ones(1, 1, d_model))
+        some = torch.randn(29, 1, d_model, generator=torch.Generator().manual_seed(layer))
+        sums.add(layer, some, some)
+    held = float64_bytes() - before
     written = sum(len(sums.packed(layer).to_bytes(np.float32)) for layer in layers)
     assert cost.sums_bytes == pytest.approx(written, rel=0.001, abs=512)
-    held = (sums.fisher, sums.normalised, sums.second_moment, sums.activation)
-    assert cost.sums_memory == sum(tensor.nbytes for tensor in held)
+    # 29 of the 30 rows that a sketch of 10 gathers before it is shrunk, and its trace.
+    assert held == pytest.approx(cost.sums_memory, rel=0 if sketch is None else 0.04)
     grouped = replace(cost, num_groups=3)
     assert grouped.sums_memory == 3 * cost.sums_memory
     numbers = sum(array.nbytes for layer in layers for array in _arrays(sums.packed(layer).to_bytes(np.float32)))
     assert grouped.sums_bytes - cost.sums_bytes == pytest.approx(2 * numbers, rel=0.01)
+
+
+def float64_bytes() -> int:
+    """Of all tensors there are."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.dtype == torch.float64]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _arrays(raw: bytes) -> list[np.ndarray]:
@@ -264,14 +276,16 @@ def _arrays(raw: bytes) -> list[np.ndarray]:
         return [arrays[name] for name in arrays]
 
 
-@pytest.mark.parametrize("save", ["summary", "factors", "matrices"])
-def test_files_of_a_run(save: cost.Save, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("save", "sketch"), [("summary", None), ("factors", None), ("matrices", None), ("summary", 24)]
+)
+def test_files_of_a_run(save: cost.Save, sketch: int | None, tmp_path: Path) -> None:
     """Against a real task and reduction of the demo: bytes, and how many files."""
-    settings: dict[str, Any] = {"save": save, "layers": "0,3,6", "num_samples": 4, "max_docs": 20}
+    settings: dict[str, Any] = {"save": save, "sketch": sketch, "layers": "0,3,6", "num_samples": 4, "max_docs": 20}
     corpus = (str(DEMO / "corpus.jsonl"),)
     config = RunConfig(model=str(DEMO / "model"), corpus=corpus, output=str(tmp_path), **settings)
     stored, outcome = jobs.run_here(config)
-    expected = Cost(outline(config.model), (0, 3, 6), Sampled(4), save=save)
+    expected = Cost(outline(config.model), (0, 3, 6), Sampled(4), save=save, sketch=sketch)
 
     receipt = stored.receipts[0]
     size = {name: file["bytes"] for name, file in receipt["files"].items()}
@@ -353,10 +367,14 @@ def test_what_does_not_fit_and_what_would(llama_8b: SplitModel, gpt2: SplitModel
     for words in ("15 GiB for weights", "12.4 GiB for sums", "the graph of one position", "l4 has 22 GiB"):
         assert words in refusal
     count = int(refusal.split("at most ")[1].split()[0])
-    assert f"at most {count} layers (--layers); 2 GPUs an actor (--gpus-per-actor 2); the GPU a100." in refusal
+    assert (
+        f"at most {count} layers (--layers); sketches (--sketch 256); 2 GPUs an actor (--gpus-per-actor 2); the GPU a100."
+        in refusal
+    )
     assert "dtype" not in refusal and "groups" not in refusal
     assert replace(everything, layers=tuple(range(count))).fits(HARDWARE["l4"]) is None
     assert replace(everything, layers=tuple(range(count + 1))).fits(HARDWARE["l4"]) is not None
+    assert replace(everything, sketch=256).fits(HARDWARE["l4"]) is None
     assert everything.fits(HARDWARE["l4"], 2) is None
     assert everything.fits(HARDWARE["a100"]) is None
 

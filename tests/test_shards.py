@@ -38,6 +38,7 @@ CHANGES: dict[str, Any] = {
     "positions": "last", "max_docs": 1, "column": "other", "unit": "file", "columns": ("other",), "save": "factors",
     "seed": 1, "dtype": "bfloat16", "gradients": "per_position", "revision": "main", "trust_remote_code": True,
     "memory_budget": 1 << 20, "cpus_per_actor": 2, "device": "cuda", "group_by": "position", "num_groups": 4,
+    "sketch": 5,
 }  # fmt: skip
 NEEDS = {"token_draws": {"token_source": "sampled"}}
 ELSEWHERE = {"model", "corpus", "encoder_column"}
@@ -231,27 +232,27 @@ def test_many_small_terms_are_not_lost_beside_a_large_one() -> None:
     sums.add(0, torch.full((1, 1, 1), 2.0**13), torch.zeros(1, 1, 1))
     for _ in range(40):
         sums.add(0, torch.full((1, 1, 1), 1.0), torch.zeros(1, 1, 1))
-    assert float(sums.fisher) == 2.0**26 + 40
     merged = sums.packed(0)
+    assert merged.groups[""].square("fisher").item() == 2.0**26 + 40
     for _ in range(40):
         one = Sums([0], 1)
         one.add(0, torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
         merged.merge(LayerSums.from_bytes(one.packed(0).to_bytes(np.float32)))
-    assert float(merged.groups[""].fisher[0]) == 2.0**26 + 80
+    assert merged.groups[""].square("fisher").item() == 2.0**26 + 80
 
 
 def test_packed_sums_are_rounded_once() -> None:
     sums = filled([0, 3], scores(40, 3), scores(41, 3, seed=1))
     upper = np.triu_indices(D)
-    for i, layer in enumerate([0, 3]):
+    for layer in (0, 3):
         (back,) = LayerSums.from_bytes(sums.packed(layer).to_bytes(np.float32)).groups.values()
         (whole,) = LayerSums.from_bytes(sums.packed(layer).to_bytes()).groups.values()
         assert (back.count, back.traced) == (81, 79)
-        assert (back.activation == sums.activation[0, i].numpy()).all()
+        assert (back.activation == whole.activation).all()
         for name in MATRICES:
-            exact = getattr(sums, name)[0, i].numpy()[upper]
-            assert getattr(back, name).dtype == np.float32 and (getattr(back, name) == exact.astype(np.float32)).all()
-            assert (getattr(whole, name) == exact).all() and not (getattr(back, name) == exact).all()
+            values, exact = getattr(back, name).values, getattr(whole, name).values
+            assert (whole.square(name)[upper] == exact).all() and exact.dtype == np.float64
+            assert values.dtype == np.float32 and (values == exact.astype(np.float32)).all() and (values != exact).any()
             assert (back.square(name) == back.square(name).T).all() and back.square(name).dtype == np.float64
 
 
@@ -261,8 +262,10 @@ def test_merged_sums_are_sums_over_all() -> None:
     merged.merge(filled([0, 1], other).packed(1))
     (got,), (both,) = merged.groups.values(), filled([0, 1], one, other).packed(1).groups.values()
     assert (got.count, got.traced) == (both.count, both.traced)
-    for name in ("activation", *MATRICES):
-        np.testing.assert_allclose(getattr(got, name), getattr(both, name), rtol=1e-12)
+    np.testing.assert_allclose(got.activation, both.activation, rtol=1e-12)
+    for name in MATRICES:
+        np.testing.assert_allclose(got.square(name), both.square(name), rtol=1e-12)
+        assert getattr(got, name).trace == pytest.approx(got.square(name).trace(), rel=1e-14)
 
 
 def test_sums_of_another_width_are_refused() -> None:
