@@ -290,6 +290,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-actor", type=float, help="a fraction, one, or several for a large model (1 if there are any)"
     )
     out.add_argument("--cpus-per-actor", type=int, help="cores and threads of a worker (1)")
+    out.add_argument(
+        "--until-relative-error", type=float, metavar="EPS", help="end early, once the mean F is known so well (never)"
+    )
+    out.add_argument(
+        "--until-relative-change",
+        type=float,
+        metavar="EPS",
+        help="end early, once twice the tasks change it so little (never)",
+    )
     out.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where a worker has a GPU)")
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="of the weights (float32)")
     out.add_argument(
@@ -401,6 +410,7 @@ def _line(p: Progress) -> str:
     return (
         f"{p.tasks_done:,}/{p.tasks:,} tasks, {p.tokens_per_second:,.0f} tokens/s{left}, actors {p.actors_alive} alive "
         f"{p.actors_pending} pending, {p.retried} retried, {p.quarantined} quarantined"
+        + (f"; {p.checkpoint.words}" if p.checkpoint else "")
     )
 
 
@@ -418,14 +428,15 @@ def _show(console: Console, outcome: Outcome) -> None:
     if outcome.resumed:
         repaired = f", {outcome.damaged} of them damaged and computed again" if outcome.damaged else ""
         console.print(f"{outcome.resumed} of {outcome.tasks} tasks were done before{repaired}")
+    if outcome.checkpoints:
+        console.print(_ended(outcome), soft_wrap=True, highlight=False)
     if counts.halvings:
         console.print(f"memory ran out {counts.halvings} times; micro-batches were halved, which may change rounding")
     console.print(layer_table([row for row in outcome.rows if row["group"] is None]))
     groups = {row["group"] for row in outcome.rows} - {None}
     if groups:
-        console.print(
-            f"groups:               {len(groups)}, each in {uri}/reduced/layer_*/group_*/*.npy", soft_wrap=True
-        )
+        files = "group_*/*.npy" if outcome.plan.config.sketch is None else "groups.npz"
+        console.print(f"groups:               {len(groups)}, in {uri}/reduced/layer_*/{files}", soft_wrap=True)
     console.print(f"matrices and spectra: {uri}/reduced/layer_*/*.npy", soft_wrap=True)
     console.print(f"positions:            {uri}/positions/*.parquet", soft_wrap=True)
     console.print(f"picture:              {uri}/reduced/spectra.png", soft_wrap=True)
@@ -440,6 +451,18 @@ def _show(console: Console, outcome: Outcome) -> None:
             markup=False,
             soft_wrap=True,
         )
+
+
+def _ended(outcome: Outcome) -> str:
+    """Where a run ended that may end early, and why."""
+    last, config = outcome.checkpoints[-1], outcome.plan.config
+    wanted = {"relative_error": config.until_relative_error, "relative_change": config.until_relative_change}
+    asked = " or ".join(
+        f"{name.replace('_', ' ')} of {value:.2%}" for name, value in wanted.items() if value is not None
+    )
+    if last.tasks < outcome.tasks:
+        return f"ended early, at a {asked}: {last.words}; {outcome.tasks - last.tasks} tasks are left"
+    return f"a {asked} was asked for: {last.words}, which are all there are"
 
 
 def _opened(uri: str) -> tuple[RunStore, dict[str, Any]]:

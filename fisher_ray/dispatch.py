@@ -16,7 +16,7 @@ import torch
 from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import CorpusError
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
-from fisher_ray.reduce import Node, finish_layers, read_array, sum_node
+from fisher_ray.reduce import Checkpoint, Node, finish_layers, look_back, read_array, sum_node
 from fisher_ray.shards import Counts, Receipt, RefusedError, RunStore
 from fisher_ray.storage import DamagedError, StorageError
 from fisher_ray.worker import InTurn, Worker, at_once
@@ -135,6 +135,9 @@ class Servant:
 
     def sum(self, node: Node) -> None:
         sum_node(self.plan, self.store, node)
+
+    def look_back(self, root: Node, before: Node | None) -> Checkpoint:
+        return look_back(self.plan, self.store, root, before)
 
     def finish(self, root: Node) -> tuple[list[dict[str, Any]], Receipt]:
         return self._in_turn(finish_layers, self.plan, self.store, root)
@@ -275,13 +278,14 @@ class Dispatch:
         self.retried = 0
         self._pace: deque[float] = deque(maxlen=101)
 
-    def run(self, calls: Iterable[Call], total: int, width: int = 1) -> Iterator[tuple[Call, Any]]:
+    def run(self, calls: Iterable[Call], total: int, width: int = 1, ahead: int = 0) -> Iterator[tuple[Call, Any]]:
         """Yield (call, result or Failure) as they end.
 
         Args:
             calls: taken one by one as workers have room.
             total: how many there are.
             width: calls for which one more worker is worth having.
+            ahead: calls that may come after these: idle workers are kept for them.
         """
         self._waiting = iter(calls)
         self._next: Call | None = None
@@ -298,7 +302,8 @@ class Dispatch:
                 raise StoppedError("stopped; what is done is kept, and the same command goes on.")
             if seconds is None:
                 wanted = -(-left // width)
-                self._pool.resize(wanted, 2 * wanted)  # as many again for second attempts, if they are there
+                # As many again for second attempts, if they are there.
+                self._pool.resize(wanted, 2 * wanted + ahead)
                 self._fill()
             if time.monotonic() - looked > 1.0:
                 looked = time.monotonic()

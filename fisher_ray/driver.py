@@ -16,20 +16,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from functools import partial
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_ray.dispatch import Call, Dispatch, Failure, Pool, RunError, StoppedError
 from fisher_ray.plan import Plan, RunConfig, Task, Tasks, make_plan
-from fisher_ray.reduce import Node, levels, manifest, roots, write_summary
+from fisher_ray.reduce import Checkpoint, Node, checkpoints, levels, manifest, roots, worst, write_summary
 from fisher_ray.report import spectra_png
 from fisher_ray.shards import RUN_VERSION, Counts, Lease, Receipt, RefusedError, RunStore, task_name
 from fisher_ray.storage import DamagedError, StorageError, StoredFile, seal
+
+T = TypeVar("T")
 
 # Tasks that fail one after the other before the first one succeeds: then the fault is not theirs.
 _HOPELESS = 16
@@ -49,6 +52,7 @@ class Progress:
         weight: bytes of the corpus done, of ``total_weight``.
         tokens_per_second: over the last minute.
         seconds_left: None where it cannot be said.
+        checkpoint: the last one looked back from, of a run that may end early.
     """
 
     state: str
@@ -63,6 +67,7 @@ class Progress:
     actors_pending: int
     retried: int
     quarantined: int
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Outcome:
         computed: tasks computed now.
         damaged: tasks that were done before and found damaged.
         quarantined: why, for each task that was given up.
+        checkpoints: of a run that may end early, the last one where it did.
     """
 
     plan: Plan
@@ -87,6 +93,7 @@ class Outcome:
     computed: int
     damaged: int
     quarantined: dict[int, str]
+    checkpoints: list[Checkpoint]
 
 
 Show = Callable[[Progress], None]
@@ -273,6 +280,7 @@ class _Run:
         self.counts = Counts()
         self.quarantined: dict[int, str] = {}
         self._first_failure: Failure | None = None
+        self.looked: list[Checkpoint] = []
         self.weight = self.damaged = self.computed = 0
         self._began = self._written = time.monotonic()
         self._speed: deque[tuple[float, int]] = deque(maxlen=60)
@@ -281,14 +289,20 @@ class _Run:
     def go(self) -> Outcome:
         try:
             resumed = self._take_stock()
-            self._map(check=resumed > 0 and self.plan.config.verify_done)
+            check = resumed > 0 and self.plan.config.verify_done
+            if self.plan.config.ends_early:
+                last = self._map_until_known(check)
+            else:
+                last = len(self.tasks)
+                self._map(last, check)
             self.state = "reducing"
-            rows, covering = self._reduce()
+            rows, covering = self._sound(last, partial(self._reduce, last))
         except BaseException as error:
             self.state = "stopped" if isinstance(error, StoppedError | KeyboardInterrupt) else "failed"
             with contextlib.suppress(StorageError):
                 self._write_progress()
             raise
+        self.quarantined = {task: why for task, why in self.quarantined.items() if task < last}
         self.state = "quarantined" if self.quarantined else "complete"
         self._write_progress()
         return Outcome(
@@ -301,6 +315,7 @@ class _Run:
             self.computed,
             self.damaged,
             self.quarantined,
+            self.looked,
         )
 
     # ---- map ---------------------------------------------------------------------------------------------------------
@@ -322,19 +337,59 @@ class _Run:
             self.weight = self._weight_before = sum(task.weight for task in self.tasks if self.done[task.id])
         return resumed
 
-    def _map(self, check: bool) -> None:
-        """Compute what is not done; read back what is, and compute again what turns out damaged."""
+    def _map_until_known(self, check: bool) -> int:
+        """Compute tasks until the mean is known as well as asked for, or all are done; how many of them the result is over.
+
+        How far ahead is computed depends on the workers; which checkpoint is the last does not.
+        """
+        config, before = self.plan.config, 0
+        for last in checkpoints(len(self.tasks)):
+            if self._closed(last).count(0) or check:
+                workers = max(config.max_actors or config.min_actors, self.pool.alive + self.pool.pending)
+                self._map(min(len(self.tasks), max(last, before + 2 * workers)), check)
+                check = False
+            found = self._sound(last, partial(self._look_back, last, before))
+            self.looked.append(found)
+            for value, enough in (
+                (found.relative_error, config.until_relative_error),
+                (found.relative_change, config.until_relative_change),
+            ):
+                if value is not None and enough is not None and value <= enough:
+                    return last
+            before = last
+        return last
+
+    def _look_back(self, last: int, before: int) -> Checkpoint:
+        trees = self._trees(last)
+        earlier: Sequence[Node | None] = self._trees(before) if before else [None] * len(trees)
+        self._sum_nodes(trees)
+        calls = (
+            Call(f"look back from {now.name}", "look_back", (now, then))
+            for now, then in zip(trees, earlier, strict=True)
+        )
+        return worst(self._all(calls, ahead=len(self.tasks) - last))
+
+    def _closed(self, last: int) -> bytearray:
+        """A flag for each of the first tasks: whether it is done or given up."""
+        closed = self.done[:last]  # as it is now: flags change while calls are handed out
+        for task in self.quarantined:
+            if task < last:
+                closed[task] = 1
+        return closed
+
+    def _map(self, last: int, check: bool) -> None:
+        """Compute what is not done of the first tasks; read back what is, and compute again what turns out damaged."""
         failed_first = 0
         while True:
-            closed = bytearray(self.done)  # as it is now: flags change while calls are handed out
-            for task in self.quarantined:
-                closed[task] = 1
-            todo = (_computing(task) for task in self.tasks if not closed[task.id])
+            closed = self._closed(last)
+            some = takewhile(lambda task: task.id < last, self.tasks)
+            todo = (_computing(task) for task in some if not closed[task.id])
             checks, number = self._checks() if check else (iter(()), 0)
             if not closed.count(0) and not number:
                 break
             check = False
-            for call, outcome in self.dispatch.run(chain(todo, checks), closed.count(0) + number):
+            ahead = len(self.tasks) - last
+            for call, outcome in self.dispatch.run(chain(todo, checks), closed.count(0) + number, ahead=ahead):
                 if call.method == "check":
                     self._checked(call, outcome)
                 elif isinstance(outcome, Failure):
@@ -410,24 +465,28 @@ class _Run:
 
     # ---- reduce ------------------------------------------------------------------------------------------------------
 
-    def _reduce(self) -> tuple[list[dict[str, Any]], Receipt]:
-        """Add everything up, computing again what turns out damaged on the way."""
+    def _sound(self, last: int, add_up: Callable[[], T]) -> T:
+        """What adding up the first tasks gives, which are computed again where they turn out damaged on the way."""
         for _ in range(3):
-            missing = [task for task in self.quarantined if not self.done[task]]
-            trees = roots(self.plan, len(self.tasks), missing)
-            reduced = self._reduced_before(trees)
-            if reduced is not None:
-                return reduced
             try:
-                return self._reduce_once(trees)
+                return add_up()
             except DamagedError as error:
                 self._mend(error.path)
-                self.state = "computing"
-                self._map(check=False)
-                self.state = "reducing"
+                state, self.state = self.state, "computing"
+                self._map(last, check=False)
+                self.state = state
         raise RunError(
             "the storage damages files faster than they are computed. Check it; fisher-ray verify says which."
         )
+
+    def _reduce(self, last: int) -> tuple[list[dict[str, Any]], Receipt]:
+        trees = self._trees(last)
+        return self._reduced_before(trees) or self._reduce_once(trees)
+
+    def _trees(self, last: int) -> list[Node]:
+        """Of the sum over the first tasks, without those that were given up."""
+        missing = [task for task in self.quarantined if task < last and not self.done[task]]
+        return roots(self.plan, last, missing)
 
     def _reduced_before(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Receipt] | None:
         """The reduction of before, where it is of the same tasks and sound."""
@@ -435,17 +494,21 @@ class _Run:
         if any(self.store.verify_reduced(self.plan.fingerprint, done, self.store.names("tree"))):
             return None
         made = self.store.read_sealed("reduced/manifest.json")
-        if made["missing"] != list(trees[0].missing):
+        if (made["last"], made["missing"]) != (trees[0].last, list(trees[0].missing)):
             return None
         table = pq.read_table(pa.BufferReader(self.store.read("reduced/summary.parquet")))
         covering = Receipt("all", self.plan.fingerprint, {}, Counts(**made["counts"]))
         return table.to_pylist(), covering
 
-    def _reduce_once(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Receipt]:
+    def _sum_nodes(self, trees: Sequence[Node]) -> None:
+        """Everything below the roots that is not there yet."""
         there = self.store.names("tree")
         for level in zip(*(levels(tree) for tree in trees), strict=True):
             nodes = [node for chunk in level for node in chunk if node.name not in there]
             self._all(Call(f"sum {node.name}", "sum", (node,)) for node in nodes)
+
+    def _reduce_once(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Receipt]:
+        self._sum_nodes(trees)
         rows: list[dict[str, Any]] = []
         files: dict[str, StoredFile] = {}
         finished = self._all(Call(f"mean {tree.name}", "finish", (tree,)) for tree in trees)
@@ -466,15 +529,16 @@ class _Run:
         files |= write_summary(self.store, rows, covering, missing)
         picture = spectra_png(self.plan, self.store, [row for row in rows if row["group"] is None])
         files["reduced/spectra.png"] = self.store.store("reduced/spectra.png", picture)
-        made = manifest(self.plan, trees, self.done.count(1), files) | {"counts": asdict(counts)}
+        done = self.done[: trees[0].last].count(1)
+        made = manifest(self.plan, trees, done, files, self.looked) | {"counts": asdict(counts)}
         self.store.write_sealed("reduced/manifest.json", made)
         return rows, covering
 
-    def _all(self, calls: Iterable[Call]) -> list[Any]:
+    def _all(self, calls: Iterable[Call], ahead: int = 0) -> list[Any]:
         """Results of calls of the reduction, in the order of the calls; the first failure ends it."""
         listed = list(calls)
         results: dict[str, Any] = {}
-        for call, outcome in self.dispatch.run(listed, len(listed), width=16):
+        for call, outcome in self.dispatch.run(listed, len(listed), width=16, ahead=ahead):
             if isinstance(outcome, Failure):
                 if outcome.kind == "damaged":
                     raise DamagedError(outcome.path, outcome.message)
@@ -531,6 +595,7 @@ class _Run:
             self.pool.pending,
             self.dispatch.retried,
             len(self.quarantined),
+            self.looked[-1] if self.looked else None,
         )
 
     def _write_progress(self) -> None:

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from itertools import count
+from operator import itemgetter
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -58,6 +60,8 @@ _EXECUTION = frozenset(
         "task_timeout",
         "retry_quarantined",
         "verify_done",
+        "until_relative_error",
+        "until_relative_change",
     }
 )
 
@@ -127,6 +131,10 @@ class RunConfig:
         sketch: rows of the sketch (:mod:`fisher_ray.sketch`) that is kept of every sum of matrices; None: the sums in full.
         device: None: ``cuda`` where an actor has a GPU, else ``cpu``; decided when the run starts.
         cpus_per_actor: cores and threads of an actor; part of the result, since threads change the order of sums.
+        until_relative_error, until_relative_change: end the run at the first checkpoint at which the mean F of every layer is
+            known, or changed since the checkpoint before, by no more than this share of its Frobenius norm. Tasks are then
+            in an order drawn by the seed, so that those done are a fair sample of the corpus; which checkpoint it is depends on
+            no number of workers, and a smaller share goes on from there.
         min_actors, max_actors: the pool; without a maximum all that the cluster has room for at the moment.
         max_attempts: failures of a task before it is given up.
         task_timeout: seconds; None: 30 times what tasks of its size take, at least 10 minutes.
@@ -175,6 +183,8 @@ class RunConfig:
     task_timeout: float | None = None
     retry_quarantined: bool = False
     verify_done: bool = True
+    until_relative_error: float | None = None
+    until_relative_change: float | None = None
 
     def __post_init__(self) -> None:
         self.make_estimator()
@@ -210,6 +220,10 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
+        for name in ("until_relative_error", "until_relative_change"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ConfigError(f"{name} must be a share between 0 and 1, got {value:g}.")
         if self.token_source == "observed" and self.token_draws != 1:
             raise ConfigError(f"token_draws is for token_source sampled, got {self.token_draws} with observed tokens.")
         gpus = self.gpus_per_actor or 0.0
@@ -232,6 +246,11 @@ class RunConfig:
         if self.estimator == "sampled":
             return Sampled(self.num_samples, self.top_p, self.temperature)
         raise ConfigError(f"estimator must be exact or sampled, got {self.estimator!r}.")
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the run may end before the corpus does; its tasks are shuffled then."""
+        return self.until_relative_error is not None or self.until_relative_change is not None
 
     @property
     def group_column(self) -> str | None:
@@ -373,8 +392,12 @@ class Tasks:
         yield Task(task, tuple(ranges))
 
     @classmethod
-    def from_ranges(cls, ranges: Iterable[SourceRange], target: int) -> Tasks:
-        """Neighbouring ranges together up to the target weight, so that many small files do not make many small tasks."""
+    def from_ranges(cls, ranges: Iterable[SourceRange], target: int, shuffled: int | None = None) -> Tasks:
+        """Neighbouring ranges together up to the target weight, so that many small files do not make many small tasks.
+
+        Args:
+            shuffled: seed of a random order, for which all are held in memory; None: the order of the corpus.
+        """
         buffer, weight = io.BytesIO(), 0
         options: dict[str, Any] = {
             "compression": "zstd",
@@ -383,7 +406,12 @@ class Tasks:
         }
         writer = pq.ParquetWriter(buffer, PLAN_SCHEMA, **options)
         rows: list[tuple[Any, ...]] = []
-        for task, group in enumerate(_grouped(ranges, target)):
+        groups: Iterable[list[SourceRange]] = _grouped(ranges, target)
+        if shuffled is not None:
+            # By hashes, which no version of a generator changes.
+            drawn = (hashlib.sha256(f"{shuffled}:{i}".encode()).digest() for i in count())
+            groups = [group for _, group in sorted(zip(drawn, groups, strict=False), key=itemgetter(0))]
+        for task, group in enumerate(groups):
             for source in group:
                 rows.append((task, *(getattr(source, name) for name in PLAN_SCHEMA.names[1:])))
                 weight += source.weight
@@ -497,7 +525,7 @@ class Plan:
         ranges = find_ranges(self.sources, self.config.layout, target)
         if self.config.max_docs is not None:
             ranges = take(ranges, self.config.max_docs, self.config.layout)
-        return Tasks.from_ranges(ranges, target)
+        return Tasks.from_ranges(ranges, target, self.config.seed if self.config.ends_early else None)
 
 
 @dataclass(frozen=True)
@@ -576,6 +604,8 @@ def make_plan(config: RunConfig) -> Plan:
         "tokenizer": tokenizer_digest(config.model, config.revision),
         "result_version": RESULT_VERSION,
     }
+    if config.ends_early:
+        fixed["shuffled"] = True
     tokens = _frequent_tokens(config, sample) if config.group_by == "token" else ()
     plan = Plan(config, facts, sources, tokens, fixed)
     _check_sums(plan, sample)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import count, pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from fisher_ray.spectrum import (
     whitened_eigenvalues,
     whitened_factor_eigenvalues,
 )
+from fisher_ray.statistics import convergence, relative_change
 from fisher_ray.storage import StoredFile
 from fisher_ray.sums import MATRICES, GroupSums, LayerSums
 
@@ -125,6 +127,83 @@ def levels(root: Node) -> list[list[Node]]:
     while level := [child for node in level for child in node.children() if not child.is_task]:
         found.append(level)
     return found[::-1]
+
+
+def checkpoints(num_tasks: int) -> list[int]:
+    """After how many tasks a run may end: 8, 16, 32, ..., and all. Powers of two, so that a change over one means the same."""
+    return [*takewhile(lambda tasks: tasks < num_tasks, (8 << i for i in count())), num_tasks]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How well the mean F is known when so many tasks are done, in the layer where it is known worst.
+
+    Attributes:
+        tasks: done, the first of the plan.
+        positions: scored in them.
+        relative_error: standard error of the mean F over its Frobenius norm, by the jackknife over at most 32 blocks of tasks;
+            None where fewer than two have positions.
+        relative_change: of the mean F since the checkpoint before; None where there was none.
+    """
+
+    tasks: int
+    positions: int
+    relative_error: float | None
+    relative_change: float | None
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        error, change = (
+            "unknown" if value is None else f"{value:.2%}" for value in (self.relative_error, self.relative_change)
+        )
+        return f"relative error {error}, change {change} after {self.tasks} tasks and {self.positions:,} positions"
+
+
+def look_back(plan: Plan, store: RunStore, root: Node, before: Node | None) -> Checkpoint:
+    """How well the mean over a root's tasks is known, and how it changed since an earlier root's."""
+    children = [_receipt(store, child) for child in root.children()]
+    earlier = [_receipt(store, child) for child in before.children()] if before is not None else []
+    positions = sum(child.counts.scored for child in children)
+    errors, changes = [], []
+    for layer in root.layers if positions else ():
+        blocks, previous = _Blocks(store, children, layer), _Blocks(store, earlier, layer)
+        errors.append(convergence(blocks).error)
+        if any(child.counts.scored for child in earlier):
+            changes.append(relative_change(_mean_fisher(previous), _mean_fisher(blocks)))
+    known = [error for error in errors if not math.isnan(error)]
+    return Checkpoint(root.last, positions, max(known, default=None), max(changes, default=None))
+
+
+def worst(parts: Sequence[Checkpoint]) -> Checkpoint:
+    """Of the checkpoints of some layers each the one of all."""
+    errors, changes = (
+        [value for part in parts if (value := getattr(part, name)) is not None]
+        for name in ("relative_error", "relative_change")
+    )
+    return replace(parts[0], relative_error=max(errors, default=None), relative_change=max(changes, default=None))
+
+
+def _mean_fisher(blocks: Iterable[GroupSums]) -> np.ndarray:
+    total, positions = np.zeros(()), 0
+    for block in blocks:
+        total, positions = total + block.square("fisher"), positions + block.count
+    return total / positions
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The sums of one layer under some receipts, read whenever they are gone through."""
+
+    store: RunStore
+    receipts: Sequence[Receipt]
+    layer: int
+
+    def __iter__(self) -> Iterator[GroupSums]:
+        for receipt in self.receipts:
+            total = LayerSums.from_bytes(self.store.load(receipt.files[f"sums_{self.layer}"])).total()
+            if total is not None:
+                yield total
 
 
 def sum_node(plan: Plan, store: RunStore, node: Node) -> Receipt:
@@ -277,9 +356,12 @@ def write_summary(
     }
 
 
-def manifest(plan: Plan, roots: Sequence[Node], done: int, files: Mapping[str, StoredFile]) -> dict[str, Any]:
-    """What makes a run reduced: files with their sha256, nodes they were made of, and the blocks for standard
-    errors, each with the receipts that its sums are under: those of all layers together, or one for some of the layers."""
+def manifest(
+    plan: Plan, roots: Sequence[Node], done: int, files: Mapping[str, StoredFile], looked: Sequence[Checkpoint]
+) -> dict[str, Any]:
+    """What makes a run reduced: files with their sha256, the tasks [0, last) and nodes they were made of, and the blocks for
+    standard errors, each with the receipts that its sums are under: those of all layers together, or one for some of the
+    layers. Of a run that may end early also the checkpoints it went by."""
     blocks = [
         {
             "first": chunks[0].first,
@@ -291,9 +373,11 @@ def manifest(plan: Plan, roots: Sequence[Node], done: int, files: Mapping[str, S
     ]
     return {
         "fingerprint": plan.fingerprint,
+        "last": roots[0].last,
         "tasks": done,
         "missing": list(roots[0].missing),
         "blocks": blocks,
+        "checkpoints": [asdict(checkpoint) for checkpoint in looked],
         "nodes": [node.name for root in roots for level in levels(root) for node in level],
         "files": {path: asdict(stored) for path, stored in files.items()},
     }

@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from fisher_ray.plan import RunConfig, Task, Tasks
-from fisher_ray.reduce import FAN_IN
+from fisher_ray.reduce import FAN_IN, Checkpoint
 from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder, task_name
 from fisher_ray.statistics import Blocks, Spectrum, spectrum
 from fisher_ray.storage import DamagedError, StorageError, StoredFile
@@ -64,9 +64,9 @@ class Run:
 
     Attributes:
         description: run.json.
-        complete: whether it is reduced, and over every task that was not given up.
-        tasks, done: how many tasks there are, and how many of them are done.
-        done_tasks: which are done, ascending.
+        complete: whether it is reduced, over every task that was not given up or up to where it ended early.
+        tasks, done: how many tasks there are, and how many of them are done; of a run that ended early, how many it is over.
+        done_tasks: which those are, ascending.
         layers: at which there are matrices.
         d_model: width of the residual stream.
     """
@@ -77,10 +77,11 @@ class Run:
         self.layers: list[int] = description["layers"]
         self.d_model: int = description["d_model"]
         self.tasks: int = description["tasks"]
-        self.done_tasks = sorted(int(name) for name in store.names("done") if name.isdigit())
-        self.done = len(self.done_tasks)
-        self._manifest = self._reduced()
+        done = sorted(int(name) for name in store.names("done") if name.isdigit())
+        self._manifest = self._reduced(done)
         self.complete = self._manifest is not None
+        self.done_tasks = [task for task in done if task < self._made["last"]] if self.complete else done
+        self.done = len(self.done_tasks)
         self._checked: set[str] = set()
 
     @cached_property
@@ -97,9 +98,9 @@ class Run:
     def status(self) -> str:
         """How much of it there is, in words."""
         if self.complete:
-            return f"complete, {self.done} of {self.tasks} tasks" + (
-                ", the others given up" if self._made["missing"] else ""
-            )
+            given_up = f", {len(self._made['missing'])} given up" if self._made["missing"] else ""
+            early = f", ended early: {self.checkpoints[-1].words}" if self._made["last"] < self.tasks else ""
+            return f"complete, {self.done} of {self.tasks} tasks{given_up}{early}"
         return f"unfinished: {self.done} of {self.tasks} tasks are done, and everything here is of those"
 
     @cached_property
@@ -108,6 +109,11 @@ class Run:
         if self.complete:
             return Counts(**self._made["counts"])
         return sum((receipt.counts for receipt in self._receipts()), Counts())
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Of a run that may end early: how well the mean F was known on the way."""
+        return [Checkpoint(**looked) for looked in self._made["checkpoints"]] if self.complete else []
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
@@ -290,14 +296,14 @@ class Run:
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
-    def _reduced(self) -> dict[str, Any] | None:
+    def _reduced(self, done: list[int]) -> dict[str, Any] | None:
         """The manifest of a reduction over all that is done; without a sound one the sums of the tasks serve."""
         try:
             manifest = self.store.read_sealed("reduced/manifest.json")
         except (FileNotFoundError, DamagedError):
             return None
         same = manifest["fingerprint"] == self.description["fingerprint"]
-        return manifest if same and manifest["tasks"] == self.done else None
+        return manifest if same and manifest["tasks"] == sum(task < manifest["last"] for task in done) else None
 
     @property
     def _made(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from fisher_ray.storage import DamagedError, Storage, StorageError, StoredFile, 
 
 TOP_EIGENVALUES = 4
 
-RUN_VERSION = "run.2"
+RUN_VERSION = "run.3"
 POSITIONS_VERSION = "positions.1"
 POSITION_FIELDS: list[tuple[str, pa.DataType]] = [
     ("document", pa.string()),
@@ -259,19 +259,21 @@ class RunStore(Storage):
         plan = self.problem(StoredFile(**run["plan"]))
         if plan is not None:
             yield plan
-        fingerprint, expected = run["fingerprint"], [task_name(i) for i in range(run["tasks"])]
+        fingerprint, planned = run["fingerprint"], [task_name(i) for i in range(run["tasks"])]
         done, nodes, quarantined = self.names("done"), self.names("tree"), self.names("quarantine")
-        for name in sorted(done - set(expected)):
+        for name in sorted(done - set(planned)):
             yield Problem(f"done/{name}.json", "is of no task of the plan")
+        done &= set(planned)
+        expected = planned[: self._last(len(planned))]
         unfinished = [name for name in expected if name not in done and name not in quarantined]
         if len(unfinished) > len(done):
             yield Problem("done", f"holds {len(done)} receipts of {len(expected)} tasks: the run is not complete")
             unfinished = []
-        tasks = (("done", name) for name in sorted([*(done & set(expected)), *unfinished]))
+        tasks = (("done", name) for name in sorted([*done, *unfinished]))
         checks = chain(tasks, (("tree", name) for name in sorted(nodes)))
         for _, problems in self._several(lambda item: self.check(item[0], item[1], fingerprint), checks):
             yield from problems
-        yield from self.verify_reduced(fingerprint, done & set(expected), nodes)
+        yield from self.verify_reduced(fingerprint, done, nodes)
         for path in (*self.list("quarantine"), "progress.json"):
             try:
                 self.read_sealed(path)
@@ -293,12 +295,20 @@ class RunStore(Storage):
             return
         if manifest["fingerprint"] != fingerprint:
             yield Problem(path, "belongs to another plan")
-        if manifest["tasks"] != len(done):
-            yield Problem(path, f"is a reduction of {manifest['tasks']} tasks, and {len(done)} are done")
+        of_them = sum(int(name) < manifest["last"] for name in done)
+        if manifest["tasks"] != of_them:
+            yield Problem(path, f"is a reduction of {manifest['tasks']} tasks, and {of_them} are done")
         for name in sorted(set(manifest["nodes"]) - nodes):
             yield Problem(f"tree/{name}.json", "is missing")
         files = (StoredFile(**stored) for stored in manifest["files"].values())
         yield from filter(None, self._several(self.problem, files))
+
+    def _last(self, planned: int) -> int:
+        """How many tasks, the first of the plan, have to be done: fewer than planned where the run ended early."""
+        try:
+            return int(self.read_sealed("reduced/manifest.json")["last"])
+        except (FileNotFoundError, DamagedError):
+            return planned
 
     def orphans(self) -> list[str]:
         """Files that no receipt names: of attempts that were killed, came second, or turned out damaged.

@@ -8,10 +8,10 @@ Leeden (Statistics and Computing 9, 1999), which for equal blocks is the usual o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,6 +81,9 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.sums)
+
+    def __iter__(self) -> Iterator[GroupSums]:
+        return iter(self.sums)
 
     def trace(self) -> Estimate:
         """The mean trace of F, exact also where sums are sketches."""
@@ -214,25 +217,31 @@ class Convergence:
     error: float
 
 
-def convergence(blocks: Blocks) -> Convergence:
-    """How the mean F settles."""
-    fisher = blocks.mean("fisher")
-    running = GroupSums(**vars(blocks.sums[0]))
-    means, positions = [_mean(running)], [running.count]
-    changes, variance = [float("nan")], 0.0
-    for block in blocks.sums[1:]:
-        running.add(block)
-        means = [means[-1], _mean(running)]
-        changes.append(float((means[1] - means[0]).norm() / means[1].norm()))
-        positions.append(running.count)
-    if len(blocks) < 2:
-        return Convergence(np.array(positions), np.array(changes), float("nan"))
-    for block in blocks.sums:
-        # Of a mean, the delete-m_j jackknife is this for every entry.
-        moved = blocks.mean("fisher", without=block) - fisher
-        variance += (blocks.total.count / block.count - 1) * float(moved.square().sum()) / len(blocks)
-    return Convergence(np.array(positions), np.array(changes), variance**0.5 / float(fisher.norm()))
+def convergence(blocks: Iterable[GroupSums]) -> Convergence:
+    """How the mean F settles.
+
+    Args:
+        blocks: of documents; read twice, and held one at a time.
+    """
+    total: Any = 0.0
+    positions: list[int] = []
+    changes: list[float] = []
+    for block in filter(lambda sums: sums.count, blocks):
+        before, count = total, positions[-1] if positions else 0
+        total = before + block.square("fisher")
+        positions.append(count + block.count)
+        changes.append(relative_change(before / count, total / positions[-1]) if count else float("nan"))
+    if not positions:
+        raise ValueError("no block of documents has a position.")
+    n, variance = positions[-1], 0.0
+    for block in filter(lambda sums: sums.count, blocks if len(positions) > 1 else ()):
+        # What the delete-m_j jackknife of a mean comes to, summed over its entries.
+        away = block.square("fisher") / block.count - total / n
+        variance += block.count / (n - block.count) * float(np.square(away).sum()) / len(positions)
+    error = variance**0.5 / float(np.linalg.norm(total / n)) if len(positions) > 1 else float("nan")
+    return Convergence(np.array(positions), np.array(changes), error)
 
 
-def _mean(sums: GroupSums) -> Tensor:
-    return torch.from_numpy(sums.square("fisher")) / sums.count
+def relative_change(before: np.ndarray, now: np.ndarray) -> float:
+    """``|F' - F| / |F'|`` in the Frobenius norm."""
+    return float(np.linalg.norm(now - before) / np.linalg.norm(now))
