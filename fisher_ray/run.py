@@ -99,7 +99,8 @@ class Run:
         """How much of it there is, in words."""
         if self.complete:
             given_up = f", {len(self._made['missing'])} given up" if self._made["missing"] else ""
-            early = f", ended early: {self.checkpoints[-1].words}" if self._made["last"] < self.tasks else ""
+            looked = self.checkpoints
+            early = f", ended early: {looked[-1].words}" if looked and looked[-1].tasks < self.tasks else ""
             return f"complete, {self.done} of {self.tasks} tasks{given_up}{early}"
         return f"unfinished: {self.done} of {self.tasks} tasks are done, and everything here is of those"
 

@@ -163,6 +163,18 @@ def test_tasks_are_shuffled_and_each_is_there_once(gpt2: str, corpus: Path) -> N
     assert ranges(until_relative_change=0.1, seed=1) != drawn
 
 
+def test_how_well_the_mean_is_to_be_known_is_no_part_of_the_fingerprint(gpt2: str, corpus: Path) -> None:  # noqa: F811
+    def fingerprint(**changed: Any) -> str:
+        return make_plan(jobs.settings(gpt2, corpus, "run", **changed)).fingerprint
+
+    shuffled = {
+        fingerprint(until_relative_error=0.1),
+        fingerprint(until_relative_error=0.2),
+        fingerprint(until_relative_change=0.1),
+    }
+    assert len(shuffled) == 1 and fingerprint() not in shuffled
+
+
 def test_runs_in_order_and_shuffled_ones_are_told_apart(whole: tuple[Stored, Outcome]) -> None:
     config = replace(whole[1].plan.config, until_relative_error=None)
     with pytest.raises(RefusedError, match="shuffled was True, is None"):

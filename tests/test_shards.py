@@ -41,12 +41,10 @@ CHANGES: dict[str, Any] = {
     "sketch": 5,
 }  # fmt: skip
 NEEDS = {"token_draws": {"token_source": "sampled"}}
-ELSEWHERE = {"model", "corpus", "encoder_column"}
+ELSEWHERE = {"model", "corpus", "encoder_column", "until_relative_error", "until_relative_change"}
 EXECUTION: dict[str, Any] = {
     "output": "elsewhere", "executor": "local", "min_actors": 2, "max_actors": 3, "gpus_per_actor": 0.5,
     "max_attempts": 5, "task_timeout": 60.0, "retry_quarantined": True, "verify_done": False,
-    # Which tasks a result is over is not what is computed of each; that they are shuffled is, and tested elsewhere.
-    "until_relative_error": 0.1, "until_relative_change": 0.1,
 }  # fmt: skip
 
 
