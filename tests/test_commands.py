@@ -153,7 +153,8 @@ def test_a_finished_run_is_not_computed_again(
 
 def test_a_plan_is_made_once(run: Stored, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever size tasks would have now, a run keeps its own."""
-    monkeypatch.setattr(cost, "MIN_TASK_BYTES", 10 * TASK_BYTES)
+    for least in ("MIN_TASK_BYTES", "MIN_BLOCK_BYTES"):
+        monkeypatch.setattr(cost, least, 10 * TASK_BYTES)
     out = said(capsys, "run", "--config", run.folder / "run.json", "--output", run.folder)
     assert f"{len(run.receipts)} of {len(run.receipts)} tasks" in out
 
