@@ -354,7 +354,9 @@ DOCUMENT = 800  # bytes of each of those below
 
 def written(folder: Path, ending: str, total: int) -> Path:
     """A corpus of so many bytes of text, in documents of 800 and a last one."""
-    texts = [f"{i:06d} ".ljust(min(DOCUMENT, total - i * DOCUMENT) - 2, "x") for i in range(math.ceil(total / DOCUMENT))]
+    texts = [
+        f"{i:06d} ".ljust(min(DOCUMENT, total - i * DOCUMENT) - 2, "x") for i in range(math.ceil(total / DOCUMENT))
+    ]
     path = folder / f"docs.{ending}"
     if ending == "parquet":
         pq.write_table(pa.table({"text": texts}), path, compression="none", use_dictionary=False)
