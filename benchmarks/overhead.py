@@ -83,7 +83,8 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
     size = args.task_bytes or planned
     corpus = save_text(folder / "corpus", args.model, size * args.tasks)
     config = replace(config, corpus=(str(corpus),))
-    with mock.patch.object(cost, "MIN_TASK_BYTES", size):  # a corpus this small would be cut into 32 tasks otherwise
+    # A corpus this small would be cut into 32 tasks otherwise.
+    with mock.patch.multiple(cost, MIN_TASK_BYTES=size, MIN_BLOCK_BYTES=size):
         plan = make_plan(config).on("cpu")
         tasks = list(plan.make_tasks())
         ray.init(num_cpus=args.threads, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
-from ray.job_submission import JobSubmissionClient
 from ray.util import metrics
 
 from fisher_ray.dispatch import Call, Failure, Servant
@@ -331,6 +330,8 @@ def submit(
     Raises:
         ConfigError: no job server answers.
     """
+    from ray.job_submission import JobSubmissionClient  # here, as workers and most commands do without
+
     try:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
@@ -357,7 +358,7 @@ def submit(
     return str(client.get_job_status(job).value), client.get_job_info(job).driver_exit_code
 
 
-def _submitted(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+def _submitted(client: Any, entrypoint: str, runtime_env: dict[str, Any]) -> str:
     """A job's id; a cluster that has just been started answers 500 until its agents are up."""
     for delay in (1, 2, 4, 8, 8, 8, None):
         try:

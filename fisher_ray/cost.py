@@ -28,8 +28,10 @@ from fisher_ray.sums import sums_memory
 
 Save = Literal["summary", "factors", "matrices"]
 
-# The least text of a task: smaller ones cost more in files and reading than they save in lost work.
+# The least text of a task: smaller ones cost more in files and reading than they save in lost work. Of a corpus with fewer
+# than 32 such tasks, which are the blocks that standard errors come from, the least of a block: it cannot cost much there.
 MIN_TASK_BYTES = 1 << 15
+MIN_BLOCK_BYTES = 1 << 12
 # Factors and matrices of one task are held in memory until it is written.
 TASK_ARRAY_BYTES = 1 << 28
 # Most of a task's time that writing its sums may take, the longest task in seconds (it is what a killed worker loses),
@@ -49,6 +51,15 @@ _EIGENVALUE_FLOP = 5.0
 _PROCESS_BYTES = 450 << 20
 # Inputs of a node of the reduction tree.
 _FAN_IN = 32
+
+
+def least_task_bytes(total_bytes: int) -> int:
+    """Bytes of text that a task has at least: ``MIN_TASK_BYTES``, or a 32nd of a small corpus, at least ``MIN_BLOCK_BYTES``."""
+    return min(MIN_TASK_BYTES, max(MIN_BLOCK_BYTES, _block(total_bytes)))
+
+
+def _block(total_bytes: int) -> int:
+    return -(-total_bytes // _BLOCKS)  # rounded down, they would leave a remainder that is a task more
 
 
 @dataclass(frozen=True)
@@ -290,15 +301,15 @@ class Cost:
         """Bytes of text a task, from nominal speeds.
 
         Enough that writing the sums takes at most 5 % of computing them, unless that would take more than 10 minutes; at
-        most a 32nd of the corpus; at least ``MIN_TASK_BYTES``, or what takes 10 minutes where that is less, as exact
+        most a 32nd of the corpus; at least :func:`least_task_bytes`, or what takes 10 minutes where that is less, as exact
         matrices do; and never more than the memory for a task's arrays holds.
         """
         rate, storage = _NOMINAL[device]
         seconds_per_byte = self._seconds_per_token(rate, rate) / _TEXT_BYTES_PER_TOKEN
         wanted = self.sums_bytes / storage / _WRITING / seconds_per_byte
         longest = _LONGEST / seconds_per_byte
-        least = min(MIN_TASK_BYTES, max(256, longest))
-        bounded = max(least, min(wanted, longest, total_bytes / _BLOCKS))
+        least = min(least_task_bytes(total_bytes), max(256, longest))
+        bounded = max(least, min(wanted, longest, _block(total_bytes)))
         if self._saved_rows:
             token = 4 * self._saved_rows * self.model.d_model * len(self.layers) * self.share
             bounded = min(bounded, TASK_ARRAY_BYTES / token * _TEXT_BYTES_PER_TOKEN)

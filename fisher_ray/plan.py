@@ -36,14 +36,14 @@ from fisher_ray.corpus import (
     take,
     windows,
 )
-from fisher_ray.cost import MIN_TASK_BYTES, Cost, Save, outline
+from fisher_ray.cost import Cost, Save, least_task_bytes, outline
 from fisher_ray.estimators import Estimator, Exact, Sampled, check_tempering
 from fisher_ray.scores import TokenSource
 from fisher_ray.shards import POSITION_FIELDS
 from fisher_ray.split import Gradients
 
 # Raised whenever the same configuration would give other numbers.
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 
 Device = Literal["cpu", "cuda"]
 Executor = Literal["ray", "local"]
@@ -513,19 +513,31 @@ class Plan:
         return replace(self, config=config, result_fields={**self.result_fields, "device": device})
 
     def make_tasks(self) -> Tasks:
-        """Cut the corpus into tasks, from metadata; one pass over the text where ``max_docs`` is given.
+        """Cut the corpus into tasks, from metadata; where ``max_docs`` is given, by passes over the text that is taken.
+
+        Tasks are sized by what is taken. How much that is shows once it is cut, and where it is little it is cut again.
 
         Raises:
             CorpusError: a file that cannot be what its ending says, or nothing in any of them.
         """
+        target = self._task_bytes(self.total_bytes)
+        shuffled = self.config.seed if self.config.ends_early else None
+        while True:
+            ranges = find_ranges(self.sources, self.config.layout, target)
+            if self.config.max_docs is None:
+                return Tasks.from_ranges(ranges, target, shuffled)
+            taken = take(ranges, self.config.max_docs, self.config.layout)
+            tasks = Tasks.from_ranges(taken, target, shuffled)
+            smaller = self._task_bytes(tasks.weight)
+            if smaller > 0.9 * target:  # the last range counts whole: exactly a 32nd would take many passes more
+                return tasks
+            target = smaller
+
+    def _task_bytes(self, total_bytes: int) -> int:
         try:
-            target = self.cost.task_bytes(self.config.device or "cpu", self.total_bytes)
+            return self.cost.task_bytes(self.config.device or "cpu", total_bytes)
         except ModelError:  # some architectures cannot run without values; the run can, with small tasks
-            target = MIN_TASK_BYTES
-        ranges = find_ranges(self.sources, self.config.layout, target)
-        if self.config.max_docs is not None:
-            ranges = take(ranges, self.config.max_docs, self.config.layout)
-        return Tasks.from_ranges(ranges, target, self.config.seed if self.config.ends_early else None)
+            return least_task_bytes(total_bytes)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from fisher_ray.plan import Plan
@@ -53,6 +51,9 @@ def _quoted(tokens: list[str]) -> str:
 
 def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> bytes:
     """Spectra of every layer's mean F and of Sigma^(1/2) F Sigma^(1/2), and traces and effective ranks over layers."""
+    import matplotlib  # here, as half a second that most commands and all workers start without
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     spectra, whitened, traces, ranks = figure.subplots(2, 2).flat
     for axes in (traces, ranks):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
 from fisher_ray.spectrum import anisotropy, entropy_rank, participation_ratio, symmetric_eigh, trace_rank, whitening
@@ -41,7 +41,7 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bounds, by Student's t with ``blocks - 1`` degrees of freedom."""
-        reach = student_t.ppf(0.5 + level / 2, max(1, self.blocks - 1)) * self.error
+        reach = stdtrit(max(1, self.blocks - 1), 0.5 + level / 2) * self.error
         return self.value - reach, self.value + reach
 
 

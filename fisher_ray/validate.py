@@ -17,13 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
@@ -264,6 +262,9 @@ class Validation:
 
     def plot(self, path: str | Path) -> None:
         """Median and quartiles of ``|ratio - 1|`` against the step, by layer, over what rounding may hide; a PNG."""
+        import matplotlib  # here, as half a second that most commands start without
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         axes = figure.subplots()
         colours = matplotlib.colormaps["viridis"]

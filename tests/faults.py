@@ -126,8 +126,9 @@ class Storm:
 def run_under_kills(place: Place, num_actors: int, kills: int, seed: int) -> Storm:
     """A run in this process, with SIGKILL to random actors at random times.
 
-    Each comes up to half a second after a random number of tasks, another one each time, is done: an actor that takes
-    longer to load than kills are apart would never do anything. So there must be more than twice as many tasks as kills.
+    Each comes up to half a second, about a task, after a random number of tasks, another one each time, is done: an actor
+    that takes longer to load than kills are apart would never do anything. So there must be more than twice as many tasks as
+    kills.
     """
     place.faults({"*": "slow"})
     ended = threading.Event()

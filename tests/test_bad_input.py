@@ -311,7 +311,8 @@ def test_found_by_a_worker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """In one task: where others were done before, they are kept."""
-    monkeypatch.setattr(cost, "MIN_TASK_BYTES", 1 << 30)
+    for least in ("MIN_TASK_BYTES", "MIN_BLOCK_BYTES"):
+        monkeypatch.setattr(cost, least, 1 << 30)
     changed = spoil(place)
     assert message in refused(place, capsys, **changed)
 

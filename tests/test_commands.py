@@ -153,7 +153,8 @@ def test_a_finished_run_is_not_computed_again(
 
 def test_a_plan_is_made_once(run: Stored, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever size tasks would have now, a run keeps its own."""
-    monkeypatch.setattr(cost, "MIN_TASK_BYTES", 10 * TASK_BYTES)
+    for least in ("MIN_TASK_BYTES", "MIN_BLOCK_BYTES"):
+        monkeypatch.setattr(cost, least, 10 * TASK_BYTES)
     out = said(capsys, "run", "--config", run.folder / "run.json", "--output", run.folder)
     assert f"{len(run.receipts)} of {len(run.receipts)} tasks" in out
 
@@ -250,8 +251,10 @@ def sweep_file(folder: Path, **values: Any) -> Path:
 
 
 def test_a_sweep_is_a_run_for_each_point(
-    gpt2: str, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    gpt2: str, cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
+    """Side by side on one cluster, and the one that is made again with a Ray of its own."""
+    monkeypatch.setenv("RAY_ADDRESS", jobs.address())
     (tmp_path / "docs.txt").write_text(jobs.some_text(2_000))
     common = {"model": gpt2, "corpus": str(tmp_path / "docs.txt"), "layers": "0,2", "max_docs": 5, "max-actors": 1}
     product = {"estimator": ["exact", "sampled"], "seed": [0, 1]}
@@ -270,6 +273,7 @@ def test_a_sweep_is_a_run_for_each_point(
     assert all(table.count(name) == 2 for name in names)
     # One point is lost, and the same command brings it back.
     shutil.rmtree(tmp_path / "out" / names[2])
+    monkeypatch.delenv("RAY_ADDRESS")
     again = said(capsys, "sweep", path)
     assert again.count("tasks were done before") == 3
     assert pq.read_table(tmp_path / "out/summary.parquet").to_pylist() == rows

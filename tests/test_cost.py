@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import io
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers as tf
@@ -17,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jobs
 from fisher_ray import Exact, Sampled, SplitModel, cost
+from fisher_ray import corpus as corpus_module
 from fisher_ray.architecture import ModelError
+from fisher_ray.corpus import read_documents
 from fisher_ray.cost import HARDWARE, Cost, outline
-from fisher_ray.plan import RunConfig
+from fisher_ray.plan import Plan, RunConfig, Tasks, make_plan
 from fisher_ray.reduce import Node, levels
 from fisher_ray.scores import iter_scores
 from fisher_ray.spectrum import factor_eigenvalues
@@ -325,21 +331,93 @@ def some_costs(gpt2: SplitModel, llama_8b: SplitModel) -> list[Cost]:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("least", [1 << 15, 1000])
-@pytest.mark.parametrize("total", [10_000, 10**8, 10**13])
+@pytest.mark.parametrize("total", [10_000, 300_001, 10**8, 10**13])
 def test_text_of_a_task(
     device: Any, least: int, total: int, some_costs: list[Cost], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever bound a task stops at, the others hold; eigenvalues, at most 2 % here, are no matrix products."""
     monkeypatch.setattr(cost, "MIN_TASK_BYTES", least)
     rate, storage = RATE[device]
+    least = min(least, max(1 << 12, math.ceil(total / 32)))  # as many blocks as there can be cost more than 4 KiB each
     for each in some_costs:
         text = each.task_bytes(device, total)
         computing, writing = text / 4 * each.flop_per_token / rate, each.sums_bytes / storage
-        assert min(least, 256) <= text <= max(least, total // 32)
+        assert min(least, 256) <= text <= max(least, math.ceil(total / 32))
         assert text >= least or computing >= 580  # shorter than asked for only where it takes long
         assert computing <= 601 or text == 256
-        assert writing <= 0.052 * computing or text == max(least, total // 32) or computing >= 580
+        assert writing <= 0.052 * computing or text == max(least, math.ceil(total / 32)) or computing >= 580
         assert writing >= 0.048 * computing or text <= least  # no larger than writing asks for
+
+
+DOCUMENT = 800  # bytes of each of those below
+
+
+def written(folder: Path, ending: str, total: int) -> Path:
+    """A corpus of so many bytes of text, in documents of 800 and a last one."""
+    texts = [
+        f"{i:06d} ".ljust(min(DOCUMENT, total - i * DOCUMENT) - 2, "x") for i in range(math.ceil(total / DOCUMENT))
+    ]
+    path = folder / f"docs.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, compression="none", use_dictionary=False)
+    elif ending == "jsonl":
+        path.write_text("".join(json.dumps({"text": text[:-11]}) + "\n" for text in texts))
+    else:
+        path.write_text("\n\n".join(texts) + "\n\n")
+    return path
+
+
+def planned(corpus: Path, **settings: Any) -> tuple[Plan, Tasks]:
+    plan = make_plan(RunConfig(model=str(DEMO / "model"), corpus=(str(corpus),), output="run", **settings))
+    return plan, plan.make_tasks()
+
+
+def documents(plan: Plan, tasks: Tasks) -> list[int]:
+    """Numbers of the documents in all tasks."""
+    read = [d for task in tasks for source in task.ranges for d in read_documents(source, plan.config.layout)]
+    return [int(str(document.content)[:6]) for document in read]
+
+
+@pytest.mark.parametrize(
+    ("total", "tasks"),
+    [(3_000, 1), (20_000, 5), (1 << 17, 32), ((1 << 17) + 1, 32), (300_010, 32), (1 << 20, 32), (33 << 15, 33)],
+)
+def test_a_small_corpus_comes_to_a_task_a_block(total: int, tasks: int, tmp_path: Path) -> None:
+    """32 of them from 128 KiB up, and no remainder that would be a task more; from a megabyte up tasks have 32 KiB."""
+    corpus = written(tmp_path, "txt", total)
+    assert corpus.stat().st_size == total
+    plan, found = planned(corpus)
+    assert len(found) == tasks == max(1, min(math.ceil(total / (1 << 12)), max(32, total >> 15)))
+    assert documents(plan, found) == list(range(math.ceil(total / DOCUMENT)))
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize(("taken", "least", "most"), [(1, 1, 1), (20, 4, 5), (300, 28, 32), (2_500, 60, 64)])
+def test_tasks_are_sized_by_what_is_taken(ending: str, taken: int, least: int, most: int, tmp_path: Path) -> None:
+    """Of 4 MB, whose tasks would have 128 KB; the last one may be cut short."""
+    corpus = written(tmp_path, ending, 4_000_000)
+    plan, tasks = planned(corpus, max_docs=taken)
+    assert documents(plan, tasks) == list(range(taken))
+    assert least <= len(tasks) <= most
+    sizes = [len(documents(plan, [task])) for task in tasks]
+    assert max(sizes[:-1], default=taken) - min(sizes[:-1], default=taken) <= 1
+
+
+def test_little_is_read_more_than_once_for_max_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken is counted twice or three times where it is little beside the corpus, and once where it is much."""
+    corpus = written(tmp_path, "txt", 4_000_000)
+    read: list[int] = []
+
+    def counted(source: Any, layout: Any) -> Any:
+        for document in read_documents(source, layout):
+            read.append(1)
+            yield document
+
+    monkeypatch.setattr(corpus_module, "read_documents", counted)
+    for taken, most in ((20, 60), (300, 900), (2_500, 2_500), (10_000, 5_000)):
+        read.clear()
+        planned(corpus, max_docs=taken)
+        assert min(taken, 5_000) <= len(read) <= most
 
 
 def test_arrays_of_a_task_fit_in_memory(gpt2: SplitModel) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flaky import bound
+from flaky import permissions_bind
 
 import jobs
 from fisher_ray import cost, dispatch, driver
@@ -134,18 +134,19 @@ def test_files_larger_than_allowed(shared: Path, truth: Stored, tmp_path: Path, 
 # ---- not allowed -------------------------------------------------------------------------------------------------------
 
 
-def bound_by_permissions(shared: Path, output: Path) -> tuple[int, str]:
+def bound_by_permissions(shared: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The command, where permissions bind."""
-    small = f"import fisher_ray.cost; fisher_ray.cost.MIN_TASK_BYTES = {TASK_BYTES}; "
-    code = f"{small}import sys; from fisher_ray.cli import main; sys.exit(main())"
-    process = jobs.python(*bound("-c", code, "run", *flags(shared, output)))
-    _, err = process.communicate(timeout=120)
-    return process.returncode, err
+    capsys.readouterr()
+    with permissions_bind():
+        code = main(["run", *flags(shared, output)])
+    return code, capsys.readouterr().err
 
 
-def test_an_output_that_may_not_be_written(shared: Path, tmp_path: Path) -> None:
+def test_an_output_that_may_not_be_written(
+    shared: Path, tmp_path: Path, small_tasks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "closed").mkdir(mode=0o555)
-    code, err = bound_by_permissions(shared, tmp_path / "closed/run")
+    code, err = bound_by_permissions(shared, tmp_path / "closed/run", capsys)
     assert code == BAD_INPUT
     assert "Permission denied" in one_line(err) and "Choose a directory that can be written" in err
     assert list((tmp_path / "closed").iterdir()) == []
@@ -153,7 +154,7 @@ def test_an_output_that_may_not_be_written(shared: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("folder", ["done", "sums", "tree", "reduced", "lease", "."])
 def test_a_folder_of_a_run_that_may_not_be_written(
-    folder: str, shared: Path, truth: Stored, tmp_path: Path, small_tasks: None
+    folder: str, shared: Path, truth: Stored, tmp_path: Path, small_tasks: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As after a run by another user."""
     output = tmp_path / "run"
@@ -166,7 +167,7 @@ def test_a_folder_of_a_run_that_may_not_be_written(
         (output / f"done/{name}.json").unlink()
     (output / "reduced/manifest.json").unlink()
     (output / folder).chmod(0o555)
-    code, err = bound_by_permissions(shared, output)
+    code, err = bound_by_permissions(shared, output, capsys)
     if folder == "tree":  # so few tasks need no inner nodes
         assert code == COMPLETE, err
     else:
@@ -178,7 +179,7 @@ def test_a_folder_of_a_run_that_may_not_be_written(
 
 @pytest.mark.parametrize("folder", ["done", "tree"])
 def test_a_folder_of_a_run_that_may_not_be_read(
-    folder: str, shared: Path, truth: Stored, tmp_path: Path, small_tasks: None
+    folder: str, shared: Path, truth: Stored, tmp_path: Path, small_tasks: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is not taken for an empty one."""
     output = tmp_path / "run"
@@ -187,7 +188,7 @@ def test_a_folder_of_a_run_that_may_not_be_read(
     for path in (output, *output.rglob("*")):
         path.chmod(0o777)
     (output / folder).chmod(0o333)
-    code, err = bound_by_permissions(shared, output)
+    code, err = bound_by_permissions(shared, output, capsys)
     assert code == BAD_INPUT, err
     assert "Permission denied" in one_line(err)
     (output / folder).chmod(0o777)

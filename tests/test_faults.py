@@ -293,7 +293,7 @@ def test_drivers_killed(place: Place, undisturbed: Stored, cluster: None) -> Non
         kept, begun = place.done(), time.time()
         process = place.command("--max-actors", 1, "--executor", executor, RAY_ADDRESS=jobs.address())
         until(lambda mark=mark: (place.run / "lease").exists() and len(place.done()) >= mark)
-        time.sleep(chance.uniform(0.0, 1.0))
+        time.sleep(chance.uniform(0.0, 0.5))
         process.send_signal(signal.SIGKILL)
         until(lambda pid=process.pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
         # Nobody has asked for its exit code yet, as under a container's first process that never does.

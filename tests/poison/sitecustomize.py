@@ -76,7 +76,7 @@ def hang(place: Path, task: int) -> None:
 
 
 def slow(place: Path, task: int) -> None:
-    time.sleep(1.0)
+    time.sleep(0.5)
 
 
 def slow_once(place: Path, task: int) -> None:
