@@ -61,7 +61,9 @@ class Session:
                 for command in block.code.replace("\\\n", " ").strip().splitlines():
                     program, *arguments = shlex.split(command)
                     assert program == ".venv/bin/fisher-ray", f"{page.name}:{block.line}: cannot run {program}"
-                    assert main(arguments) == COMPLETE, f"{page.name}:{block.line}: {command} failed: {printed.getvalue()}"
+                    assert main(arguments) == COMPLETE, (
+                        f"{page.name}:{block.line}: {command} failed: {printed.getvalue()}"
+                    )
             else:
                 raise AssertionError(f"{page.name}:{block.line}: blocks are of python, sh or text")
         return printed.getvalue()

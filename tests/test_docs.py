@@ -97,7 +97,13 @@ def test_pages_build_and_load_nothing_from_elsewhere(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     pages = sorted((tmp_path / "site").rglob("*.html"))
-    assert {page.name for page in pages} >= {"index.html", "guide.html", "concepts.html", "formats.html", "reference.html"}
+    assert {page.name for page in pages} >= {
+        "index.html",
+        "guide.html",
+        "concepts.html",
+        "formats.html",
+        "reference.html",
+    }
     for page in pages:
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*>", text)
