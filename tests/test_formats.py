@@ -259,7 +259,7 @@ def test_arrays_have_the_shapes_of_the_page(runs: list[Path]) -> None:
 
 
 def test_triangles_are_packed_as_the_page_says() -> None:
-    assert "`i d - i (i - 1) / 2\n+ j - i`" in TEXT
+    assert "`i d - i (i - 1) / 2 + j - i`" in " ".join(TEXT.split())
     for d in (1, 4, D_MODEL):
         at = [i * d - i * (i - 1) // 2 + j - i for i, j in zip(*np.triu_indices(d), strict=True)]
         assert at == list(range(d * (d + 1) // 2)) and len(at) == math.comb(d + 1, 2)
