@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-
 from pages import Block, Session, blocks, difference, ran
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pages import Session, ran
 
 import jobs
 from fisher_ray import cost
@@ -23,7 +25,6 @@ from fisher_ray.reduce import SUMMARY_SCHEMA
 from fisher_ray.shards import POSITION_FIELDS, POSITIONS_VERSION, RUN_VERSION, Counts
 from fisher_ray.storage import StoredFile, seal
 from jobs import D_MODEL, gpt2  # noqa: F401
-from pages import Session, ran
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/formats.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -111,7 +112,8 @@ def test_tables_of_a_run_have_them(runs: list[Path]) -> None:
 def test_every_file_is_named_and_every_name_is_used(runs: list[Path]) -> None:
     parts = {
         "TASK": r"\d{8}", "ATTEMPT": "[0-9a-f]{8}", "KKK": r"\d{3,}", "NNNNNN": r"\d{6}",
-        "NODE": r"\d{8}-\d{8}-\d{3,}-\d{3,}(-without-[0-9a-f]{12})?", "group_NAME": "group_[A-Za-z0-9_.~ %-]+", "NAME": "[a-z_]+",
+        "NODE": r"\d{8}-\d{8}-\d{3,}-\d{3,}(-without-[0-9a-f]{12})?", "group_NAME": "group_[A-Za-z0-9_.~ %-]+",
+        "NAME": "[a-z_]+",
     }  # fmt: skip
     patterns = {}
     for path in rows(section("Files")):
@@ -272,9 +274,7 @@ def test_the_order_of_sums_is_the_pages(runs: list[Path], page: dict[str, Any]) 
         manifest = page["unsealed"](run / "reduced/manifest.json")
         children = min(32, tasks)
         bounds = [tasks * i // children for i in range(children + 1)]
-        expected = [
-            pair for pair in zip(bounds, bounds[1:], strict=False) if set(range(*pair)) - set(manifest["missing"])
-        ]
+        expected = [pair for pair in pairwise(bounds) if set(range(*pair)) - set(manifest["missing"])]
         assert [(block["first"], block["last"]) for block in manifest["blocks"]] == expected
         for block in manifest["blocks"]:
             receipts = [page["unsealed"](run / f"{path}.json") for path in block["receipts"]]
