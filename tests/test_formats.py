@@ -26,6 +26,7 @@ from fisher_ray.shards import POSITION_FIELDS, POSITIONS_VERSION, RUN_VERSION, C
 from fisher_ray.storage import StoredFile, seal
 from jobs import D_MODEL, gpt2  # noqa: F401
 
+SKETCH = 4
 PAGE = Path(__file__).resolve().parent.parent / "docs/formats.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 TABLES = {
@@ -53,15 +54,19 @@ def named(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def runs(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
-    """Runs of more tasks than one node adds up, with groups, with factors and matrices, one of them short of a bad document."""
+    """Runs of more tasks than one node adds up: with groups, factors, matrices, sketches; the last without a bad document."""
     folder = tmp_path_factory.mktemp("formats")
     (folder / "docs").mkdir()
     (folder / "docs/a.txt").write_text(jobs.some_text(9_000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "MIN_TASK_BYTES", 200)
         made = []
-        for name, settings in {"factors": {"group_by": "position"}, "matrices": {"positions": "::4"}}.items():
-            config = jobs.settings(gpt2, folder / "docs", folder / name, num_samples=3, save=name, **settings)
+        for name, settings in {
+            "factors": {"group_by": "position", "save": "factors"},
+            "matrices": {"positions": "::4", "save": "matrices"},
+            "sketch": {"group_by": "position", "sketch": SKETCH, "layers": "1"},
+        }.items():
+            config = jobs.settings(gpt2, folder / "docs", folder / name, num_samples=3, **settings)
             assert jobs.run_here(config)[1].tasks > 32
             made.append(folder / name)
         (folder / "docs/b.txt").write_bytes(b"not \xff\xfe text\n")
@@ -127,8 +132,8 @@ def test_every_file_is_named_and_every_name_is_used(runs: list[Path]) -> None:
             matching = [path for path, regex in patterns.items() if re.fullmatch(regex, file)]
             assert len(matching) == 1, f"{file} is described by {matching}"
             used.update(matching)
-    assert set(patterns) - used == {"lease/NNNNNN.json", "reduced/layer_KKK/groups.npz"}
-    assert any("-without-" in file for file in files(runs[2]))
+    assert set(patterns) - used == {"lease/NNNNNN.json"}
+    assert any("-without-" in file for file in files(runs[-1]))
 
 
 def test_sealed_files_have_the_keys_of_the_page(runs: list[Path], page: dict[str, Any]) -> None:
@@ -204,6 +209,8 @@ def test_damage_is_told_by_the_pages_code(runs: list[Path], page: dict[str, Any]
 def test_the_pages_mean_is_the_reduced_one(runs: list[Path], page: dict[str, Any]) -> None:
     for run in runs:
         assert page["means_are_current"](run)
+        if run.name == "sketch":
+            continue
         for folder in run.glob("reduced/layer_*"):
             layer = int(folder.name.removeprefix("layer_"))
             mean = np.load(folder / "fisher.npy")
@@ -219,34 +226,50 @@ def shape(text: str, **sizes: int) -> tuple[int, ...]:
 
 
 def test_arrays_have_the_shapes_of_the_page(runs: list[Path]) -> None:
-    text = section("Sums")
-    described = rows(text[: text.index("With `sketch`")])
-    matrices = [name for name, what in described.items() if "(d + 1)" in what]
+    plain, _, sketched = section("Sums").partition("With `sketch`")
+    full = rows(plain)
+    matrices = [name for name, what in full.items() if "(d + 1)" in what]
     assert len(matrices) == 3
+    described = {name: what for name, what in full.items() if name not in matrices}
+    for name, what in rows(sketched).items():
+        described |= {name.replace("X", matrix): what for matrix in matrices}
     seen = set()
     for run in runs:
-        for path in [*run.glob("sums/*/*.npz"), *run.glob("tree/*/*.npz")]:
+        wanted = described if run.name == "sketch" else full
+        for path in [*run.glob("sums/*/*.npz"), *run.glob("tree/*/*.npz"), *run.glob("reduced/*/groups.npz")]:
             with np.load(path) as arrays:
-                assert set(arrays) == set(described)
                 groups = len(arrays["groups"])
-                seen.add(groups)
-                assert arrays["groups"].dtype.kind == "U"
+                seen.add((wanted is described, groups))
                 if groups == 0:
-                    assert all(arrays[name].shape == (0,) for name in described)
+                    assert set(arrays) == set(full) and all(arrays[name].shape == (0,) for name in full)
                     continue
+                assert set(arrays) == set(wanted)
                 assert arrays["groups"].tolist() == sorted(arrays["groups"].tolist())
-                assert all(arrays[name].dtype == np.int64 for name in ("count", "traced"))
-                assert arrays["activation"].dtype == np.float64
-                wanted = np.float32 if path.is_relative_to(run / "sums") else np.float64
-                assert all(arrays[name].dtype == wanted for name in matrices)
-                for name, what in described.items():
-                    assert arrays[name].shape == shape(what, G=groups, d=D_MODEL)
+                for name, what in wanted.items():
+                    array = arrays[name]
+                    if what.startswith("[rows of all groups"):
+                        assert array.shape == (arrays[f"{name}_rows"].sum(), D_MODEL)
+                        assert arrays[f"{name}_rows"].max() <= arrays["limit"] == SKETCH
+                    else:
+                        assert array.shape == shape(what, G=groups, d=D_MODEL)
+                    single = name in matrices and path.is_relative_to(run / "sums")
+                    said = what.rpartition("]")[2].strip() or ("float32" if single else "float64")
+                    assert array.dtype.kind == "U" if said == "Unicode" else array.dtype == said, (path, name)
         reduced = rows(section("reduced/layer_KKK/*.npy"))
         for folder in [*run.glob("reduced/layer_*"), *run.glob("reduced/layer_*/group_*")]:
-            assert {path.name for path in folder.glob("*.npy")} == set(reduced)
-            for name, what in reduced.items():
-                array = np.load(folder / name)
-                assert array.dtype == np.float64 and array.shape == shape(what, d=D_MODEL)
+            found = {path.name: np.load(path) for path in folder.glob("*.npy")}
+            assert all(array.dtype == np.float64 for array in found.values())
+            if run.name == "sketch":
+                instead = {name for name in named(section("reduced/layer_KKK/*.npy")) if name.endswith("_factors.npy")}
+                replaced = {name.replace("_factors", "") for name in instead}
+                assert set(found) == set(reduced) - replaced | instead
+                shapes = {**dict.fromkeys(instead, (SKETCH, D_MODEL)), "eigenvalues.npy": (SKETCH,)}
+                shapes["eigenvectors.npy"] = (D_MODEL, SKETCH)
+                assert {name: found[name].shape for name in shapes} == shapes
+                continue
+            assert {name: array.shape for name, array in found.items()} == {
+                name: shape(what, d=D_MODEL) for name, what in reduced.items()
+            }
         for kept in ("factors", "matrices"):
             for path in run.glob(f"{kept}/*/*.npy"):
                 array, layer = np.load(path), int(path.stem.removeprefix("layer_"))
@@ -257,7 +280,7 @@ def test_arrays_have_the_shapes_of_the_page(runs: list[Path]) -> None:
                 assert array.shape[1:] == ((3, D_MODEL) if kept == "factors" else (D_MODEL, D_MODEL))
                 square = array.astype(np.float64).transpose(0, 2, 1) @ array if kept == "factors" else array
                 np.testing.assert_allclose(square.trace(axis1=1, axis2=2), table["trace"].to_numpy(), rtol=1e-4)
-    assert {0, 1} < seen  # without a position, without groups, and with some
+    assert {(False, 0), (False, 1)} < seen and any(sketched and groups > 1 for sketched, groups in seen)
 
 
 def test_triangles_are_packed_as_the_page_says() -> None:
