@@ -13,6 +13,9 @@ import jaxtyping
 import pytest
 from pages import Block, Session, blocks, difference, ran
 
+from fisher_ray import cli
+from fisher_ray.cluster import COUNTERS, GAUGES
+
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE, README = ROOT / "docs/guide.md", ROOT / "README.md"
 
@@ -87,6 +90,43 @@ def test_other_outputs_are_told(shown: str, printed: str) -> None:
 )
 def test_the_same_output_is_taken(shown: str, printed: str) -> None:
     assert difference(shown, printed) is None
+
+
+def test_metrics_and_exit_codes_are_all_in_the_page() -> None:
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    described = dict(re.findall(r"^\| `ray_fisher_ray_(\w+)` \| (\w+) \|", text, re.MULTILINE))
+    counters = {f"{name}_total": "counter" for name in COUNTERS}
+    assert described == {**dict.fromkeys(GAUGES, "gauge"), **counters, "task_seconds": "histogram"}
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
+    assert codes == {
+        cli.COMPLETE, cli.FAILED, cli.BAD_INPUT, cli.REFUSED, cli.QUARANTINED, cli.DAMAGED, cli.STOPPED,
+    }  # fmt: skip
+
+
+COMMANDS = {
+    "run", "plan", "status", "verify", "report", "validate", "project", "clean", "inspect", "diff", "export", "submit", "sweep",
+}  # fmt: skip
+
+
+def test_commands_of_the_pages_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag after ``fisher-ray COMMAND`` in a block of a page, and every one in the README's table."""
+    known: dict[str, set[str]] = {}
+    for command in sorted(COMMANDS):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        known[command] = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    used = 0
+    for page in [README, *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        fenced = "\n".join(re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL))
+        for line in fenced.replace("\\\n", " ").splitlines():
+            for command, rest in re.findall(r"(?:^|[ /])fisher-ray (?:submit -- )?([a-z]+)([^#]*)", line):
+                flags = set(re.findall(r"(?<= )--[a-z][a-z-]*", rest))
+                assert flags <= known.get(command, set()), f"{page.name}: {line.strip()}"
+                used += 1
+    assert used > 25
+    table = re.findall(r"^\| (`--[^|]*) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {flag for cell in table for flag in re.findall(r"--[a-z][a-z-]*", cell)} <= known["run"]
 
 
 def test_pages_build_and_load_nothing_from_elsewhere(tmp_path: Path) -> None:
