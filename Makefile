@@ -30,7 +30,7 @@ check: .venv/ready
 
 # Pages in build/docs that load nothing from elsewhere. The variable silences a notice about the tool's own future.
 docs: .venv/ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmark: .venv/ready
 	$(BIN)/python benchmarks/engine.py

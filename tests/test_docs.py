@@ -131,7 +131,7 @@ def test_commands_of_the_pages_exist(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_pages_build_and_load_nothing_from_elsewhere(tmp_path: Path) -> None:
     """Strictly: no warning of a link, an anchor or a docstring."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
