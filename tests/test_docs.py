@@ -129,6 +129,19 @@ def test_commands_of_the_pages_exist(capsys: pytest.CaptureFixture[str]) -> None
     assert {flag for cell in table for flag in re.findall(r"--[a-z][a-z-]*", cell)} <= known["run"]
 
 
+def test_links_of_the_readme_lead_somewhere() -> None:
+    """Those within the repository; links between pages are checked where the pages are built."""
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", README.read_text(encoding="utf-8"))
+    assert len(links) > 8
+    for path, anchor in links:
+        target = ROOT / path if path else README
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{path}#{anchor}"
+
+
 def test_pages_build_and_load_nothing_from_elsewhere(tmp_path: Path) -> None:
     """Strictly: no warning of a link, an anchor or a docstring."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
