@@ -54,7 +54,7 @@ def named(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def runs(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
-    """Runs of more tasks than one node adds up: with groups, factors, matrices, sketches; the last without a bad document."""
+    """Runs of more tasks than one node adds up: with groups, factors, matrices, sketches, an early end, a bad document."""
     folder = tmp_path_factory.mktemp("formats")
     (folder / "docs").mkdir()
     (folder / "docs/a.txt").write_text(jobs.some_text(9_000))
@@ -65,6 +65,7 @@ def runs(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # 
             "factors": {"group_by": "position", "save": "factors"},
             "matrices": {"positions": "::4", "save": "matrices"},
             "sketch": {"group_by": "position", "sketch": SKETCH, "layers": "1"},
+            "early": {"layers": "0,2", "until_relative_change": 0.9},
         }.items():
             config = jobs.settings(gpt2, folder / "docs", folder / name, num_samples=3, **settings)
             assert jobs.run_here(config)[1].tasks > 32
@@ -150,7 +151,12 @@ def test_sealed_files_have_the_keys_of_the_page(runs: list[Path], page: dict[str
             kinds = {re.sub(r"_\d+$", "_K", name) for name in receipt["files"]}
             assert kinds <= named(section("Receipts"))
             assert all(set(file) == stored for file in receipt["files"].values())
+        looked = page["unsealed"](run / "reduced/manifest.json")["checkpoints"]
+        assert bool(looked) == (run.name == "early")
+        (keys,) = re.findall(r"`\{(tasks, [^}]*)\}`", section("reduced/manifest.json"))
+        assert all(set(checkpoint) == set(keys.split(", ")) for checkpoint in looked)
         progress = page["unsealed"](run / "progress.json")
+        assert progress["checkpoint"] == (looked[-1] if looked else None)
         assert set(progress) <= named(section("progress.json"))
         assert {field.name for field in fields(Progress)} <= set(progress)
         for path in run.glob("quarantine/*"):
@@ -211,10 +217,11 @@ def test_the_pages_mean_is_the_reduced_one(runs: list[Path], page: dict[str, Any
         assert page["means_are_current"](run)
         if run.name == "sketch":
             continue
+        last = page["unsealed"](run / "reduced/manifest.json")["last"]
         for folder in run.glob("reduced/layer_*"):
             layer = int(folder.name.removeprefix("layer_"))
             mean = np.load(folder / "fisher.npy")
-            assert np.abs(page["mean_fisher"](run, layer) - mean).max() <= 1e-12 * mean.max()
+            assert np.abs(page["mean_fisher"](run, layer, last) - mean).max() <= 1e-12 * mean.max()
 
 
 def shape(text: str, **sizes: int) -> tuple[int, ...]:
@@ -290,11 +297,25 @@ def test_triangles_are_packed_as_the_page_says() -> None:
         assert at == list(range(d * (d + 1) // 2)) and len(at) == math.comb(d + 1, 2)
 
 
+def test_the_drawn_order_is_the_pages(runs: list[Path], page: dict[str, Any]) -> None:
+    """Of the run that may end early, by where its tasks begin."""
+    early = next(run for run in runs if run.name == "early")
+    assert page["unsealed"](early / "run.json")["result_fields"]["shuffled"]
+    drawn = pq.read_table(early / "plan.parquet").to_pylist()
+    first: dict[int, tuple[str, int]] = {}
+    for row in drawn:
+        first.setdefault(row["task"], (row["name"], row["start"]))
+    in_order = sorted(range(len(first)), key=lambda i: hashlib.sha256(f"0:{i}".encode()).hexdigest())
+    assert [first[task] for task in range(len(first))] == [sorted(first.values())[i] for i in in_order]
+
+
 def test_the_order_of_sums_is_the_pages(runs: list[Path], page: dict[str, Any]) -> None:
     """min(32, tasks) blocks with the bounds that the page gives, of the tasks that were not given up."""
     for run in runs:
         tasks = page["unsealed"](run / "run.json")["tasks"]
         manifest = page["unsealed"](run / "reduced/manifest.json")
+        assert (manifest["last"] < tasks) == (run.name == "early")
+        tasks = manifest["last"]
         children = min(32, tasks)
         bounds = [tasks * i // children for i in range(children + 1)]
         expected = [pair for pair in pairwise(bounds) if set(range(*pair)) - set(manifest["missing"])]
