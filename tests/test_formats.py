@@ -60,6 +60,7 @@ def runs(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # 
     (folder / "docs/a.txt").write_text(jobs.some_text(9_000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "MIN_TASK_BYTES", 200)
+        patch.setattr(cost, "_BLOCKS", 40)  # as of a large corpus, whose tasks are more than its blocks
         made = []
         for name, settings in {
             "factors": {"group_by": "position", "save": "factors"},
