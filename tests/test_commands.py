@@ -253,7 +253,7 @@ def sweep_file(folder: Path, **values: Any) -> Path:
 def test_a_sweep_is_a_run_for_each_point(
     gpt2: str, cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
-    """Side by side on one cluster, and the one that is made again with a Ray of its own."""
+    """Side by side on one cluster."""
     monkeypatch.setenv("RAY_ADDRESS", jobs.address())
     (tmp_path / "docs.txt").write_text(jobs.some_text(2_000))
     common = {"model": gpt2, "corpus": str(tmp_path / "docs.txt"), "layers": "0,2", "max_docs": 5, "max-actors": 1}
@@ -273,7 +273,6 @@ def test_a_sweep_is_a_run_for_each_point(
     assert all(table.count(name) == 2 for name in names)
     # One point is lost, and the same command brings it back.
     shutil.rmtree(tmp_path / "out" / names[2])
-    monkeypatch.delenv("RAY_ADDRESS")
     again = said(capsys, "sweep", path)
     assert again.count("tasks were done before") == 3
     assert pq.read_table(tmp_path / "out/summary.parquet").to_pylist() == rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,16 @@ def test_a_name_says_what_is_covered_and_what_is_missing() -> None:
     assert len(partly - whole) == 2  # the rest is shared with a reduction of everything
 
 
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    """Three levels of what would be one, a layer a call, and tasks of a kilobyte."""
+    patch.setattr(reduce, "FAN_IN", 3)
+    patch.setattr(reduce, "_CALL_BYTES", 1)
+    patch.setattr(cost, "MIN_TASK_BYTES", TASK_BYTES)
+
+
 @pytest.fixture
 def small_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three levels of what would be one, a layer a call, and tasks of a kilobyte."""
-    monkeypatch.setattr(reduce, "FAN_IN", 3)
-    monkeypatch.setattr(reduce, "_CALL_BYTES", 1)
-    monkeypatch.setattr(cost, "MIN_TASK_BYTES", TASK_BYTES)
+    make_small(monkeypatch)
 
 
 def triangle(values: np.ndarray, d: int) -> np.ndarray:
@@ -101,12 +106,23 @@ def by_hand(stored: Stored, first: int, last: int, layer: int) -> dict[str, np.n
     return total
 
 
-@pytest.fixture
-def run(gpt2: str, tmp_path: Path, small_tree: None) -> Stored:  # noqa: F811
-    (tmp_path / "docs.txt").write_text(jobs.some_text(20_000))
-    stored, outcome = jobs.run_here(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run"))
+@pytest.fixture(scope="module")
+def made(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A folder with a corpus and a run."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "docs.txt").write_text(jobs.some_text(20_000))
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        _, outcome = jobs.run_here(jobs.settings(gpt2, folder / "docs.txt", folder / "run"))
     assert outcome.tasks > 12
-    return stored
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Stored:
+    """A copy to damage."""
+    shutil.copytree(made, tmp_path / "made")
+    return Stored(tmp_path / "made/run")
 
 
 def test_means_are_the_trees_to_the_last_bit(run: Stored) -> None:

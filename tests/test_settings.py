@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from families import build
 
 import jobs
 from fisher_ray.cli import main
+from fisher_ray.corpus import Window
 from fisher_ray.estimators import Exact
 from fisher_ray.scores import score_factors
 from fisher_ray.split import SplitModel
@@ -44,6 +46,22 @@ def close(got: Any, truth: Any, tolerance: float = CLOSE) -> None:
     got, truth = np.asarray(got), np.asarray(truth)
     assert got.shape == truth.shape
     assert np.linalg.norm(got - truth) <= tolerance * np.linalg.norm(truth)
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 12, 2_000])
+def test_batches_hold_little_padding(count: int) -> None:
+    """Each window once, within the budget; and not a batch a window, as long as windows have lengths alike."""
+    lengths = [int(n) for n in np.random.default_rng(count).integers(2, 513, count)]
+    some = [Window(0, 0, [5] * n, 1, [1], None) for n in lengths]
+    batches = list(Worker._batches(SimpleNamespace(config=SimpleNamespace(batch_tokens=4096)), some))  # type: ignore[arg-type]
+    assert sorted(i for batch in batches for i in batch) == list(range(count))
+    for batch in batches:
+        padded = len(batch) * max(lengths[i] for i in batch)
+        assert padded <= 4096 and padded - sum(lengths[i] for i in batch) <= max(128, padded / 8)
+    assert len(batches) < 1.1 * sum(lengths) / 4096 + 12
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------------------

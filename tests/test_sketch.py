@@ -52,7 +52,7 @@ def assert_bound(sketch: Sketch, rows: torch.Tensor) -> np.ndarray:
     trace = full.trace()
     lost = np.linalg.eigvalsh(full - sketch.square())
     assert len(sketch.rows) <= sketch.limit
-    assert sketch.trace == pytest.approx(trace, rel=1e-12)
+    assert sketch.trace == pytest.approx(trace, rel=1e-12, abs=0)
     assert lost[0] > -ROUNDING * trace
     assert lost[-1] < sketch.shrunk + ROUNDING * trace
     assert sketch.shrunk * (sketch.limit + 1) < trace - sketch.square().trace() + ROUNDING * trace
