@@ -30,6 +30,7 @@ ALL = range(LAYERS + 1)
 def small_tasks() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "MIN_TASK_BYTES", 250)
+        patch.setattr(cost, "_BLOCKS", 40)  # more tasks than blocks, so that the last of them are sums of several
         yield
 
 
