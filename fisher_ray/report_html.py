@@ -604,7 +604,7 @@ def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
 def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     moved = {(row["layer"], row["direction"]): row for row in reading(lambda: run.directions) or []}
     waiting = [] if moved else [_missing("The tokens are in the files of a reduction, and there is none to be read.")]
-    head = ["layer", "direction", "eigenvalue", "share of the trace", "angle of halves", "not told apart from"]
+    head = ["layer", "direction", "eigenvalue", "share", "angle of halves", "together with"]
     rows = []
     for each in layers:
         values = each.spectrum.eigenvalues
@@ -628,8 +628,8 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
         "directions",
         "Top directions",
         "What a small step along each layer's first eigenvectors makes more and less likely, through the model's own upper "
-        "layers (a sign is arbitrary: the other way round, they swap). Those with eigenvalues that this corpus cannot tell "
-        "apart mean something together and nothing one by one.",
+        "layers (a sign is arbitrary: the other way round, they swap). The share is that of the trace. Those with eigenvalues that "
+        "this corpus cannot tell apart mean something together and nothing one by one.",
         _shown(layers, lost, *waiting, _table([*head, "raises", "lowers"], rows, range(6))),
     )
 
@@ -694,14 +694,14 @@ def _validation(found: Mapping[str, Any]) -> _Section:
     figure = go.Figure()
     figure.add_scatter(
         x=[*steps, *steps[::-1]], y=[*floor, *np.full(len(steps), 10**bottom)], fill="toself", mode="lines",
-        line={"width": 0}, fillcolor="#e1e4e8", name="hidden by rounding", hoverinfo="skip",
+        line={"width": 0}, fillcolor="#c3cad2", name="hidden by rounding", hoverinfo="skip",
     )  # fmt: skip
     for (layer, test), colour in zip(tests.items(), colours, strict=True):
         low, median, high = (test["deviation"][name] for name in ("lower_quartile", "median", "upper_quartile"))
         same: dict[str, Any] = {"legendgroup": layer, "mode": "lines"}
         figure.add_scatter(
             x=[*steps, *steps[::-1]], y=[*high, *low[::-1]], fill="toself", line={"width": 0}, showlegend=False,
-            fillcolor=colour.replace("rgb", "rgba").replace(")", ", 0.15)"), hoverinfo="skip", **same,
+            fillcolor=colour.replace("rgb", "rgba").replace(")", ", 0.1)"), hoverinfo="skip", **same,
         )  # fmt: skip
         figure.add_scatter(
             x=steps, y=median, **{**same, "mode": "lines+markers"}, marker={"size": 5},
@@ -825,16 +825,18 @@ def _places(places: Mapping[int, Sequence[Mapping[str, Any]]], lost: Sequence[st
     layers = [layer for layer, found in places.items() if found]
     tables = []
     for layer in layers:
-        rows = [
-            (
-                place["document"],
-                place["position"],
-                f"{place['trace']:.4g}",
-                f"{place['entropy']:.3g}",
-                _Markup(f"{escape(place['before'])}<mark>{escape(place['text'])}</mark>{escape(place['after'])}"),
+        rows = []
+        for place in places[layer]:
+            before, text, after = (escape(place[name]).replace("\n", "↵") for name in ("before", "text", "after"))
+            rows.append(
+                (
+                    place["document"],
+                    place["position"],
+                    f"{place['trace']:.4g}",
+                    f"{place['entropy']:.3g}",
+                    _Markup(f"{before}<mark>{text}</mark>{after}"),
+                )
             )
-            for place in places[layer]
-        ]
         tables.append(f'<div class="places"><h3>layer {layer}</h3>{_table(head, rows, range(1, 4))}</div>')
     middle = layers[len(layers) // 2] if layers else None
     options = "".join(f"<option{' selected' * (k == middle)}>{k}</option>" for k in layers)

@@ -307,7 +307,7 @@ def test_the_strongest_places_are_those_of_the_table(report: Report, made: Path)
                 other["text"] for other in Stored(made).rows(layer)
                 if other["document"] == row["document"] and abs(other["position"] - row["position"]) <= 12
             ]  # fmt: skip
-            assert text == "".join(near)
+            assert text == "".join(near).replace("\n", "↵")
     assert report.html.count("<mark>") == len(shown)
 
 
