@@ -628,7 +628,7 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
         "directions",
         "Top directions",
         "What a small step along each layer's first eigenvectors makes more and less likely, through the model's own upper "
-        "layers (a sign is arbitrary: the other way round, they swap). The share is that of the trace. Those with eigenvalues that "
+        "layers (a sign is arbitrary: the other way round, they swap). Shares are of the trace. Those with eigenvalues that "
         "this corpus cannot tell apart mean something together and nothing one by one.",
         _shown(layers, lost, *waiting, _table([*head, "raises", "lowers"], rows, range(6))),
     )
