@@ -8,7 +8,8 @@ DEMO := runs/demo
 demo: .venv/ready
 	rm -rf $(DEMO)
 	$(BIN)/fisher-ray run --model demo/model --corpus demo/corpus.jsonl --columns kind --output $(DEMO)
-	$(BIN)/fisher-ray report $(DEMO) --output $(DEMO).html
+	$(BIN)/fisher-ray validate $(DEMO) --positions 8 --json > $(DEMO).json
+	$(BIN)/fisher-ray report $(DEMO) --validation $(DEMO).json --output $(DEMO).html
 	@echo
 	@echo "Open $(DEMO).html in a browser, or look at the positions where the model is most sensitive:"
 	@echo "  $(BIN)/python demo/look.py $(DEMO)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.activations import NewGELUActivation
-from transformers.pytorch_utils import Conv1D
 
 from fisher_ray.head import Head
 
@@ -267,19 +266,14 @@ def attention_reading(
 
 def _projections(model: Any, block: nn.Module) -> tuple[nn.Module, dict[Literal["query", "key", "value"], Tensor]]:
     """A module that the attention's input enters, and the heads' weights [heads, head_dim, d_model], float64."""
-    heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
-    found: list[tuple[nn.Module, list[Tensor]]] = []
-    for module in block.modules():
-        fused = getattr(module, "c_attn", None)
-        linear = [each for x in "qkv" if isinstance(each := getattr(module, f"{x}_proj", None), nn.Linear)]
-        if isinstance(fused, Conv1D):  # [d_model, 3 d_model]
-            found.append((fused, list(fused.weight.T.chunk(3))))
-        elif len(linear) == 3:
-            found.append((linear[0], [each.weight for each in linear]))
+    config = model.config.get_text_config(decoder=True)
+    heads = int(config.num_attention_heads)
+    found = [each for module in block.modules() if (each := _queries_keys_values(module, heads, config)) is not None]
     if len(found) != 1:
         raise ModelError(
-            f"{type(block).__name__} of {type(model).__name__} has {len(found) or 'no'} attentions with weights "
-            "c_attn (GPT-2) or q_proj, k_proj and v_proj (LLaMA and its like); what heads read is known for one of those only."
+            f"{type(block).__name__} of {type(model).__name__} has {len(found) or 'no'} attentions with known weights: "
+            "q_proj, k_proj and v_proj (LLaMA and its like), or of GPT-2, GPT-BigCode, GPT-NeoX or Phi-3. What heads read is "
+            "known for one of those only."
         )
     projection, weights = found[0]
     size = weights[0].shape[0] // heads
@@ -289,6 +283,30 @@ def _projections(model: Any, block: nn.Module) -> tuple[nn.Module, dict[Literal[
         for each in weights
     )
     return projection, {"query": query, "key": key, "value": value}
+
+
+def _queries_keys_values(module: Any, heads: int, config: Any) -> tuple[nn.Module, Sequence[Tensor]] | None:
+    """Projection and weights [heads * head_dim, d_model] of queries, keys and values (of as many heads as there are of those).
+
+    How one matrix holds the three is each class's own affair: other models give the same names to other orders.
+    """
+    linear = [each for x in "qkv" if isinstance(each := getattr(module, f"{x}_proj", None), nn.Linear)]
+    if len(linear) == 3:
+        return linear[0], [each.weight for each in linear]
+    match type(module).__name__:
+        case "GPT2Attention":  # [d_model, 3 d_model]
+            return module.c_attn, module.c_attn.weight.T.chunk(3)
+        case "GPTBigCodeAttention" if config.multi_query:  # one key and one value head
+            one = module.c_attn.weight.shape[1] // heads
+            return module.c_attn, module.c_attn.weight.split([heads * one, one, one])
+        case "GPTNeoXAttention" | "GPTBigCodeAttention":  # of each head in turn the three
+            fused = module.c_attn if hasattr(module, "c_attn") else module.query_key_value
+            return fused, [each.flatten(0, 1) for each in fused.weight.unflatten(0, (heads, 3, -1)).unbind(1)]
+        case "Phi3Attention":
+            groups = int(config.num_key_value_heads)
+            size = module.qkv_proj.weight.shape[0] // (heads + 2 * groups)
+            return module.qkv_proj, module.qkv_proj.weight.split([heads * size, groups * size, groups * size])
+    return None
 
 
 def _may_have_tokenizer(name: str) -> bool:

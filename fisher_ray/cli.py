@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,13 +35,14 @@ from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
 from fisher_ray.report import direction_table, layer_table
 from fisher_ray.report_html import html_report
-from fisher_ray.run import open_run, read_description
+from fisher_ray.run import Reading, open_run, read_description
 from fisher_ray.shards import Lease, RefusedError, RunStore
+from fisher_ray.statistics import Estimate
 from fisher_ray.storage import DamagedError, Storage, StorageError, is_transient
 from fisher_ray.sweep import read_sweep, run_sweep
 from fisher_ray.validate import validate
 
-# Exit codes. DAMAGED is that of verify, inspect and report.
+# Exit codes. DAMAGED is that of commands that read a run.
 COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3, 4, 5, 130
 
 # Settings of the pool that the published script's flags are joined by.
@@ -86,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     reporting = commands.add_parser("report", help="a run as one HTML page that opens offline")
     reporting.add_argument("run")
     reporting.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (report.html)")
+    reporting.add_argument("--validation", type=Path, metavar="LAW.json", help="what validate --json has printed")
     reporting.set_defaults(act=_report)
+
     validating = commands.add_parser(
         "validate", help="compare KL divergences of the run's own model with v^T F v / 2, at positions of its own"
     )
@@ -361,6 +365,8 @@ def _guarded(act: Callable[[], int]) -> int:
         errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         if isinstance(error, RefusedError):
             return REFUSED
+        if isinstance(error, DamagedError):
+            return DAMAGED
         return FAILED if isinstance(error, RunError | MemoryError) else BAD_INPUT
     except Exception as error:
         if not is_transient(error):
@@ -611,13 +617,33 @@ def _report(given: dict[str, Any]) -> int:
     path: Path = given["output"]
     if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"-o must name a file in a directory that exists, got {path}.")
-    report = html_report(open_run(given["run"]))
+    report = html_report(open_run(given["run"]), _validation(given["validation"]))
     path.write_text(report.html, encoding="utf-8")
     _console().print(f"report: {path} ({_size(path.stat().st_size)})", soft_wrap=True, highlight=False)
+    return _without(report.damaged)
+
+
+def _validation(path: Path | None) -> dict[str, Any] | None:
+    """What ``validate --json`` has printed into a file."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read {path}: {error} Expected what fisher-ray validate RUN --json prints."
+        ) from error
+    if not isinstance(found, dict) or not {"fingerprint", "steps", "layers"} <= set(found):
+        raise ConfigError(f"{path} is not what fisher-ray validate RUN --json prints.")
+    return found
+
+
+def _without(damaged: Sequence[str]) -> int:
+    """Name what had to be left out; the exit code."""
     errors = Console(stderr=True)
-    for line in report.damaged[:_NAMED]:
+    for line in damaged[:_NAMED]:
         errors.print(f"left out: {line}", style="red", markup=False, soft_wrap=True)
-    return DAMAGED if report.damaged else COMPLETE
+    return DAMAGED if damaged else COMPLETE
 
 
 def _validate(given: dict[str, Any]) -> int:
@@ -645,25 +671,31 @@ def _project(given: dict[str, Any]) -> int:
     layers = run.layers
     if given["layers"] is not None:
         layers = replace(run.config, layers=given["layers"]).layer_list(model.num_layers)
-    chosen = {layer: top_directions(run, layer, given["top"]) if read is None else read for layer in layers}
+    reading = Reading()
+
+    def priced(layer: int) -> tuple[np.ndarray, Estimate]:
+        directions = top_directions(run, layer, given["top"]) if read is None else read
+        return directions, cost(run, layer, directions)
+
+    found = {layer: pair for layer in layers if (pair := reading(partial(priced, layer))) is not None}
+    chosen = {layer: directions for layer, (directions, _) in found.items()}
     rows = []
-    costs = {layer: cost(run, layer, directions) for layer, directions in chosen.items()}
-    for layer, moved in moved_tokens(run, chosen, model).items():
-        nats, error = costs[layer].value.tolist(), costs[layer].error.tolist()
+    for layer, moved in (moved_tokens(run, chosen, model) if chosen else {}).items():
+        nats, error = found[layer][1].value.tolist(), found[layer][1].error.tolist()
         for i, (raised, lowered) in enumerate(moved):
             known = {"cost": nats[i], "error": None if math.isnan(error[i]) else error[i]}
             rows.append({"layer": layer, "direction": i, **known, "raised": raised, "lowered": lowered})
     output = given["output"]
-    written = None if output is None else project(run, chosen, output, given["max_docs"], model)
+    written = project(run, chosen, output, given["max_docs"], model) if output and chosen else None
     if given["json"]:
         print(json.dumps({"directions": rows, "output": output and str(output), "rows": written}))
-        return COMPLETE
+        return _without(reading.damaged)
     console = _console()
     console.print(f"{run.store.uri}: {run.status}", soft_wrap=True, highlight=False)
     console.print(direction_table(rows))
-    if output is not None:
+    if written is not None:
         console.print(f"coordinates: {output}, {written:,} rows", soft_wrap=True, highlight=False)
-    return COMPLETE
+    return _without(reading.damaged)
 
 
 def _clean(given: dict[str, Any]) -> int:
@@ -696,9 +728,7 @@ def _inspect(given: dict[str, Any]) -> int:
         return _told(inspection.one_position(run, document, int(position)), inspection.show_position, given["json"])
     if given["layer"] is not None:
         return _told(inspection.one_layer(run, given["layer"], given["group"]), inspection.show_layer, given["json"])
-    facts = inspection.overview(run)
-    _told(facts, inspection.show_overview, given["json"])
-    return DAMAGED if facts["damaged"] else COMPLETE
+    return _told(inspection.overview(run), inspection.show_overview, given["json"])
 
 
 def _diff(given: dict[str, Any]) -> int:
@@ -711,7 +741,7 @@ def _told(facts: dict[str, Any], show: Callable[[Console, dict[str, Any]], None]
         print(json.dumps(facts))
     else:
         show(_console(), facts)
-    return COMPLETE
+    return _without(facts["damaged"])
 
 
 def _export(given: dict[str, Any]) -> int:
@@ -719,7 +749,8 @@ def _export(given: dict[str, Any]) -> int:
     if path.suffix not in (".safetensors", ".npz"):
         raise ConfigError(f"export writes .safetensors or .npz, got {path.name!r}.")
     run = open_run(given["run"])
-    arrays = inspection.exported(run)
+    reading = Reading()
+    arrays = inspection.exported(run, reading)
     buffer = io.BytesIO()
     if path.suffix == ".npz":
         np.savez(buffer, allow_pickle=False, **arrays)
@@ -730,7 +761,7 @@ def _export(given: dict[str, Any]) -> int:
     folder = Storage(str(path.absolute().parent))
     folder.write(path.name, raw)
     _console().print(f"{len(arrays)} arrays, {_size(len(raw))}: {path}", highlight=False, soft_wrap=True, markup=False)
-    return COMPLETE
+    return _without(reading.damaged)
 
 
 def _submit(given: dict[str, Any]) -> int:

@@ -28,7 +28,7 @@ from fisher_ray.architecture import ModelError, ModelFacts, attention_reading, w
 from fisher_ray.corpus import Window
 from fisher_ray.estimators import Exact
 from fisher_ray.head import Prediction
-from fisher_ray.plan import Plan
+from fisher_ray.plan import ConfigError, make_plan
 from fisher_ray.run import Run
 from fisher_ray.scores import iter_scores, score_factors
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
@@ -148,13 +148,17 @@ class _Passage:
         return self.window.start + t - self.window.sink
 
 
-def model_of(run: Run) -> SplitModel:
+def model_of(run: Run, dtype: str | None = None) -> SplitModel:
     """The run's own model, on whatever device there is here.
+
+    Args:
+        run: an open run.
+        dtype: of the weights; default: the run's.
 
     Raises:
         ModelError: it is gone, or its weights are no longer those of the run.
     """
-    config = run.config
+    config = replace(run.config, dtype=dtype or run.config.dtype)
     if weights_digest(config.model, config.revision) != run.description["result_fields"]["weights"]:
         raise ModelError(
             f"the weights of {config.model} are not those that {run.store.uri} was made with. Put those back, or run again in "
@@ -163,18 +167,38 @@ def model_of(run: Run) -> SplitModel:
     return load_model(replace(config, device=None, gpus_per_actor=None))
 
 
+def worker_of(run: Run, model: SplitModel | None = None, dtype: str | None = None) -> Worker:
+    """A worker that makes the run's own windows of the run's own corpus.
+
+    Args:
+        run: an open run.
+        model: the run's, where it is loaded already; else it is loaded in ``dtype``, as :func:`model_of` does.
+
+    Raises:
+        ModelError, CorpusError: model or corpus cannot be read.
+        ConfigError: tokenizer or corpus are no longer those of the run.
+        ValueError: the model given is another one.
+    """
+    model = model or model_of(run, dtype)
+    facts = ModelFacts.of(model.model.config)
+    if facts.d_model != run.d_model or max(run.layers) > facts.num_layers:
+        raise ValueError(
+            f"the run is of {run.config.model}, width {run.d_model} and layers up to {max(run.layers)}; the model given, "
+            f"{model.label}, has width {facts.d_model} and {facts.num_layers} blocks. Give the run's own."
+        )
+    plan = make_plan(run.config)
+    for name, source in (("tokenizer", run.config.model), ("corpus", ", ".join(run.config.corpus))):
+        if plan.result_fields[name] != run.description["result_fields"][name]:
+            raise ConfigError(f"the {name} of {source} changed since the run. Put back what was there, or run again.")
+    return Worker(plan, run.store, model)
+
+
 class _Corpus:
     """The documents of a run's finished tasks, and the model that reads them."""
 
     def __init__(self, run: Run, model: SplitModel | None):
-        self.run, self.model = run, model or model_of(run)
-        facts = ModelFacts.of(self.model.model.config)
-        if facts.d_model != run.d_model or max(run.layers) > facts.num_layers:
-            raise ValueError(
-                f"the run is of {run.config.model}, width {run.d_model} and layers up to {max(run.layers)}; the model given, "
-                f"{self.model.label}, has width {facts.d_model} and {facts.num_layers} blocks. Give the run's own."
-            )
-        self.worker = Worker(Plan(run.config, facts), run.store, self.model)
+        self.run, self.worker = run, worker_of(run, model)
+        self.model = self.worker.model
 
     def passages(self, documents: int | None = None) -> Iterator[_Passage]:
         """Windows in the order of the corpus; of the first so many documents that have one."""

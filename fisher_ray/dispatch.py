@@ -16,7 +16,7 @@ import torch
 from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import CorpusError
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
-from fisher_ray.reduce import Checkpoint, Node, finish_layers, look_back, read_array, sum_node
+from fisher_ray.reduce import DIRECTIONS, Checkpoint, Node, finish_layers, look_back, read_array, sum_node
 from fisher_ray.shards import Counts, Receipt, RefusedError, RunStore
 from fisher_ray.storage import DamagedError, StorageError
 from fisher_ray.worker import InTurn, Worker, at_once
@@ -142,10 +142,12 @@ class Servant:
     def finish(self, root: Node) -> tuple[list[dict[str, Any]], Receipt]:
         return self._in_turn(finish_layers, self.plan, self.store, root)
 
-    def moved_tokens(self, task: Task) -> dict[int, tuple[list[str], list[str]]]:
-        directions = {layer: read_array(self.store, layer, "eigenvectors")[:, :1].T for layer in self.plan.layers}
-        moved = self._in_turn(self.load().moved_tokens, task, directions)
-        return {layer: tokens for layer, (tokens,) in moved.items()}
+    def moved_tokens(self, task: Task) -> dict[int, list[tuple[list[str], list[str]]]]:
+        directions = {
+            layer: read_array(self.store, layer, "eigenvectors")[:, :DIRECTIONS].T for layer in self.plan.layers
+        }
+        moved: dict[int, list[tuple[list[str], list[str]]]] = self._in_turn(self.load().moved_tokens, task, directions)
+        return moved
 
 
 class Pool(Protocol):

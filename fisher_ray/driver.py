@@ -523,10 +523,10 @@ class _Run:
             )
         (moved,) = self._all([Call("tokens that directions move", "moved_tokens", (self._example(),))])
         for row in rows:
-            row["raised"], row["lowered"] = moved[row["layer"]] if row["group"] is None else (None, None)
+            row["raised"], row["lowered"] = moved[row["layer"]][0] if row["group"] is None else (None, None)
         rows.sort(key=lambda row: (row["layer"], row["group"] is not None, row["group"] or ""))
         missing = trees[0].missing
-        files |= write_summary(self.store, rows, covering, missing)
+        files |= write_summary(self.store, rows, moved, covering, missing)
         picture = spectra_png(self.plan, self.store, [row for row in rows if row["group"] is None])
         files["reduced/spectra.png"] = self.store.store("reduced/spectra.png", picture)
         done = self.done[: trees[0].last].count(1)

@@ -4,51 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fisher_ray.run import Run
+from fisher_ray.run import Reading, Run
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
 from fisher_ray.statistics import Blocks, Estimate, convergence, half_angles, spectrum
-from fisher_ray.storage import DamagedError
 
 # Eigenvectors of a layer that are looked at one by one, and that span the subspace two runs are compared by.
 TOP = 8
 # Tokens on either side that are shown of a position.
 _AROUND = 12
 
+# Columns that a place is told by.
+_PLACE = ["document", "position", "token", "text", "trace", "entropy"]
+
 RANKS = ("participation_ratio", "entropy_rank", "trace_rank_99")
 
 
 def overview(run: Run) -> dict[str, Any]:
     """Status, counts, health and one row a layer; what cannot be read is left out and named in ``problems`` or ``damaged``."""
-    counts = run.counts
+    reading = Reading()
+    counts = reading(lambda: run.counts)
     problems: list[str] = []
-    damaged: list[str] = []
     layers = []
     for layer in run.layers:
         try:
-            layers.append({"layer": layer, **_spectral(run.blocks(layer))})
-        except DamagedError as error:
-            damaged.append(str(error))
+            blocks = reading(partial(run.blocks, layer))
         except ValueError as error:
             problems.append(str(error))
-    quarantined = []
-    for path in run.store.list("quarantine"):
-        try:
-            quarantined.append(str(run.store.read_sealed(path)["error"]))
-        except DamagedError as error:
-            damaged.append(str(error))
-    if counts.invalid:
+        else:
+            layers += [] if blocks is None else [{"layer": layer, **_spectral(blocks)}]
+    notes = [reading(partial(run.store.read_sealed, path)) for path in run.store.list("quarantine")]
+    if counts and counts.invalid:
         problems.append(f"{counts.invalid} positions had activations or scores that were not finite, and are left out")
-    if counts.halvings:
+    if counts and counts.halvings:
         problems.append(f"memory ran out {counts.halvings} times; micro-batches were halved, which may change rounding")
+    groups = (reading(lambda: run.group_means(run.layers[0])) or {}) if run.config.group_by else {}
     return {
         "run": run.store.uri,
         "status": run.status,
@@ -59,27 +59,34 @@ def overview(run: Run) -> dict[str, Any]:
         "num_samples": run.config.num_samples if run.config.estimator == "sampled" else None,
         "d_model": run.d_model,
         "sketch": run.config.sketch,
-        "counts": asdict(counts),
-        "groups": {group: run.count(run.layers[0], group) for group in run.groups},
+        "counts": None if counts is None else asdict(counts),
+        "groups": {group: n for group, (n, _) in groups.items()},
         "layers": layers,
-        "quarantined": quarantined,
+        "quarantined": [note["error"] for note in notes if note],
         "problems": problems,
-        "damaged": damaged,
+        "damaged": reading.damaged,
     }
 
 
 def one_layer(run: Run, layer: int, group: str | None = None, count: int = TOP) -> dict[str, Any]:
-    """A layer's eigenvalues and directions, how well they are resolved, and the positions with the largest traces."""
-    blocks = run.blocks(layer, group)
+    """A layer's eigenvalues and directions, how well they are resolved, and the positions with the largest traces.
+
+    What cannot be read is left out and named in ``damaged``.
+    """
+    reading = Reading()
+    blocks = reading(lambda: run.blocks(layer, group))
+    found = {"run": run.store.uri, "status": run.status, "layer": layer, "group": group}
+    found |= {} if blocks is None else _resolved(blocks, count)
+    largest = [] if group is not None else largest_traces(run, [layer], reading)[layer]
+    return {**found, "largest_traces": largest, "damaged": reading.damaged}
+
+
+def _resolved(blocks: Blocks, count: int) -> dict[str, Any]:
     read, settled, angles = spectrum(blocks), convergence(blocks), half_angles(blocks, count)
     cluster = {i: f"{c.start + 1}-{c.stop}" for c in read.clusters(count) if len(c) > 1 for i in c}
     values, errors = read.eigenvalues.value, read.eigenvalues.error
     shares = values.cumsum() / values.sum()
     return {
-        "run": run.store.uri,
-        "status": run.status,
-        "layer": layer,
-        "group": group,
         **_spectral(blocks),
         "relative_error": settled.error,
         "convergence": {"positions": settled.positions.tolist(), "relative_change": settled.change[1:].tolist()},
@@ -94,7 +101,6 @@ def one_layer(run: Run, layer: int, group: str | None = None, count: int = TOP) 
             }
             for i in range(min(count, len(values)))
         ],
-        "largest_traces": _largest(run, layer) if group is None else [],
     }
 
 
@@ -117,15 +123,35 @@ def _pair(estimate: Estimate, at: int | None = None) -> list[float | None]:
     return [value, None if np.isnan(error) else error]
 
 
-def _largest(run: Run, layer: int, count: int = 5) -> list[dict[str, Any]]:
-    """Positions with the largest traces, found in one pass that holds a batch at a time."""
-    columns = ["document", "position", "text", "trace", "entropy"]
-    best: list[dict[str, Any]] = []
-    for batch in run.positions().to_batches(columns=columns, filter=pc.field("layer") == layer):
-        if len(batch):
-            chosen = batch.take(pc.select_k_unstable(batch, min(count, len(batch)), [("trace", "descending")]))
-            best = sorted([*best, *chosen.to_pylist()], key=lambda row: -row["trace"])[:count]
+def largest_traces(
+    run: Run, layers: Sequence[int], reading: Reading, count: int = 5
+) -> dict[int, list[dict[str, Any]]]:
+    """Positions with the largest traces at each layer, most first, with the text around them; a task's table at a time."""
+    best: dict[int, list[dict[str, Any]]] = {layer: [] for layer in layers}
+    for task in run.done_tasks:
+        table = reading(partial(run.table, task, _PLACE))
+        for layer in layers if table is not None else ():
+            best[layer] = stronger(best[layer], run.of_layer(table, layer), count)
     return best
+
+
+def stronger(best: list[dict[str, Any]], rows: pa.Table, count: int) -> list[dict[str, Any]]:
+    """The places with the largest traces, of those so far and of one task's rows at one layer."""
+    trace = rows["trace"].to_numpy()
+    places = []
+    for i in np.argsort(-trace, kind="stable")[:count].tolist():
+        first = max(0, i - _AROUND)
+        near = rows.slice(first, i - first + _AROUND + 1).to_pylist()
+        here = near[i - first]
+        # Ids of a model without tokenizer would run together.
+        words = [f" {row['text']} " if row["text"] == str(row["token"]) else row["text"] for row in near]
+        beside = [
+            row["document"] == here["document"] and abs(row["position"] - here["position"]) <= _AROUND for row in near
+        ]
+        text = [word if close else "" for word, close in zip(words, beside, strict=True)]
+        before, after = "".join(text[: i - first]), "".join(text[i - first + 1 :])
+        places.append({**{name: here[name] for name in _PLACE}, "before": before, "after": after})
+    return sorted([*best, *places], key=lambda place: -place["trace"])[:count]
 
 
 def one_position(run: Run, document: str, position: int) -> dict[str, Any]:
@@ -134,6 +160,7 @@ def one_position(run: Run, document: str, position: int) -> dict[str, Any]:
     Raises:
         ValueError: the run has no such position.
     """
+    reading = Reading()
     away = pc.abs(pc.field("position").cast("int64") - position)
     near = (pc.field("document") == document) & (away <= _AROUND)
     rows = run.positions().to_table(filter=near).to_pylist()
@@ -157,9 +184,11 @@ def one_position(run: Run, document: str, position: int) -> dict[str, Any]:
         "layers": sorted(here, key=lambda row: row["layer"]),
     }
     if run.config.save != "summary":
-        matrices = {layer: run.matrix(layer, document, position) for layer in run.layers}
-        found["eigenvalues"] = {k: np.linalg.eigvalsh(f)[::-1].clip(0).tolist() for k, f in matrices.items()}
-    return found
+        matrices = {layer: reading(partial(run.matrix, layer, document, position)) for layer in run.layers}
+        found["eigenvalues"] = {
+            k: np.linalg.eigvalsh(f)[::-1].clip(0).tolist() for k, f in matrices.items() if f is not None
+        }
+    return {**found, "damaged": reading.damaged}
 
 
 def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
@@ -180,21 +209,8 @@ def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
     layers = sorted(set(one.layers) & set(other.layers))
     if not layers:
         raise ValueError(f"the runs have no layer in common: {one.layers} and {other.layers}.")
-    rows = []
-    for layer in layers:
-        spectra = [run.spectrum(layer) for run in (one, other)]
-        means = [torch.from_numpy(np.array(run.fisher(layer))) for run in (one, other)]
-        moved, _ = symmetric_eigh(means[1] - means[0])
-        top = torch.from_numpy(np.stack([s.eigenvectors[:, :count] for s in spectra]))
-        row: dict[str, Any] = {"layer": layer, "positions": [run.count(layer) for run in (one, other)]}
-        for name in ("trace", *RANKS):
-            before, after = (getattr(s, name) for s in spectra)
-            change = Estimate(after.value - before.value, np.hypot(before.error, after.error), 0)
-            row[name] = {"values": [float(before.value), float(after.value)], "change": _pair(change)}
-        row["distance"] = float((means[1] - means[0]).norm() / means[0].norm())
-        row["overlap"] = float(subspace_overlaps(top)[0, 1])
-        row["gained"], row["lost"] = float(moved[0].clamp_min(0)), float(-moved[-1].clamp_max(0))
-        rows.append(row)
+    reading = Reading()
+    rows = [reading(partial(_differing, one, other, layer, count)) for layer in layers]
     k = min(count, one.d_model)
     return {
         "runs": [one.store.uri, other.store.uri],
@@ -203,31 +219,55 @@ def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
         "estimands": [one.estimand, other.estimand],
         "subspace": k,
         "random_overlap": k / one.d_model,
-        "layers": rows,
+        "layers": [row for row in rows if row is not None],
+        "damaged": reading.damaged,
     }
 
 
-def exported(run: Run) -> dict[str, np.ndarray]:
+def _differing(one: Run, other: Run, layer: int, count: int) -> dict[str, Any]:
+    """A row of :func:`difference`."""
+    spectra = [run.spectrum(layer) for run in (one, other)]
+    means = [torch.from_numpy(np.array(run.fisher(layer))) for run in (one, other)]
+    moved, _ = symmetric_eigh(means[1] - means[0])
+    top = torch.from_numpy(np.stack([s.eigenvectors[:, :count] for s in spectra]))
+    row: dict[str, Any] = {"layer": layer, "positions": [run.count(layer) for run in (one, other)]}
+    for name in ("trace", *RANKS):
+        before, after = (getattr(s, name) for s in spectra)
+        change = Estimate(after.value - before.value, np.hypot(before.error, after.error), 0)
+        row[name] = {"values": [float(before.value), float(after.value)], "change": _pair(change)}
+    row["distance"] = float((means[1] - means[0]).norm() / means[0].norm())
+    row["overlap"] = float(subspace_overlaps(top)[0, 1])
+    row["gained"], row["lost"] = float(moved[0].clamp_min(0)), float(-moved[-1].clamp_max(0))
+    return row
+
+
+def exported(run: Run, reading: Reading) -> dict[str, np.ndarray]:
     """Means and spectra of every layer and group by name, ``layer_003/fisher`` and ``layer_003/group/de/fisher``, float64."""
     arrays: dict[str, np.ndarray] = {}
     for layer in run.layers:
-        for group in (None, *run.groups):
-            try:
-                blocks = run.blocks(layer, group)
-            except ValueError:  # a group, or a layer of an unfinished run, without positions
-                continue
+        for group in (None, *(reading(lambda: run.groups) or ())):
             where = f"layer_{layer:03d}" + ("" if group is None else f"/group/{group}")
-            read = spectrum(blocks)
-            arrays |= {
-                f"{where}/fisher": np.array(run.fisher(layer, group)),
-                f"{where}/activation_mean": blocks.mean("activation").numpy(),
-                f"{where}/activation_second_moment": blocks.mean("second_moment").numpy(),
-                f"{where}/eigenvalues": read.eigenvalues.value,
-                f"{where}/eigenvalue_errors": read.eigenvalues.error,
-                f"{where}/eigenvectors": np.ascontiguousarray(read.eigenvectors),
-                f"{where}/positions": np.array(blocks.total.count),
-            }
+            found = reading(partial(_means, run, layer, group)) or {}
+            arrays |= {f"{where}/{name}": array for name, array in found.items()}
     return arrays
+
+
+def _means(run: Run, layer: int, group: str | None) -> dict[str, np.ndarray]:
+    """Of one layer and group; empty without positions, as some groups and unfinished runs are."""
+    try:
+        blocks = run.blocks(layer, group)
+    except ValueError:
+        return {}
+    read = spectrum(blocks)
+    return {
+        "fisher": np.array(run.fisher(layer, group)),
+        "activation_mean": blocks.mean("activation").numpy(),
+        "activation_second_moment": blocks.mean("second_moment").numpy(),
+        "eigenvalues": read.eigenvalues.value,
+        "eigenvalue_errors": read.eigenvalues.error,
+        "eigenvectors": np.ascontiguousarray(read.eigenvectors),
+        "positions": np.array(blocks.total.count),
+    }
 
 
 # ---- in a terminal -------------------------------------------------------------------------------------------------------
@@ -242,7 +282,9 @@ def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
         f"model:     {facts['model']}, d_model {facts['d_model']}",
         f"corpus:    {' '.join(facts['corpus'])}",
         f"estimates: {facts['estimand']} ({facts['estimator']}{samples})",
-        f"tokens:    {counts['tokens']:,} in {counts['documents']:,} documents = {counts['scored']:,} scored + "
+        "tokens:    unknown"
+        if counts is None
+        else f"tokens:    {counts['tokens']:,} in {counts['documents']:,} documents = {counts['scored']:,} scored + "
         f"{counts['skipped']:,} skipped + {counts['invalid']:,} invalid",
     ):
         _say(console, line)
@@ -268,14 +310,27 @@ def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
             "layers in turn), and ranks are those of the sketch",
             style="yellow",
         )
-    for line in (*facts["quarantined"], *facts["problems"], *facts["damaged"]):
+    for line in (*facts["quarantined"], *facts["problems"]):
         _say(console, f"note: {line}", style="yellow")
 
 
 def show_layer(console: Console, facts: Mapping[str, Any]) -> None:
     """Print what :func:`one_layer` found."""
-    group = "" if facts["group"] is None else f", group {facts['group']}"
     _say(console, f"{facts['run']}: {facts['status']}")
+    if "directions" in facts:
+        _show_resolved(console, facts)
+    if facts["largest_traces"]:
+        table = _table("document", "position", "trace", "entropy")
+        table.add_column("text", overflow="fold")
+        for row in facts["largest_traces"]:
+            text = escape(f"{row['before']}[{row['text']}]{row['after']}")
+            numbers = (f"{row['trace']:.4g}", f"{row['entropy']:.3f}")
+            table.add_row(row["document"], str(row["position"]), *numbers, " ".join(text.split()))
+        console.print(table)
+
+
+def _show_resolved(console: Console, facts: Mapping[str, Any]) -> None:
+    group = "" if facts["group"] is None else f", group {facts['group']}"
     _say(
         console,
         f"layer {facts['layer']}{group}: {facts['positions']:,} positions in {facts['blocks']} blocks of documents"
@@ -300,12 +355,6 @@ def show_layer(console: Console, facts: Mapping[str, Any]) -> None:
         value = _plus_minus([row["eigenvalue"], row["error"]])
         table.add_row(str(row["index"]), value, f"{row['cumulative_share']:.1%}", angle, row["not_told_apart"] or "")
     console.print(table)
-    if facts["largest_traces"]:
-        table = _table("document", "position", "token", "trace", "entropy")
-        for row in facts["largest_traces"]:
-            numbers = (f"{row['trace']:.4g}", f"{row['entropy']:.3f}")
-            table.add_row(row["document"], str(row["position"]), escape(repr(row["text"])), *numbers)
-        console.print(table)
 
 
 def show_position(console: Console, facts: Mapping[str, Any]) -> None:

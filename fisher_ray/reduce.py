@@ -73,6 +73,21 @@ SUMMARY_SCHEMA = pa.schema(
 )
 
 
+# Eigenvectors of each layer whose tokens are kept.
+DIRECTIONS = 4
+
+DIRECTIONS_SCHEMA = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("direction", pa.int32()),
+        ("eigenvalue", pa.float64()),
+        ("raised", pa.list_(pa.string())),
+        ("lowered", pa.list_(pa.string())),
+    ],
+    metadata={"fisher_ray.schema": "directions.1"},
+)
+
+
 @dataclass(frozen=True)
 class Node:
     """The sum over tasks [first, last) at some layers.
@@ -336,9 +351,18 @@ def read_array(store: RunStore, layer: int, name: str) -> np.ndarray:
 
 
 def write_summary(
-    store: RunStore, rows: Sequence[Mapping[str, Any]], covering: Receipt, missing: Sequence[int]
+    store: RunStore,
+    rows: Sequence[Mapping[str, Any]],
+    moved: Mapping[int, Sequence[tuple[list[str], list[str]]]],
+    covering: Receipt,
+    missing: Sequence[int],
 ) -> dict[str, StoredFile]:
-    """reduced/provenance.json (counts, self-check, versions) and summary.parquet, one row a layer and group."""
+    """reduced/provenance.json (counts, self-check, versions), summary.parquet, one row a layer and group, and
+    directions.parquet, one row for each of a layer's first eigenvectors.
+
+    Args:
+        moved: tokens that each layer's first eigenvectors raise and lower.
+    """
     provenance = {
         "counts": asdict(covering.counts),
         "seconds": covering.seconds,
@@ -347,11 +371,19 @@ def write_summary(
     }
     ordered = sorted(rows, key=lambda row: (row["layer"], row["group"] is not None, row["group"] or ""))
     table = pa.Table.from_pylist(list(ordered), schema=SUMMARY_SCHEMA)
+    directions = []
+    for layer in sorted(moved):
+        values = read_array(store, layer, "eigenvalues").tolist()
+        directions += [
+            {"layer": layer, "direction": i, "eigenvalue": values[i], "raised": raised, "lowered": lowered}
+            for i, (raised, lowered) in enumerate(moved[layer])
+        ]
     return {
         path: store.store(path, raw)
         for path, raw in (
             ("reduced/provenance.json", json_bytes(provenance)),
             ("reduced/summary.parquet", parquet_bytes(table)),
+            ("reduced/directions.parquet", parquet_bytes(pa.Table.from_pylist(directions, DIRECTIONS_SCHEMA))),
         )
     }
 

@@ -20,6 +20,16 @@ const plots = [...document.querySelectorAll(".figure")].map((figure) => {
 addEventListener("beforeprint", () => plots.forEach((plot) => Plotly.relayout(plot, { width: 680 })));
 addEventListener("afterprint", () => plots.forEach((plot) => Plotly.relayout(plot, { width: null, autosize: true })));
 
+// ---- places -------------------------------------------------------------------------------------------------------------
+
+const placeLayer = document.getElementById("place-layer");
+if (placeLayer) {
+  const show = () =>
+    document.querySelectorAll(".places").forEach((table, i) => (table.hidden = i !== placeLayer.selectedIndex));
+  placeLayer.addEventListener("change", show);
+  show();
+}
+
 // ---- text ---------------------------------------------------------------------------------------------------------------
 
 const embedded = document.getElementById("positions");

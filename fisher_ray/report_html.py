@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from importlib.resources import files
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -25,12 +25,11 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 import fisher_ray
-from fisher_ray.run import Run
+from fisher_ray.inspection import stronger
+from fisher_ray.reduce import DIRECTIONS
+from fisher_ray.run import Reading, Run
 from fisher_ray.spectrum import subspace_overlaps
 from fisher_ray.statistics import Convergence, Estimate, Spectrum, convergence, half_angles, spectrum
-from fisher_ray.storage import DamagedError
-
-T = TypeVar("T")
 
 # Directions looked at one by one.
 _TOP = 16
@@ -39,6 +38,8 @@ _DOCUMENTS, _NUMBERS = 100, 650_000
 # Points of one spectrum: evenly spaced on a logarithmic axis, more cannot be told apart.
 _POINTS = 160
 _NAMED = 20
+# Places named at each layer.
+_PLACES = 8
 
 _BLUE, _RED, _GREEN, _INK, _LINE = (
     "#0072B2",
@@ -94,29 +95,24 @@ class _Layer:
     convergence: Convergence
 
 
-@dataclass
-class _Reading:
-    """Reads what can be read, and remembers what could not."""
-
-    damaged: list[str] = field(default_factory=list)
-    last: str = ""
-
-    def __call__(self, read: Callable[[], T]) -> T | None:
-        try:
-            return read()
-        except (DamagedError, FileNotFoundError) as error:
-            self.last = str(error)
-            if self.last not in self.damaged:
-                self.damaged.append(self.last)
-            return None
-
-
-def html_report(run: Run) -> Report:
+def html_report(run: Run, validation: Mapping[str, Any] | None = None) -> Report:
     """A run as one self-contained HTML page; finished, unfinished or damaged.
 
-    It costs about twenty eigendecompositions a layer, and memory for the sums of one layer over all blocks.
+    It reads the tables of all tasks, one at a time; for each layer it costs three eigendecompositions, the leading
+    eigenvectors of sixteen matrices more, and memory for the sums over all blocks.
+
+    Args:
+        run: an open run.
+        validation: what ``fisher-ray validate --json`` has said of it.
+
+    Raises:
+        ValueError: a validation of another run.
     """
-    reading = _Reading()
+    if validation is not None and validation["fingerprint"] != run.description["fingerprint"]:
+        raise ValueError(
+            f"the validation is of another run, {validation['run']}, and not of {run.store.uri}: their fingerprints differ."
+        )
+    reading = Reading()
     counts = reading(lambda: run.counts)
     layers: list[_Layer] = []
     lost: list[str] = []
@@ -126,7 +122,6 @@ def html_report(run: Run) -> Report:
             lost.append(f"Layer {layer} is left out: {reading.last}")
         else:
             layers.append(found)
-    summary = {(row["layer"], row["group"]): row for row in reading(lambda: run.summary) or []}
     shown = [
         _spectra(layers, lost),
         _dimensions(run, layers, lost),
@@ -134,13 +129,14 @@ def html_report(run: Run) -> Report:
         _anisotropies(run, layers, lost),
         _overlaps(run, layers, lost),
         _resolution(layers, lost),
-        _text(run, reading),
-        _directions(run, layers, lost, summary),
-        *([_groups(run, reading, summary)] if run.config.group_by else []),
+        *_positions(run, reading),
+        _directions(run, reading, layers, lost),
+        *([_groups(run, reading)] if run.config.group_by else []),
         _convergence(layers, lost),
+        *([_validation(validation)] if validation is not None else []),
     ]
     # What was met on the way is known only now, and yet comes first.
-    first = [_summary(run, reading, counts), _health(run, reading, counts, layers)]
+    first = [_summary(run, reading, counts), _health(run, reading, counts, layers, validation)]
     return Report(_page(run, counts, layers, [*first, *shown]), reading.damaged)
 
 
@@ -276,7 +272,7 @@ def _pm(estimate: Estimate) -> str:
 # ---- what it is, and how sound ---------------------------------------------------------------------------------------
 
 
-def _summary(run: Run, reading: _Reading, counts: Any) -> _Section:
+def _summary(run: Run, reading: Reading, counts: Any) -> _Section:
     config = run.config
     provenance = reading(lambda: run.provenance) or {}
     progress = reading(lambda: run.store.read_sealed("progress.json")) or {}
@@ -326,7 +322,9 @@ def _checked(check: dict[str, Any] | None) -> str:
     )
 
 
-def _health(run: Run, reading: _Reading, counts: Any, layers: Sequence[_Layer]) -> _Section:
+def _health(
+    run: Run, reading: Reading, counts: Any, layers: Sequence[_Layer], validation: Mapping[str, Any] | None
+) -> _Section:
     given_up = [
         record["error"] if (record := reading(partial(run.store.read_sealed, path))) else f"{path} cannot be read"
         for path in run.store.list("quarantine")
@@ -358,6 +356,12 @@ def _health(run: Run, reading: _Reading, counts: Any, layers: Sequence[_Layer]) 
         blocks = layers[0].spectrum.trace.blocks
         errors = f"standard errors come from {blocks} blocks of documents"
         lines.append((blocks > 7, errors if blocks > 1 else "one block of documents: there are no standard errors"))
+    if validation is not None:
+        failed = [layer for layer, test in validation["layers"].items() if test["failures"]]
+        said = (
+            f"fails at layers {', '.join(failed)}" if failed else f"passes at layers {', '.join(validation['layers'])}"
+        )
+        lines.append((not failed, f"KL(p(h) || p(h + v)) against v^T F v / 2 {said}"))
     lines.append(
         (not reading.damaged, f"{len(reading.damaged) or 'no'} damaged or missing files met while this page was made")
     )
@@ -491,8 +495,9 @@ def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Sec
     return _Section(
         "dimension",
         "Effective dimension",
-        f"How many of the d = {run.d_model:,} directions (dashed) the prediction depends on, counted in three ways with their "
-        "intervals: low means that a few directions carry nearly all the sensitivity.",
+        f"How many of the d = {run.d_model:,} directions (dashed) the prediction depends on, counted in three ways: low means "
+        "that a few directions carry nearly all the sensitivity. Leaving out a block moves two of them a little, which gives "
+        "their intervals; the number of eigenvalues with 99 % of the trace moves by whole steps or not at all, and has none.",
         _shown(
             layers,
             lost,
@@ -596,50 +601,55 @@ def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     )
 
 
-def _directions(run: Run, layers: Sequence[_Layer], lost: Sequence[str], summary: dict[Any, Any]) -> _Section:
-    head = ["layer", "eigenvalue", "share of the trace", "angle between halves", "told apart", "raises", "lowers"]
+def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+    moved = {(row["layer"], row["direction"]): row for row in reading(lambda: run.directions) or []}
+    waiting = [] if moved else [_missing("The tokens are in the files of a reduction, and there is none to be read.")]
+    head = ["layer", "direction", "eigenvalue", "share", "angle of halves", "together with"]
     rows = []
     for each in layers:
         values = each.spectrum.eigenvalues
-        first = Estimate(values.value[0], values.error[0], values.blocks)
         runs = each.spectrum.clusters(min(_TOP, run.d_model)) if values.blocks > 1 else []
-        apart = " · ".join(f"{c[0] + 1}" if len(c) == 1 else f"{c[0] + 1}–{c[-1] + 1}" for c in runs)
-        row = summary.get((each.layer, None), {})
-        share = f"{100 * values.value[0] / each.spectrum.trace.value:.1f} %"
-        angle = f"{each.angles[:, 0].mean():.1f}°" if len(each.angles) else "–"
-        rows.append(
-            (each.layer, _pm(first), share, angle, apart or "–", *(_tokens(row.get(n)) for n in ("raised", "lowered")))
-        )
-    waiting = "" if summary else _missing("The tokens are in the summary of a reduction, and there is none to be read.")
+        beside = {i: f"{c[0] + 1}–{c[-1] + 1}" for c in runs if len(c) > 1 for i in c}
+        for i in range(min(DIRECTIONS, len(values.value))):
+            row = moved.get((each.layer, i), {})
+            rows.append(
+                (
+                    each.layer if i == 0 else "",
+                    i + 1,
+                    _pm(Estimate(values.value[i], values.error[i], values.blocks)),
+                    f"{100 * values.value[i] / each.spectrum.trace.value:.1f} %",
+                    f"{each.angles[:, i].mean():.0f}°" if len(each.angles) else "–",
+                    beside.get(i, ""),
+                    _tokens(row.get("raised")),
+                    _tokens(row.get("lowered")),
+                )
+            )
     return _Section(
         "directions",
         "Top directions",
-        "What a small step along each layer's first eigenvector makes more and less likely, through the model's own upper "
-        "layers (its sign is arbitrary: the other way round, they swap). Indices joined by a dash have eigenvalues that this "
-        "corpus cannot tell apart.",
-        _shown(layers, lost, waiting, _table(head, rows, range(4))),
+        "What a small step along each layer's first eigenvectors makes more and less likely, through the model's own upper "
+        "layers (a sign is arbitrary: the other way round, they swap). Shares are of the trace. Those with eigenvalues that "
+        "this corpus cannot tell apart mean something together and nothing one by one.",
+        _shown(layers, lost, *waiting, _table([*head, "raises", "lowers"], rows, range(6))),
     )
 
 
-def _groups(run: Run, reading: _Reading, summary: dict[Any, Any]) -> _Section:
-    layers = [run.layers[i] for i in np.unique(np.linspace(0, len(run.layers) - 1, 8).round().astype(int))]
-    groups = sorted({group for _, group in summary if group is not None})
-    head = [str(run.config.group_column or run.config.group_by), "positions", *(f"trace, layer {k}" for k in layers)]
-    rows = []
-    for group in groups:
-        found = [summary[layer, group] for layer in layers]
-        rows.append((group, f"{found[0]['positions']:,}", *(f"{row['trace']:.4g}" for row in found)))
-    if groups:
-        body = _table(head, rows, range(1, len(head)))
-    else:
-        seen = reading(lambda: run.groups)
-        names = reading.last if seen is None else f"Groups so far: {', '.join(seen) or 'none'}."
-        body = _missing(f"Means of groups are in the summary of a reduction, and there is none to be read. {names}")
+def _groups(run: Run, reading: Reading) -> _Section:
+    chosen = [run.layers[i] for i in np.unique(np.linspace(0, len(run.layers) - 1, 8).round().astype(int))]
+    found = {k: means for k in chosen if (means := reading(partial(run.group_means, k))) is not None}
+    lost = [] if len(found) == len(chosen) else [_missing(f"Left out: {reading.last}")]
+    head = [str(run.config.group_column or run.config.group_by), "positions", *(f"trace, layer {k}" for k in found)]
+    # Names over all layers shown: each has the same ones.
+    first = next(iter(found.values()), {})
+    rows = [
+        (group, f"{positions:,}", *(f"{means[group][1]:.4g}" for means in found.values()))
+        for group, (positions, _) in first.items()
+    ]
     return _Section(
         "groups",
         "Groups",
         "Traces of the means over groups of positions: down a column they compare, along a row they follow the scale of h.",
-        body,
+        "".join(lost) + (_table(head, rows, range(1, len(head))) if rows else "" if lost else _shown([], [])),
     )
 
 
@@ -673,6 +683,71 @@ def _convergence(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     )
 
 
+def _validation(found: Mapping[str, Any]) -> _Section:
+    """Median and quartiles of ``|ratio - 1|`` against the step, as ``fisher-ray validate -o`` draws them."""
+    tests, steps = found["layers"], np.array(found["steps"])
+    last = max(1, len(tests) - 1)
+    colours = sample_colorscale("Viridis", [0.92 * i / last for i in range(len(tests))])
+    floor = np.median([test["noise"] for test in tests.values()], axis=0)
+    lowest = np.min([test["deviation"]["lower_quartile"] for test in tests.values()], axis=0)
+    bottom = float(np.log10(max(1e-30, min(floor[0] / 100, lowest.min() / 3))))
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[*steps, *steps[::-1]], y=[*floor, *np.full(len(steps), 10**bottom)], fill="toself", mode="lines",
+        line={"width": 0}, fillcolor="#c3cad2", name="hidden by rounding", hoverinfo="skip",
+    )  # fmt: skip
+    for (layer, test), colour in zip(tests.items(), colours, strict=True):
+        low, median, high = (test["deviation"][name] for name in ("lower_quartile", "median", "upper_quartile"))
+        same: dict[str, Any] = {"legendgroup": layer, "mode": "lines"}
+        figure.add_scatter(
+            x=[*steps, *steps[::-1]], y=[*high, *low[::-1]], fill="toself", line={"width": 0}, showlegend=False,
+            fillcolor=colour.replace("rgb", "rgba").replace(")", ", 0.1)"), hoverinfo="skip", **same,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=steps, y=median, **{**same, "mode": "lines+markers"}, marker={"size": 5},
+            line={"color": colour, "width": 1.8}, name=f"layer {layer}", hovertemplate="|v| / |h| = %{x:.2g}: %{y:.2g}",
+        )  # fmt: skip
+    anchor = max((lowest < 0.1).nonzero()[0], default=0)
+    figure.add_scatter(
+        x=steps, y=lowest[anchor] / 3 * steps / steps[anchor], mode="lines", hoverinfo="skip",
+        line={"color": _INK, "dash": "dash", "width": 1}, name="slope 1, the law's",
+    )  # fmt: skip
+    figure.add_hline(0.1, line={"dash": "dot", "color": _RED, "width": 1.2})
+    figure.update_xaxes(type="log", title="step |v| / |h|", dtick=1, exponentformat="power")
+    ends = [bottom, 1]
+    figure.update_yaxes(
+        type="log", title="|KL / (v<sup>T</sup> F v / 2) - 1|", range=ends, dtick=1, exponentformat="power"
+    )
+    head = [
+        "layer",
+        "limits judged",
+        "|limit - 1|, median",
+        "worst",
+        "power of |v|",
+        "holds to |v| / |h|",
+        "in nats",
+        "",
+    ]
+    names = ("median_off", "worst_off", "order", "holds_to_step", "holds_to_nats")
+    rows = [
+        (
+            layer,
+            f"{test['judged']:.0%}",
+            *("–" if test[name] is None else f"{test[name]:.2g}" for name in names),
+            "; ".join(test["failures"]) or "pass",
+        )
+        for layer, test in tests.items()
+    ]
+    return _Section(
+        "validation",
+        "Validation",
+        f"The run's own model at {len(found['positions'])} of its positions, in {found['dtype']}: the divergence that a step "
+        "of the stream really makes, over what F says of it. As steps shrink the deviation falls with their first power, down "
+        "to what rounding hides (grey); the dotted line is at 10 %, up to which the second order is said to hold.",
+        _figure(figure, 430) + _table(head, rows, range(7)),
+    )
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -686,17 +761,25 @@ class _Document:
     values: dict[str, np.ndarray]
 
 
-def _text(run: Run, reading: _Reading) -> _Section:
+def _positions(run: Run, reading: Reading) -> list[_Section]:
+    """The text of the first documents and the strongest places of all, from each task's table in turn."""
     documents: list[_Document] = []
+    places: dict[int, list[dict[str, Any]]] = {layer: [] for layer in run.layers}
     lost: list[str] = []
-    for task in range(run.tasks):
+    for task in run.done_tasks:
         table = reading(partial(run.table, task))
         if table is None:
             lost.append(f"Left out: {reading.last}")
-        elif len(table):
+        elif len(table) and len(documents) < _DOCUMENTS:
             documents += _documents(run, table)
-        if len(documents) >= _DOCUMENTS:
-            break
+        for layer in run.layers if table is not None else ():
+            places[layer] = stronger(places[layer], run.of_layer(table, layer), _PLACES)
+    if not documents and not lost:
+        lost.append("No position is scored yet: there is nothing to show.")
+    return [_text(run, documents, lost), _places(places, lost)]
+
+
+def _text(run: Run, documents: list[_Document], lost: Sequence[str]) -> _Section:
     documents = documents[:_DOCUMENTS]
     columns = [c for c in _COLUMNS if c[0] != "kept_mass" or run.config.top_p < 1]
     numbers = sum(len(run.layers) if layered else 1 for _, _, layered in columns)
@@ -728,14 +811,42 @@ def _text(run: Run, reading: _Reading) -> _Section:
 <aside id="numbers" aria-live="polite">Point at a token, or use ← and → in the text, for its numbers.</aside>
 </div>
 {_embedded(json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False), "positions")}"""
-    if not documents and not lost:
-        lost.append("No position is scored yet: there is nothing to show.")
     return _Section(
         "text",
         "Text",
         f"{len(documents):,} documents of the corpus, each token shaded by how much a nudge there changes the next one, or by "
         "another number; the scale is that of the layer shown.",
         "".join(map(_missing, lost)) + (reader if documents else "") + f'<p class="note">{_capped(run)}</p>',
+    )
+
+
+def _places(places: Mapping[int, Sequence[Mapping[str, Any]]], lost: Sequence[str]) -> _Section:
+    head = ["document", "position", "trace", "entropy of p", "text"]
+    layers = [layer for layer, found in places.items() if found]
+    tables = []
+    for layer in layers:
+        rows = []
+        for place in places[layer]:
+            before, text, after = (escape(place[name]).replace("\n", "↵") for name in ("before", "text", "after"))
+            rows.append(
+                (
+                    place["document"],
+                    place["position"],
+                    f"{place['trace']:.4g}",
+                    f"{place['entropy']:.3g}",
+                    _Markup(f"{before}<mark>{text}</mark>{after}"),
+                )
+            )
+        tables.append(f'<div class="places"><h3>layer {layer}</h3>{_table(head, rows, range(1, 4))}</div>')
+    middle = layers[len(layers) // 2] if layers else None
+    options = "".join(f"<option{' selected' * (k == middle)}>{k}</option>" for k in layers)
+    chooser = f'<div class="controls"><label>layer <select id="place-layer">{options}</select></label></div>'
+    return _Section(
+        "places",
+        "Strongest places",
+        "The positions of the whole corpus with the largest traces at a layer, each marked in the text around it: where a "
+        "nudge changes the next token most. Gaps are positions that were not scored.",
+        "".join(map(_missing, lost)) + (chooser + "".join(tables) if layers else ""),
     )
 
 

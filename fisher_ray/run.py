@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,8 @@ from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_
 from fisher_ray.statistics import Blocks, Spectrum, spectrum
 from fisher_ray.storage import DamagedError, StorageError, StoredFile
 from fisher_ray.sums import GroupSums, LayerSums
+
+T = TypeVar("T")
 
 
 def open_run(uri: str | Path) -> Run:
@@ -57,6 +59,29 @@ class Shard:
 
     table: pa.Table
     array: np.ndarray
+
+
+@dataclass
+class Reading:
+    """Reads what can be read of a run, and remembers what could not, so that damage costs only what was in it.
+
+    Attributes:
+        damaged: what was found damaged or gone, a line each.
+        last: the line of what was met last.
+    """
+
+    damaged: list[str] = field(default_factory=list)
+    last: str = ""
+
+    def __call__(self, read: Callable[[], T]) -> T | None:
+        """What ``read`` gives; None where a file of it is damaged or gone."""
+        try:
+            return read()
+        except (DamagedError, FileNotFoundError) as error:
+            self.last = str(error)
+            if self.last not in self.damaged:
+                self.damaged.append(self.last)
+            return None
 
 
 class Run:
@@ -135,7 +160,15 @@ class Run:
         """summary.parquet: a row for each layer and group; empty before the run is complete."""
         if not self.complete:
             return []
-        return pq.read_table(pa.BufferReader(self.store.load(self._stored("reduced/summary.parquet")))).to_pylist()
+        return self._rows("reduced/summary.parquet")
+
+    @cached_property
+    def directions(self) -> list[dict[str, Any]]:
+        """directions.parquet: each layer's first eigenvectors with the tokens they move; empty before the run is complete."""
+        return self._rows("reduced/directions.parquet") if self.complete else []
+
+    def _rows(self, path: str) -> list[dict[str, Any]]:
+        return pq.read_table(pa.BufferReader(self.store.load(self._stored(path)))).to_pylist()
 
     def corpus_tasks(self) -> Iterator[Task]:
         """The tasks that are done, in the order of the corpus: where in it the positions are."""
@@ -234,7 +267,7 @@ class Run:
         filesystem, root = self.store.arrow()
         return ds.dataset([f"{root}/{path}" for path in paths], schema, format="parquet", filesystem=filesystem)
 
-    def table(self, task: int) -> pa.Table:
+    def table(self, task: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Positions of one task: every layer's in turn, by document and position; no row where it is not done.
 
         Raises:
@@ -243,8 +276,25 @@ class Run:
         if task in self.done_tasks:
             receipt = self.store.receipt("done", task_name(task))
             if "positions" in receipt.files:
-                return self._table(receipt)
-        return positions_schema(tuple(self.config.columns), {}).empty_table()
+                return self._table(receipt, columns)
+        empty = positions_schema(tuple(self.config.columns), {}).empty_table()
+        return empty if columns is None else empty.select(columns)
+
+    def of_layer(self, table: pa.Table, layer: int) -> pa.Table:
+        """One layer's rows of a task's table, without copying them."""
+        rows = len(table) // len(self.layers)
+        return table.slice(self.layers.index(layer) * rows, rows)
+
+    def group_means(self, layer: int) -> dict[str, tuple[int, float]]:
+        """Positions of each group, and the trace of its mean F, by name; of an unfinished run, of the tasks done."""
+        self._check(layer, None)
+        if self.complete:
+            rows = [row for row in self.summary if row["layer"] == layer and row["group"] is not None]
+            return {row["group"]: (row["positions"], row["trace"]) for row in rows}
+        total = LayerSums({})
+        for sums in self._sums(layer):
+            total.merge(sums)
+        return {name: (sums.count, sums.fisher.trace / sums.count) for name, sums in sorted(total.groups.items())}
 
     def factors(self, layer: int, tasks: Iterable[int] | None = None) -> Iterator[Shard]:
         """Score factors G of every position, ``F = G^T G``, a task at a time; of runs with ``save="factors"``.
@@ -292,8 +342,8 @@ class Run:
         table = self._table(receipt).filter(pc.field("layer") == layer)
         return Shard(table, np.load(io.BytesIO(self.store.load(receipt.files[f"{what}_{layer}"])), allow_pickle=False))
 
-    def _table(self, receipt: Receipt) -> pa.Table:
-        return pq.read_table(pa.BufferReader(self.store.load(receipt.files["positions"])))
+    def _table(self, receipt: Receipt, columns: Sequence[str] | None = None) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self.store.load(receipt.files["positions"])), columns=columns)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

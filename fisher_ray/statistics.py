@@ -8,18 +8,21 @@ Leeden (Statistics and Computing 9, 1999), which for equal blocks is the usual o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.linalg import eigh
 from scipy.special import stdtrit
 from torch import Tensor
 
 from fisher_ray.spectrum import anisotropy, entropy_rank, participation_ratio, symmetric_eigh, trace_rank, whitening
-from fisher_ray.sums import GroupSums
+from fisher_ray.sums import GroupSums, Matrix
 
 # Neighbouring eigenvalues closer than this many of their standard errors are told apart by no sample of this size.
 _SEPARATED = 3.0
@@ -110,7 +113,9 @@ class Spectrum:
         eigenvalues: [d], descending, nats^2 per squared unit of h; nats^2 if whitened.
         eigenvectors: [d, d], columns; of the whitened matrix in whitened coordinates.
         trace: of the same unit.
-        participation_ratio, entropy_rank, trace_rank_99: effective dimensions, see :mod:`fisher_ray.spectrum`.
+        participation_ratio, entropy_rank, trace_rank_99: effective dimensions, see :mod:`fisher_ray.spectrum`. The last has no
+            error (NaN): it is an integer, which leaving out a block mostly leaves as it is, and a jackknife needs a quantity
+            that moves a little with every block.
         anisotropy: ``|F / (tr F / d) - I|``, the relative distance from a Euclidean metric.
     """
 
@@ -169,7 +174,7 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
         jackknife(values.sum(-1), left.sum(-1), blocks.weights) if whitened else blocks.trace(),
         estimate(participation_ratio),
         estimate(entropy_rank),
-        estimate(trace_rank),
+        replace(rank := estimate(trace_rank), error=np.full_like(rank.error, np.nan)),
         estimate(anisotropy),
     )
 
@@ -196,10 +201,16 @@ def half_angles(blocks: Blocks, count: int, splits: int = 8, seed: int = 0) -> n
     angles = []
     for _ in range(splits if len(blocks) > 1 else 0):
         order = random.permutation(len(blocks))
-        halves = [Blocks([blocks.sums[i] for i in half]) for half in np.array_split(order, 2)]
-        one, other = (symmetric_eigh(half.mean("fisher"))[1][:, :count] for half in halves)
-        angles.append(torch.rad2deg((one * other).sum(0).abs().clamp_max(1).acos()).numpy())
+        one, other = (_leading([blocks.sums[i].fisher for i in half], count) for half in np.array_split(order, 2))
+        angles.append(np.rad2deg(np.arccos(np.abs((one * other).sum(0)).clip(max=1))))
     return np.stack(angles) if angles else np.empty((0, count))
+
+
+def _leading(parts: Sequence[Matrix], count: int) -> np.ndarray:
+    """The first ``count`` eigenvectors of a sum, as columns."""
+    total = reduce(operator.add, parts).square()
+    last = len(total) - 1
+    return eigh(total, subset_by_index=(max(0, len(total) - count), last), overwrite_a=True)[1][:, ::-1]
 
 
 @dataclass(frozen=True)

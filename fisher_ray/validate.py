@@ -12,7 +12,7 @@ order is left, and the mean tells far better than one side whether the limit is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from jaxtyping import Float
 from rich.table import Table
 from torch import Tensor
 
+from fisher_ray.directions import worker_of
 from fisher_ray.estimators import Exact
-from fisher_ray.plan import ConfigError, Device, Task, Tasks, make_plan
+from fisher_ray.plan import ConfigError, Task, Tasks
 from fisher_ray.run import Run
 from fisher_ray.scores import score_factors
 from fisher_ray.split import SplitModel, full_precision
@@ -205,12 +206,14 @@ class Validation:
 
     Attributes:
         run: where the run is.
+        fingerprint: the run's.
         dtype: in which its model was loaded.
         positions: (document, position) of each.
         layers: the test of each layer.
     """
 
     run: str
+    fingerprint: str
     dtype: str
     positions: list[tuple[str, int]]
     layers: dict[int, LayerTest]
@@ -223,6 +226,7 @@ class Validation:
         """Plain values, for JSON."""
         return {
             "run": self.run,
+            "fingerprint": self.fingerprint,
             "passed": self.passed,
             "dtype": self.dtype,
             "positions": self.positions,
@@ -322,7 +326,8 @@ def validate(
         raise ConfigError(f"dtype must be float64 or float32, got {dtype!r}.")
     if num_positions < 1:
         raise ConfigError(f"positions must be at least 1, got {num_positions}.")
-    worker, tasks = _worker(run, dtype)
+    worker = worker_of(run, dtype=dtype)
+    tasks = Tasks(run.store.load(StoredFile(**run.description["plan"])))
     moved: dict[int, list[tuple[np.ndarray, ...]]] = {layer: [] for layer in layers}
     differences: dict[int, list[float]] = {layer: [] for layer in layers}
     positions: list[tuple[str, int]] = []
@@ -354,7 +359,7 @@ def validate(
         tests[layer] = LayerTest(
             ratio, predicted, noise, np.array(differences[layer]), full, _TOLERANCE[worker.model.dtype]
         )
-    return Validation(run.store.uri, dtype, positions, tests)
+    return Validation(run.store.uri, run.description["fingerprint"], dtype, positions, tests)
 
 
 # ---- the run's positions ---------------------------------------------------------------------------------------------
@@ -378,18 +383,6 @@ class _Place:
     document: str
     position: int
     row: int
-
-
-def _worker(run: Run, dtype: str) -> tuple[Worker, Tasks]:
-    """A worker like the run's own but for the dtype, and the run's tasks."""
-    plan = make_plan(run.config)
-    for name in ("weights", "tokenizer", "corpus"):
-        if plan.result_fields[name] != run.description["result_fields"][name]:
-            source = ", ".join(run.config.corpus) if name == "corpus" else run.config.model
-            raise ConfigError(f"the {name} of {source} changed since the run. Put back what was there, or run again.")
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = replace(plan, config=replace(run.config, dtype=dtype, device=device))
-    return Worker(plan, run.store), Tasks(run.store.load(StoredFile(**run.description["plan"])))
 
 
 def _spread(run: Run, count: int) -> Iterator[tuple[int, pa.Table, list[int]]]:

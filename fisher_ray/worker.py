@@ -250,7 +250,7 @@ class Worker:
     ) -> dict[int, list[tuple[list[str], list[str]]]]:
         """Tokens that a step along each of a layer's directions raises and lowers most, through the model's own upper layers.
 
-        Ranked by ``dp(y)/de`` at ``h + e v``, averaged over scored positions spread over a task's first windows.
+        Ranked by ``dp(y)/de`` at ``h + e v``, summed over scored positions spread over a task's first windows.
 
         Args:
             directions: per layer [k, d_model].
@@ -258,22 +258,20 @@ class Worker:
         Returns:
             per layer and direction: the five tokens raised and the five lowered, most first.
         """
-        rates: dict[int, list[Tensor]] = {layer: [] for layer in directions}
+        rates: dict[int, Tensor | float] = dict.fromkeys(directions, 0.0)  # [k, vocab_size], sums over positions
         for _, window, encoded in islice(self.windows(task), num_windows):
             ids = torch.tensor([window.ids], device=self.model.device)
             spread = window.scored[:: -(-len(window.scored) // num_positions)]
             at = torch.tensor(spread, device=self.model.device)
             for layer, rows in directions.items():
                 along = torch.tensor(rows, device=self.model.device)
-                rates[layer].append(self.model.probability_rates(ids, at, layer, along, **encoded))
+                rates[layer] += self.model.probability_rates(ids, at, layer, along, **encoded).nan_to_num().sum(1)
 
         def extremes(rate: Tensor) -> tuple[list[str], list[str]]:
             ranked = rate.argsort().tolist()
             return [self.text(t) for t in ranked[:-6:-1]], [self.text(t) for t in ranked[:5]]
 
-        return {
-            layer: [extremes(rate) for rate in torch.cat(each, 1).nan_to_num().mean(1)] for layer, each in rates.items()
-        }
+        return {layer: [extremes(rate) for rate in torch.as_tensor(each)] for layer, each in rates.items()}
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 

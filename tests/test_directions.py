@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers as tf
 from families import FAMILIES, build
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -297,9 +299,55 @@ def test_one_head_alone_reads_a_direction(name: str):
         np.testing.assert_allclose(share, 1, atol=1e-12)
 
 
+def _many_heads() -> Any:
+    """BigCode's other order: with a key and a value for each head."""
+    sizes = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 61}
+    return tf.GPTBigCodeForCausalLM(tf.GPTBigCodeConfig(**sizes, bos_token_id=1, eos_token_id=2, multi_query=False))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "phi3", "gpt_bigcode", "many_heads"])
+def test_heads_read_what_the_librarys_attention_is_given(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Against queries, keys and values that the library's own code hands to its attention, unit vectors going in.
+
+    They are at position 0, where rotary embeddings turn nothing, and enter behind the norm, whose scale is given here.
+    """
+    model = build(_many_heads if name == "many_heads" else FAMILIES[name], torch.float64)
+    block = SplitModel(model, check=False).blocks[1]
+    attention = getattr(block, "attn", None) or getattr(block, "attention", None) or block.self_attn
+    norm = block.ln_1 if hasattr(block, "ln_1") else block.input_layernorm
+    d, heads = len(norm.weight), model.config.num_attention_heads
+    seen: dict[str, Tensor] = {}
+
+    def captured(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if module is attention:
+            seen.update(query=query, key=key, value=value)
+        return original(module, query, key, value, *args, **kwargs)
+
+    library = sys.modules[type(attention).__module__]
+    original = library.eager_attention_forward
+    monkeypatch.setattr(library, "eager_attention_forward", captured)
+    model.set_attn_implementation("eager")
+    inputs = torch.cat([torch.eye(d, dtype=torch.float64), torch.zeros(1, d, dtype=torch.float64)])[:, None]
+    norm.register_forward_hook(lambda *_: inputs)
+    model(torch.ones(d + 1, 1, dtype=torch.int64), use_cache=False)
+    monkeypatch.undo()
+
+    model = build(_many_heads if name == "many_heads" else FAMILIES[name], torch.float64)
+    got = fd.reading_heads(SplitModel(model, check=False), Fixed(np.diag(np.arange(d, 0.0, -1))), 1, 5)
+    scale = torch.diag(norm.weight)
+    if isinstance(norm, torch.nn.LayerNorm):
+        scale = scale @ (torch.eye(d, dtype=torch.float64) - 1 / d)
+    for what, shares in got.items():
+        read = (seen[what][:d] - seen[what][d])[:, :, 0].permute(1, 2, 0) @ scale  # [heads, head_dim, d_model]
+        read = read.repeat_interleave(heads // len(read), 0)
+        truth = read[..., :5].square().sum((1, 2)) / read.square().sum((1, 2))
+        np.testing.assert_allclose(shares, truth, rtol=1e-4)
+    assert np.ptp(got["query"]) > 0.005
+
+
 def test_attention_that_is_not_known(models: Callable[..., SplitModel], run: Run, split: SplitModel):
-    with pytest.raises(ModelError, match=r"GPTNeoXLayer of GPTNeoXForCausalLM has no attentions with weights c_attn"):
-        fd.reading_heads(models("gpt_neox"), Fixed(np.eye(24)), 1, 2)
+    with pytest.raises(ModelError, match=r"DeepseekV3DecoderLayer of .* has no attentions with known weights: q_proj"):
+        fd.reading_heads(models("deepseek_v3"), Fixed(np.eye(24)), 1, 2)
     with pytest.raises(ValueError, match=rf"layer must be in \[0, {LAYERS}\)"):
         fd.reading_heads(split, run, LAYERS, 2)
 
@@ -457,6 +505,8 @@ def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     np.testing.assert_allclose([row["cost"] for row in said["directions"]], fd.cost(run, 1, top).value)
     assert said["rows"] == len(pq.read_table(tmp_path / "o.parquet")) == 2 * run.count(1)
     moved = fd.moved_tokens(run, {1: top})[1]
+    kept = [row for row in run.directions if row["layer"] == 1][:2]
+    assert [(row["raised"], row["lowered"]) for row in kept] == moved
     assert [(row["raised"], row["lowered"]) for row in said["directions"]] == moved
 
     np.save(tmp_path / "mine.npy", top)

@@ -21,7 +21,7 @@ import jobs
 from fisher_ray import cost
 from fisher_ray.driver import Progress
 from fisher_ray.plan import PLAN_SCHEMA
-from fisher_ray.reduce import SUMMARY_SCHEMA
+from fisher_ray.reduce import DIRECTIONS_SCHEMA, SUMMARY_SCHEMA
 from fisher_ray.shards import POSITION_FIELDS, POSITIONS_VERSION, RUN_VERSION, Counts
 from fisher_ray.storage import StoredFile, seal
 from jobs import D_MODEL, gpt2  # noqa: F401
@@ -32,6 +32,7 @@ TEXT = PAGE.read_text(encoding="utf-8")
 TABLES = {
     "positions/*.parquet": (pa.schema(POSITION_FIELDS), POSITIONS_VERSION),
     "plan.parquet": (PLAN_SCHEMA, PLAN_SCHEMA.metadata[b"fisher_ray.schema"].decode()),
+    "reduced/directions.parquet": (DIRECTIONS_SCHEMA, DIRECTIONS_SCHEMA.metadata[b"fisher_ray.schema"].decode()),
     "reduced/summary.parquet": (SUMMARY_SCHEMA, SUMMARY_SCHEMA.metadata[b"fisher_ray.schema"].decode()),
 }
 

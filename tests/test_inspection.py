@@ -65,6 +65,14 @@ def test_one_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # n
     assert [row["trace"] for row in facts["largest_traces"]] == [row["trace"] for row in rows]
     assert main(["inspect", str(made), "--layer", "1"]) == COMPLETE
     assert rows[0]["document"] in capsys.readouterr().out
+    first = facts["largest_traces"][0]
+    near = [
+        row["text"]
+        for row in stored.rows(1)
+        if row["document"] == rows[0]["document"] and abs(row["position"] - rows[0]["position"]) <= 12
+    ]
+    assert first["before"] + first["text"] + first["after"] == "".join(near)
+    assert facts["trace_rank_99"][1] is None and facts["entropy_rank"][1] > 0  # an integer has no jackknife
 
 
 def test_one_group_of_a_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
@@ -117,6 +125,49 @@ def test_a_damaged_layer_is_named_and_the_others_are_shown(copied: Path, capsys:
     assert [row["layer"] for row in facts["layers"]] == [0, 2]
     (line,) = facts["damaged"]
     assert "is damaged" in line and victim.name in line and facts["problems"] == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "diff", "export", "project"])
+def test_a_damaged_layer_costs_a_command_that_layer(
+    command: str, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    victim = next(copied.glob("tree/*/layer_001.npz"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    path = tmp_path / "means.npz"
+    arguments = {"diff": [copied], "export": ["-o", path], "inspect": ["--layer", 1], "project": []}[command]
+    as_json = [] if command == "export" else ["--json"]
+    assert main([command, str(copied), *map(str, arguments), *as_json]) == DAMAGED
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith("left out: ") and "is damaged" in line and victim.name in line
+    if command == "export":
+        assert {name.split("/")[0] for name in np.load(path)} == {"layer_000", "layer_002"}
+        return
+    facts = json.loads(said.out)
+    if command == "inspect":  # what is said of its positions is in other files
+        largest = max(row["trace"] for row in Stored(copied).rows(1))
+        assert facts["largest_traces"][0]["trace"] == largest and "trace" not in facts
+        assert main(["inspect", str(copied), "--layer", "1"]) == DAMAGED
+        assert facts["largest_traces"][0]["document"] in capsys.readouterr().out
+    else:
+        assert sorted({row["layer"] for row in facts["layers" if command == "diff" else "directions"]}) == [0, 2]
+
+
+def test_damage_that_leaves_nothing_to_show_is_one_line(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "run.json").write_bytes((copied / "run.json").read_bytes()[:-2])
+    assert main(["inspect", str(copied)]) == DAMAGED
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and "run.json is damaged" in said.err
+
+
+def test_a_damaged_table_costs_its_positions(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    victim = next(copied.glob("positions/00000001-*.parquet"))
+    raw = bytearray(victim.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    victim.write_bytes(raw)
+    assert main(["inspect", str(copied), "--layer", "1", "--json"]) == DAMAGED
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["trace"][0] > 0 and len(facts["largest_traces"]) == 5 and len(facts["damaged"]) == 1
 
 
 @pytest.mark.parametrize("command", ["inspect", "export", "diff"])

@@ -400,5 +400,10 @@ def test_what_is_left_to_look_at(undisturbed: Stored) -> None:
         assert (fisher == fisher.T).all()
         traces = [r["trace"] for r in undisturbed.rows(row["layer"])]
         assert np.mean(traces) == pytest.approx(row["trace"], rel=1e-4)
+    moved = pq.read_table(undisturbed.folder / "reduced/directions.parquet").to_pylist()
+    assert [(row["layer"], row["direction"]) for row in moved] == [(k, i) for k in ALL_LAYERS for i in range(4)]
+    for row in moved:
+        assert row["eigenvalue"] == undisturbed.reduced(row["layer"], "eigenvalues")[row["direction"]]
+    assert [row["raised"] for row in moved if row["direction"] == 0] == [row["raised"] for row in summary]
     assert (undisturbed.folder / "reduced/spectra.png").read_bytes().startswith(b"\x89PNG")
     assert undisturbed.description["config"]["num_samples"] == 8

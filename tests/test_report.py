@@ -32,8 +32,8 @@ ALL = list(range(LAYERS + 1))
 HOSTILE = 'Then </script><script>alert("text")</script> & <b>more</b> <!-- &amp; ${1} `'
 COLUMN = "</script><img src=x onerror=alert('column')>&\"'"
 SECTIONS = [
-    "summary", "health", "spectra", "dimension", "trace", "anisotropy", "overlap", "resolution", "text", "directions",
-    "groups", "convergence",
+    "summary", "health", "spectra", "dimension", "trace", "anisotropy", "overlap", "resolution", "text", "places",
+    "directions", "groups", "convergence",
 ]  # fmt: skip
 # Those that show sums.
 MATRICES = ["spectra", "dimension", "trace", "anisotropy", "overlap", "resolution", "directions", "convergence"]
@@ -75,6 +75,7 @@ class Page(HTMLParser):
         scripts: (type, content).
         sections: text outside of scripts, by section.
         figures: data and layout of every figure, by section.
+        cells: text of each row of tables, by section.
     """
 
     def __init__(self, html: str):
@@ -83,7 +84,8 @@ class Page(HTMLParser):
         self.scripts: list[tuple[str | None, str]] = []
         self.sections: dict[str, str] = {}
         self.figures: dict[str, Any] = {}
-        self._inside, self._section = "", ""
+        self.cells: dict[str, list[list[str]]] = {}
+        self._inside, self._section, self._cell = "", "", False
         self.feed(html)
         self.close()
 
@@ -94,6 +96,11 @@ class Page(HTMLParser):
             self.sections[self._section] = ""
         if tag == "script":
             self.scripts.append((dict(attrs).get("type"), ""))
+        if tag == "tr":
+            self.cells.setdefault(self._section, []).append([])
+        if tag == "td":
+            self.cells[self._section][-1].append("")
+        self._cell = self._cell or tag == "td"
         self._inside = tag
 
     def handle_endtag(self, tag: str) -> None:
@@ -101,8 +108,11 @@ class Page(HTMLParser):
             kind, content = self.scripts[-1]
             if kind and "layout" in (parsed := json.loads(content)):
                 self.figures[self._section] = parsed
+        if tag == "td":
+            self._cell = False
         self._inside = ""
         if tag == "section":
+            self.cells[self._section] = [row for row in self.cells.get(self._section, []) if row]
             self._section = ""
 
     def handle_data(self, data: str) -> None:
@@ -111,6 +121,8 @@ class Page(HTMLParser):
             self.scripts[-1] = (kind, content + data)
         elif self._section:
             self.sections[self._section] += data
+            if self._cell:
+                self.cells[self._section][-1][-1] += data
 
     @property
     def text(self) -> dict[str, Any]:
@@ -243,7 +255,10 @@ def test_dimensions_and_traces_are_those_of_the_summary(report: Report, made: Pa
     for i, name in enumerate(("participation_ratio", "entropy_rank", "trace_rank_99")):
         shown = figures["dimension"]["data"][2 * i]
         np.testing.assert_allclose(array(shown["y"]), [row[name] for row in rows], rtol=1e-6)
-        assert (array(shown["error_y"]["array"]) >= 0).all()
+        if name == "trace_rank_99":  # an integer, of which a jackknife tells nothing
+            assert shown["error_y"]["array"] == [None] * len(ALL)
+        else:
+            assert (array(shown["error_y"]["array"]) >= 0).all()
     for trace, name in zip(figures["trace"]["data"], ("trace", "whitened_trace"), strict=True):
         np.testing.assert_allclose(array(trace["y"]), [row[name] for row in rows], rtol=1e-6)
     (line,) = figures["dimension"]["layout"]["shapes"][:1]
@@ -267,10 +282,65 @@ def test_overlaps_are_traces_of_products_of_projectors(report: Report, made: Pat
 def test_groups_and_tokens_are_those_of_the_summary(report: Report, made: Path) -> None:
     page = Page(report.html)
     for row in open_run(made).summary:
-        if row["group"] is None:
-            assert all(repr(token)[1:-1].replace(" ", "·") in page.rows("directions") for token in row["raised"])
-        else:
+        if row["group"] is not None:
             assert f"{row['positions']:,}" in page.rows("groups") and f"{row['trace']:.4g}" in page.rows("groups")
+    directions = open_run(made).directions
+    assert [(row["layer"], row["direction"]) for row in directions] == [(k, i) for k in ALL for i in range(4)]
+    shown = page.cells["directions"]
+    assert len(shown) == len(directions)
+    for row, (_, direction, eigenvalue, *_, raised, lowered) in zip(directions, shown, strict=True):
+        assert int(direction) == row["direction"] + 1 and float(eigenvalue.split()[0]) == pytest.approx(
+            row["eigenvalue"], 0.1
+        )
+        for said, tokens in ((raised, row["raised"]), (lowered, row["lowered"])):
+            assert said == " ".join(repr(token)[1:-1].replace(" ", "·") for token in tokens)
+
+
+def test_the_strongest_places_are_those_of_the_table(report: Report, made: Path) -> None:
+    shown = Page(report.html).cells["places"]
+    assert len(shown) == 8 * len(ALL)
+    for layer in ALL:
+        rows = sorted(Stored(made).rows(layer), key=lambda row: -row["trace"])
+        for (document, position, trace, _, text), row in zip(shown[8 * layer :], rows[:8], strict=False):
+            assert (document, int(position), trace) == (row["document"], row["position"], f"{row['trace']:.4g}")
+            near = [
+                other["text"] for other in Stored(made).rows(layer)
+                if other["document"] == row["document"] and abs(other["position"] - row["position"]) <= 12
+            ]  # fmt: skip
+            assert text == "".join(near).replace("\n", "↵")
+    assert report.html.count("<mark>") == len(shown)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_validation_beside_the_run(
+    made: Path, tmp_path: Path, failing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", str(made), "--json", "--positions", "2", "--layer", "1"]) == COMPLETE
+    law = json.loads(capsys.readouterr().out)
+    test = law["layers"]["1"]
+    test["failures"] = ["order is 2.00, not 1"] if failing else []
+    (tmp_path / "law.json").write_text(json.dumps(law))
+    command = ["report", str(made), "-o", str(tmp_path / "r.html"), "--validation", str(tmp_path / "law.json")]
+    assert main(command) == COMPLETE
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert list(page.sections) == [*SECTIONS, "validation"]
+    ((layer, judged, *_, reach, _, said),) = page.cells["validation"]
+    assert (layer, judged, said) == ("1", f"{test['judged']:.0%}", "order is 2.00, not 1" if failing else "pass")
+    assert float(reach) == pytest.approx(test["holds_to_step"], rel=0.05)
+    (line,) = (trace for trace in page.figures["validation"]["data"] if trace.get("name") == "layer 1")
+    np.testing.assert_array_equal(array(line["x"]), law["steps"])
+    np.testing.assert_array_equal(array(line["y"]), test["deviation"]["median"])
+    assert ("fails at layers 1" if failing else "passes at layers 1") in page.rows("health")
+
+    for content, complaint in (
+        (json.dumps({**law, "fingerprint": "f" * 64}), "of another run"),
+        ("[1]", "is not what fisher-ray validate"),
+        ("{", "cannot read"),
+    ):
+        (tmp_path / "law.json").write_text(content)
+        assert main(command) == BAD_INPUT
+        (complained,) = capsys.readouterr().err.splitlines()
+        assert complaint in complained
 
 
 def test_summary_and_health_say_what_became_of_the_tokens(report: Report, made: Path) -> None:
@@ -325,10 +395,16 @@ def test_an_unfinished_run(copied: Path, keep: int) -> None:
     assert report.damaged == [] and list(page.sections) == SECTIONS
     assert f"unfinished: {keep} of" in page.rows("health")
     assert any(attributes.get("class") == "watch" for _, attributes in page.tags)
-    assert "there is none to be read" in page.rows("groups")
+    assert "there is none to be read" in page.rows("directions") or keep == 0
     if keep == 0:
-        assert "nothing to show" in page.rows("spectra") and "nothing to show" in page.rows("text") and not page.figures
+        assert all("nothing to show" in page.rows(name) for name in ("spectra", "text", "places", "groups"))
+        assert not page.figures
         return
+    # Groups of an unfinished run against its positions' own traces.
+    rows = [row for row in Stored(copied).rows(1) if row["kind"] == "prose"]
+    (shown,) = (row for row in page.cells["groups"] if row[0] == "prose")
+    assert shown[1] == f"{len(rows):,}"
+    assert float(shown[3]) == pytest.approx(np.mean([row["trace"] for row in rows]), rel=1e-3)
     scored = sum(len(document["position"]) for document in page.text["documents"])
     assert scored * len(ALL) == len(Stored(copied).table)
     assert ("cannot be halved" in page.rows("resolution")) == (keep == 1)
@@ -378,7 +454,7 @@ def test_a_hundred_long_documents_at_thirteen_layers_stay_below_ten_megabytes(ma
         }  # fmt: skip
 
     changed = {
-        "layers": layers, "tasks": 110, "table": lambda task: pa.table(columns(task)),
+        "layers": layers, "tasks": 110, "done_tasks": list(range(110)), "table": lambda task: pa.table(columns(task)),
         "blocks": lambda layer, group=None: blocks(layer % len(ALL)), "summary": [],
     }  # fmt: skip
     vars(run).update(changed)
@@ -395,14 +471,14 @@ def test_a_hundred_long_documents_at_thirteen_layers_stay_below_ten_megabytes(ma
 @pytest.mark.parametrize(
     ("victim", "how", "sections"),
     [
-        ("reduced/summary.parquet", damage, ["directions", "groups"]),
-        ("reduced/summary.parquet", Path.unlink, ["directions", "groups"]),
+        ("reduced/summary.parquet", damage, ["groups"]),
+        ("reduced/directions.parquet", Path.unlink, ["directions"]),
         ("sums/00000002-*/layer_001.npz", damage, MATRICES),
         ("sums/00000002-*/layer_001.npz", Path.unlink, MATRICES),
-        ("positions/00000000-*.parquet", damage, ["text"]),
-        ("positions/00000000-*.parquet", Path.unlink, ["text"]),
+        ("positions/00000000-*.parquet", damage, ["text", "places"]),
+        ("positions/00000000-*.parquet", Path.unlink, ["text", "places"]),
         ("progress.json", damage, []),
-        ("done/00000003.json", damage, [*MATRICES, "text"]),
+        ("done/00000003.json", damage, [*MATRICES, "text", "places"]),
     ],
 )
 def test_damage_is_said_in_place_and_the_rest_is_shown(
@@ -543,6 +619,17 @@ def test_the_drop_down_shades_by_another_number(opened: SimpleNamespace, made: P
     assert dark[max(known, key=lambda i: surprisal[i])] == max(dark)
     assert all(dark[i] == 0 for i in range(len(dark)) if surprisal[i] is None)
     opened.page.locator("#column").select_option(label="trace of F")
+
+
+@pytest.mark.browser
+def test_the_strongest_places_of_one_layer_at_a_time(opened: SimpleNamespace, made: Path) -> None:
+    tables = opened.page.locator(".places")
+    assert tables.count() == len(ALL)
+    for layer in (2, 0):
+        opened.page.locator("#place-layer").select_option(str(layer))
+        assert [table.is_visible() for table in tables.all()] == [k == layer for k in ALL]
+        row = max(Stored(made).rows(layer), key=lambda row: row["trace"])
+        assert opened.page.locator(".places:visible mark").first.text_content() == row["text"]
 
 
 @pytest.mark.browser
