@@ -178,7 +178,7 @@ def _page(run: Run, counts: Any, layers: Sequence[_Layer], sections: Sequence[_S
     ]
     errors = [each.convergence.error for each in layers if np.isfinite(each.convergence.error)]
     if errors:
-        tiles.append(("relative error of F", f"{100 * float(np.median(errors)):.2g} %"))
+        tiles.append(("error of F, worst layer", f"{100 * max(errors):.2g} %"))
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -356,6 +356,16 @@ def _health(
         blocks = layers[0].spectrum.trace.blocks
         errors = f"standard errors come from {blocks} blocks of documents"
         lines.append((blocks > 7, errors if blocks > 1 else "one block of documents: there are no standard errors"))
+    if layers and run.config.sketch is not None:
+        lost = {each.layer: run.sketch_error(each.layer) / float(each.spectrum.eigenvalues.value[0]) for each in layers}
+        worst = max(lost, key=lost.__getitem__)
+        lines.append(
+            (
+                False,
+                f"sums are sketches of {run.config.sketch} rows: an eigenvalue may be too small by up to {lost[worst]:.2g} of "
+                f"the largest (layer {worst}), and effective dimensions are those of the sketch",
+            )
+        )
     if validation is not None:
         failed = [layer for layer, test in validation["layers"].items() if test["failures"]]
         said = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 
 import jobs
 from fisher_ray import Exact, SplitModel, cost, iter_scores, open_run, reduce
+from fisher_ray.cli import main
 from fisher_ray.plan import ConfigError, make_plan
+from fisher_ray.report_html import html_report
 from fisher_ray.run import Run
 from fisher_ray.sketch import FrequentDirections, Sketch
 from fisher_ray.sums import LayerSums, Sums
@@ -207,6 +210,17 @@ def test_the_summary_says_what_a_sketch_has_lost(runs: tuple[Run, Run]) -> None:
         assert row["captured_share"] == pytest.approx(kept / row["trace"], rel=1e-6)
         assert other["captured_share"] == 1 and other["sketch_error"] == 0
         assert row["captured_share"] + D_MODEL * row["sketch_error"] / row["trace"] > 1 - 1e-6
+
+
+def test_readers_say_that_sums_are_sketches(runs: tuple[Run, Run], capsys: pytest.CaptureFixture[str]) -> None:
+    for run, said in zip(runs, (False, True), strict=True):
+        assert (f"sums are sketches of {SKETCH} rows: an eigenvalue may be too small" in html_report(run).html) is said
+        assert main(["inspect", run.store.uri]) == 0
+        assert (f"sums are sketches of {SKETCH} rows" in capsys.readouterr().out) is said
+        assert main(["inspect", run.store.uri, "--layer", "1", "--json"]) == 0
+        total = run.blocks(1).total  # added up in another order than what is stored, and with a bound of its own
+        assert json.loads(capsys.readouterr().out)["sketch_error"] == pytest.approx(total.fisher.shrunk / total.count)
+        assert run.sketch_error(1) == pytest.approx(total.fisher.shrunk / total.count, rel=0.05)
 
 
 def test_what_is_stored_of_a_sketch_is_what_is_read(runs: tuple[Run, Run]) -> None:
