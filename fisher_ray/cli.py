@@ -560,11 +560,20 @@ def _size(count: float) -> str:
 
 def _status(given: dict[str, Any]) -> int:
     store, run = _opened(given["run"])
+    damaged = []
     try:
         progress: dict[str, Any] = store.read_sealed("progress.json")
     except FileNotFoundError:
         progress = {"state": "starting"}
-    quarantine = [store.read_sealed(path)["error"] for path in store.list("quarantine")]
+    except DamagedError as error:
+        progress = {"state": "unknown"}
+        damaged.append(str(error))
+    quarantine = []
+    for path in store.list("quarantine"):
+        try:
+            quarantine.append(store.read_sealed(path)["error"])
+        except DamagedError as error:
+            damaged.append(str(error))
     done = len(store.names("done"))
     holders = [store.read_sealed(path) for path in store.list("lease")][-1:]
     facts = {
@@ -577,7 +586,7 @@ def _status(given: dict[str, Any]) -> int:
     }
     if given["json"]:
         print(json.dumps(facts))
-        return COMPLETE
+        return _without(damaged)
     console = _console()
     heard = facts["seconds_since_written"]
     ago = "" if heard is None else f", {_clock(heard)} ago"
@@ -592,7 +601,7 @@ def _status(given: dict[str, Any]) -> int:
         console.print(f"driver: {facts['driver'] or 'none'}{actors}", highlight=False)
     for line in quarantine[:_NAMED]:
         console.print(f"given up: {line}", markup=False, highlight=False, soft_wrap=True)
-    return COMPLETE
+    return _without(damaged)
 
 
 def _verify(given: dict[str, Any]) -> int:

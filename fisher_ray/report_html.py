@@ -63,6 +63,8 @@ _COLUMNS = [
     ("kept_mass", "kept mass", False),
     ("context", "context", False),
 ]
+# Where a run keeps factors or matrices: v^T F v along the first directions of each layer.
+_ALONG = [(f"along_{i}", f"vᵀFv, direction {i}", True) for i in (1, 2, 3, 4)]
 
 _POPULATION = (
     "Intervals are of 95 %, by the jackknife over blocks of documents: they say how far the value of the population that the "
@@ -129,7 +131,7 @@ def html_report(run: Run, validation: Mapping[str, Any] | None = None) -> Report
         _anisotropies(run, layers, lost),
         _overlaps(run, layers, lost),
         _resolution(layers, lost),
-        *_positions(run, reading),
+        *_positions(run, reading, layers),
         _directions(run, reading, layers, lost),
         *([_groups(run, reading)] if run.config.group_by else []),
         _convergence(layers, lost),
@@ -771,17 +773,24 @@ class _Document:
     values: dict[str, np.ndarray]
 
 
-def _positions(run: Run, reading: Reading) -> list[_Section]:
+def _positions(run: Run, reading: Reading, layers: Sequence[_Layer]) -> list[_Section]:
     """The text of the first documents and the strongest places of all, from each task's table in turn."""
     documents: list[_Document] = []
     places: dict[int, list[dict[str, Any]]] = {layer: [] for layer in run.layers}
     lost: list[str] = []
+    directions = {} if run.config.save == "summary" else {each.layer: each.spectrum.eigenvectors for each in layers}
     for task in run.done_tasks:
         table = reading(partial(run.table, task))
         if table is None:
             lost.append(f"Left out: {reading.last}")
         elif len(table) and len(documents) < _DOCUMENTS:
-            documents += _documents(run, table)
+            rows = len(table) // len(run.layers)
+            along = np.full((len(_ALONG), len(run.layers), rows), np.nan)
+            for i, layer in enumerate(run.layers):
+                found = reading(partial(_along, run, task, layer, directions[layer])) if layer in directions else None
+                if found is not None:
+                    along[: len(found), i] = found
+            documents += _documents(run, table, along)
         for layer in run.layers if table is not None else ():
             places[layer] = stronger(places[layer], run.of_layer(table, layer), _PLACES)
     if not documents and not lost:
@@ -789,9 +798,21 @@ def _positions(run: Run, reading: Reading) -> list[_Section]:
     return [_text(run, documents, lost), _places(places, lost)]
 
 
+def _along(run: Run, task: int, layer: int, eigenvectors: np.ndarray) -> np.ndarray:
+    """``v^T F_t v`` of a task's positions for the first directions, [k, n]."""
+    v = eigenvectors[:, : len(_ALONG)]
+    if run.config.save == "factors":
+        (shard,) = run.factors(layer, [task])
+        return np.square(shard.array @ v).sum(1).T
+    (shard,) = run.matrices(layer, [task])
+    return np.einsum("nij,ik,jk->kn", shard.array, v, v)
+
+
 def _text(run: Run, documents: list[_Document], lost: Sequence[str]) -> _Section:
     documents = documents[:_DOCUMENTS]
     columns = [c for c in _COLUMNS if c[0] != "kept_mass" or run.config.top_p < 1]
+    if run.config.save != "summary":
+        columns[2:2] = _ALONG[: run.d_model]
     numbers = sum(len(run.layers) if layered else 1 for _, _, layered in columns)
     length = _cut([len(document.position) for document in documents], _NUMBERS // numbers)
     data = {
@@ -873,8 +894,12 @@ def _capped(run: Run) -> str:
     )
 
 
-def _documents(run: Run, table: Any) -> list[_Document]:
-    """A task's documents; its rows are by layer, then by document and position, the same ones for each."""
+def _documents(run: Run, table: Any, along: np.ndarray) -> list[_Document]:
+    """A task's documents; its rows are by layer, then by document and position, the same ones for each.
+
+    Args:
+        along: ``v^T F_t v`` of a few directions, [k, L, n].
+    """
     rows = len(table) // len(run.layers)
     each = {
         name: np.asarray(table[name].to_numpy(), np.float64).reshape(-1, rows) for name, _, _ in _COLUMNS
@@ -882,6 +907,7 @@ def _documents(run: Run, table: Any) -> list[_Document]:
     }  # fmt: skip
     top = [values[0] for values in table["top_eigenvalues"].to_pylist()]
     each["top_eigenvalue"] = np.array(top, np.float64).reshape(-1, rows)
+    each |= {name: values for (name, _, _), values in zip(_ALONG, along, strict=True)}
     first = table.slice(0, rows)
     names, positions, texts, ids = (first[c].to_pylist() for c in ("document", "position", "text", "token"))
     if texts == [str(token) for token in ids]:  # no tokenizer: ids in a row would run together
@@ -891,7 +917,8 @@ def _documents(run: Run, table: Any) -> list[_Document]:
     bounds = [i for i in range(rows) if i == 0 or names[i] != names[i - 1]] + [rows]
     for start, stop in pairwise(bounds):
         values = {
-            name: each[name][:, start:stop] if layered else each[name][0, start:stop] for name, _, layered in _COLUMNS
+            name: each[name][:, start:stop] if layered else each[name][0, start:stop]
+            for name, _, layered in [*_COLUMNS, *_ALONG]
         }
         title = " · ".join(
             [names[start], *(f"{c}: {v[start]}" for c, v in zip(run.config.columns, carried, strict=True))]

@@ -67,6 +67,18 @@ def test_status_of_a_finished_run(run: Stored, capsys: pytest.CaptureFixture[str
     assert facts["counts"] == {**run.counts(), "halvings": 0} and facts["quarantine"] == []
 
 
+def test_status_shows_what_can_still_be_read(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = len(run.receipts)
+    path = run.folder / "progress.json"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert main(["status", str(run.folder)]) == 5
+    shown = capsys.readouterr()
+    assert f"tasks:  {tasks} of {tasks} done" in shown.out
+    assert "left out:" in shown.err and "progress.json is damaged" in " ".join(shown.err.split())
+    path.unlink()
+    assert "starting" in said(capsys, "status", run.folder)
+
+
 def test_status_of_a_run_at_work(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
     (run.folder / "done/00000001.json").unlink()
     lease = Lease(RunStore(str(run.folder)))

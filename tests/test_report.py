@@ -430,6 +430,33 @@ def test_one_layer_a_window_of_positions_and_no_text(gpt2: str, tmp_path: Path) 
     assert "disabled" in slider and slider["max"] == "0"
 
 
+@pytest.mark.parametrize("save", ["factors", "matrices"])
+def test_tokens_along_the_first_directions_where_matrices_are_kept(save: Any, gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "docs.txt").write_text("A first document.\n\nAnd the second one.\n")
+    config = jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run", save=save, num_samples=3)
+    stored, _ = jobs.run_here(config)
+    text = page(tmp_path / "run").text
+    labels = [column["label"] for column in text["columns"]]
+    assert labels[:6] == ["trace of F", "top eigenvalue", *(f"vᵀFv, direction {i}" for i in (1, 2, 3, 4))]
+    for i, layer in enumerate(text["layers"]):
+        kept = stored.saved(save, layer).astype(np.float64)
+        matrices = kept if save == "matrices" else np.einsum("nri,nrj->nij", kept, kept)
+        vectors = stored.reduced(layer, "eigenvectors")
+        for k in range(4):
+            expected = [v for f in matrices for v in [vectors[:, k] @ f @ vectors[:, k]]]
+            got = [v for document in text["documents"] for v in document["values"][f"along_{k + 1}"][i]]
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6 * max(expected))
+    # What is damaged costs these numbers, and nothing else.
+    path = tmp_path / "run" / stored.receipts[0]["files"][f"{save}_1"]["path"]
+    path.write_bytes(path.read_bytes()[:-1])
+    report = html_report(open_run(tmp_path / "run"))
+    values = [document["values"] for document in Page(report.html).text["documents"]]
+    assert len(report.damaged) == 1 and all(
+        set(v["along_1"][1]) == {None} and None not in v["along_1"][0] for v in values
+    )
+    assert values[0]["trace"] == text["documents"][0]["values"]["trace"]
+
+
 def test_ranks_of_single_positions_are_said_to_be_capped(report: Report, made: Path) -> None:
     assert "cannot exceed 2, the number of sampled scores" in Page(report.html).rows("text")
     ranks = [r for d in Page(report.html).text["documents"] for layer in d["values"]["trace_rank_99"] for r in layer]
