@@ -1,70 +1,42 @@
 """A run as one HTML page that opens offline: what it is and how sound, its spectra and directions, and the text itself.
 
-Nothing is loaded from elsewhere: plotly's script, ours and all numbers are in the page, and its content security policy forbids
-the rest. Whatever comes from the corpus or the settings is escaped. A file that turns out damaged costs the page what
-was in it and nothing else.
+Whatever comes from the corpus or the settings is escaped. A file that turns out damaged costs the page what was in it, and
+nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
-from importlib.resources import files
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import torch
 from plotly.colors import sample_colorscale
-from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 import fisher_ray
-from fisher_ray.inspection import stronger
+from fisher_ray.page import INK, Section, figure_of, missing, page, table_of, token_marks
 from fisher_ray.reduce import DIRECTIONS
+from fisher_ray.report_text import text_sections
 from fisher_ray.run import Reading, Run
 from fisher_ray.spectrum import subspace_overlaps
 from fisher_ray.statistics import Convergence, Estimate, Spectrum, convergence, half_angles, spectrum
 
 # Directions looked at one by one.
 _TOP = 16
-# Documents of the text view, and numbers in it: at most 5 MB. Longer documents are cut to what fits.
-_DOCUMENTS, _NUMBERS = 100, 650_000
 # Points of one spectrum: evenly spaced on a logarithmic axis, more cannot be told apart.
 _POINTS = 160
 _NAMED = 20
-# Places named at each layer.
-_PLACES = 8
 
-_BLUE, _RED, _GREEN, _INK, _LINE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#1d2530",
-    "#e6eaee",
-)  # safe for colour-blind readers
+_BLUE, _RED, _GREEN = "#0072B2", "#D55E00", "#009E73"  # safe for colour-blind readers
 _UNIT = "nats² per squared unit of h"
 _WHITENED = "Σ<sup>1/2</sup> F Σ<sup>1/2</sup>"
-
-# Of single positions: name in the table, label, whether each layer has its own.
-_COLUMNS = [
-    ("trace", "trace of F", True),
-    ("top_eigenvalue", "top eigenvalue", True),
-    ("participation_ratio", "participation ratio", True),
-    ("entropy_rank", "entropy rank", True),
-    ("trace_rank_99", "99 % rank", True),
-    ("entropy", "entropy of p", False),
-    ("surprisal", "surprisal of the next token", False),
-    ("kept_mass", "kept mass", False),
-    ("context", "context", False),
-]
-# Where a run keeps factors or matrices: v^T F v along the first directions of each layer.
-_ALONG = [(f"along_{i}", f"vᵀFv, direction {i}", True) for i in (1, 2, 3, 4)]
 
 _POPULATION = (
     "Intervals are of 95 %, by the jackknife over blocks of documents: they say how far the value of the population that the "
@@ -131,7 +103,7 @@ def html_report(run: Run, validation: Mapping[str, Any] | None = None) -> Report
         _anisotropies(run, layers, lost),
         _overlaps(run, layers, lost),
         _resolution(layers, lost),
-        *_positions(run, reading, layers),
+        *text_sections(run, reading, {each.layer: each.spectrum.eigenvectors for each in layers}),
         _directions(run, reading, layers, lost),
         *([_groups(run, reading)] if run.config.group_by else []),
         _convergence(layers, lost),
@@ -139,7 +111,13 @@ def html_report(run: Run, validation: Mapping[str, Any] | None = None) -> Report
     ]
     # What was met on the way is known only now, and yet comes first.
     first = [_summary(run, reading, counts), _health(run, reading, counts, layers, validation)]
-    return Report(_page(run, counts, layers, [*first, *shown]), reading.damaged)
+    title = f"Fisher matrices of {escape(run.config.model.rstrip('/'))}"
+    lead = (
+        f"How a small nudge to a residual stream changes the next token: {escape(run.estimand)}.\n"
+        f"{escape(run.status[0].upper() + run.status[1:])}."
+    )
+    footer = f"Made by fisher_ray {fisher_ray.__version__} on {_date(time.time())} from {escape(run.store.uri)}."
+    return Report(page(title, lead, _tiles(run, counts, layers), [*first, *shown], footer), reading.damaged)
 
 
 def _layer(run: Run, layer: int) -> _Layer:
@@ -152,25 +130,7 @@ def _layer(run: Run, layer: int) -> _Layer:
     return _Layer(layer, int(blocks.total.count), plain, whitened, angles, convergence(blocks))
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Section:
-    name: str
-    title: str
-    how: str
-    body: str
-
-    def html(self) -> str:
-        """Title, how to read it, and what there is to read."""
-        return f'<section id="{self.name}"><h2>{self.title}</h2><p class="how">{self.how}</p>{self.body}</section>'
-
-
-def _page(run: Run, counts: Any, layers: Sequence[_Layer], sections: Sequence[_Section]) -> str:
-    package = files("fisher_ray")
-    style, script = ((package / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    model = escape(run.config.model.rstrip("/"))
+def _tiles(run: Run, counts: Any, layers: Sequence[_Layer]) -> list[tuple[str, str]]:
     tiles = [
         ("documents", f"{counts.documents:,}" if counts else "?"),
         ("positions scored", f"{counts.scored:,}" if counts else "?"),
@@ -181,34 +141,7 @@ def _page(run: Run, counts: Any, layers: Sequence[_Layer], sections: Sequence[_S
     errors = [each.convergence.error for each in layers if np.isfinite(each.convergence.error)]
     if errors:
         tiles.append(("error of F, worst layer", f"{100 * max(errors):.2g} %"))
-    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Fisher matrices of {model}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<h1>Fisher matrices of {model}</h1>
-<p class="lead">How a small nudge to a residual stream changes the next token: {escape(run.estimand)}.
-{escape(run.status[0].upper() + run.status[1:])}.</p>
-<dl class="tiles">{"".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)}</dl>
-</header>
-<nav aria-label="Sections"><div>{"".join(f'<a href="#{s.name}">{s.title}</a>' for s in sections)}</div></nav>
-<main>
-{"".join(section.html() for section in sections)}
-</main>
-<footer>Made by fisher_ray {fisher_ray.__version__} on {_date(time.time())} from {escape(run.store.uri)}.</footer>
-<script>{get_plotlyjs()}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+    return tiles
 
 
 def _date(seconds: float) -> str:
@@ -222,44 +155,11 @@ def _estimator(run: Run) -> str:
     return f"{config.num_samples} sample{'s' if config.num_samples > 1 else ''}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: range) -> str:
-    """A table of cells, escaped unless they are markup already.
-
-    Args:
-        numbers: columns that are set as numbers.
-    """
-    kinds = [' class="number"' if i in numbers else "" for i in range(len(head))]
-    top = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(head, kinds, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-class _Markup(str):
-    """Text that is HTML already."""
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, _Markup) else escape(str(value))
-
-
-def _tokens(tokens: Sequence[str] | None) -> _Markup:
-    shown = (f'<span class="token">{escape(repr(token)[1:-1].replace(" ", "·"))}</span>' for token in tokens or ())
-    return _Markup(" ".join(shown) or "–")
-
-
 def _shown(layers: Sequence[_Layer], lost: Sequence[str], *parts: str) -> str:
     """What there is of the layers, below a line for each that there is not."""
     if not layers and not lost:
-        return _missing("No position is scored yet: there is nothing to show.")
-    return "".join(map(_missing, lost)) + ("".join(parts) if layers else "")
-
-
-def _missing(line: str) -> str:
-    """In place of what cannot be shown."""
-    return f'<p class="damaged">{escape(line)}</p>'
+        return missing("No position is scored yet: there is nothing to show.")
+    return "".join(map(missing, lost)) + ("".join(parts) if layers else "")
 
 
 def _pm(estimate: Estimate) -> str:
@@ -274,7 +174,7 @@ def _pm(estimate: Estimate) -> str:
 # ---- what it is, and how sound ---------------------------------------------------------------------------------------
 
 
-def _summary(run: Run, reading: Reading, counts: Any) -> _Section:
+def _summary(run: Run, reading: Reading, counts: Any) -> Section:
     config = run.config
     provenance = reading(lambda: run.provenance) or {}
     progress = reading(lambda: run.store.read_sealed("progress.json")) or {}
@@ -306,7 +206,7 @@ def _summary(run: Run, reading: Reading, counts: Any) -> _Section:
     ]
     rows = "".join(f'<tr><th scope="row">{name}</th><td>{escape(str(value))}</td></tr>' for name, value in facts)
     settings = escape(json.dumps(run.description["config"], indent=1, sort_keys=True))
-    return _Section(
+    return Section(
         "summary",
         "Summary",
         "What was computed, from what and by which versions; the same settings on the same kind of hardware give the same "
@@ -326,7 +226,7 @@ def _checked(check: dict[str, Any] | None) -> str:
 
 def _health(
     run: Run, reading: Reading, counts: Any, layers: Sequence[_Layer], validation: Mapping[str, Any] | None
-) -> _Section:
+) -> Section:
     given_up = [
         record["error"] if (record := reading(partial(run.store.read_sealed, path))) else f"{path} cannot be read"
         for path in run.store.list("quarantine")
@@ -379,7 +279,7 @@ def _health(
     )
     lines += [(False, line) for line in reading.damaged[:_NAMED]]
     items = "".join(f'<li class="{"good" if good else "watch"}">{escape(line)}</li>' for good, line in lines)
-    return _Section(
+    return Section(
         "health",
         "Health",
         "A tick is as it should be, an exclamation mark is to be known before the numbers are used; only what this page shows "
@@ -389,21 +289,6 @@ def _health(
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-def _figure(figure: go.Figure, height: int) -> str:
-    axis = {"gridcolor": _LINE, "linecolor": "#9aa5b1", "zeroline": False, "ticks": "outside", "tickcolor": "#9aa5b1"}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
-    figure.update_layout(
-        template="none",
-        height=height,
-        font={"family": 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif', "size": 13, "color": _INK},
-        margin={"l": 70, "r": 20, "t": 40 if figure.layout.annotations else 12, "b": 55},
-        hoverlabel={"font": {"size": 12}},
-    )
-    data = _embedded(figure.to_json() or "")
-    return f'<div class="figure" style="min-height: {height}px">{data}</div>'
 
 
 def _colours(layers: Sequence[_Layer]) -> list[str]:
@@ -435,7 +320,7 @@ def _over_layers(
     )
 
 
-def _spectra(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+def _spectra(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     figure = make_subplots(
         1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}, which compare over layers"), horizontal_spacing=0.13
     )
@@ -469,17 +354,17 @@ def _spectra(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(title=f"eigenvalue ({_UNIT})", col=1)
     figure.update_yaxes(title="eigenvalue (nats²)", col=2)
-    return _Section(
+    return Section(
         "spectra",
         "Spectra",
         "Each line is one layer's eigenvalues in descending order with its interval as a band; the steeper it falls, the fewer "
         "directions matter. The scale of h differs from layer to layer, so only the right picture, in units of how h varies, "
         "compares over layers. A click on a layer's name hides or shows it.",
-        _shown(layers, lost, _figure(figure, 470), f'<p class="note">{_POPULATION}</p>'),
+        _shown(layers, lost, figure_of(figure, 470), f'<p class="note">{_POPULATION}</p>'),
     )
 
 
-def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     figure = make_subplots(1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}"), horizontal_spacing=0.13)
     for name, label, colour, symbol in (
         ("participation_ratio", "participation ratio (Σλ)² / Σλ²", _BLUE, "circle"),
@@ -504,7 +389,7 @@ def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Sec
         top = Estimate(s.eigenvalues.value[0], s.eigenvalues.error[0], s.eigenvalues.blocks)
         shown = (s.trace, top, s.participation_ratio, s.entropy_rank, s.trace_rank_99)
         rows.append((each.layer, f"{each.positions:,}", *map(_pm, shown)))
-    return _Section(
+    return Section(
         "dimension",
         "Effective dimension",
         f"How many of the d = {run.d_model:,} directions (dashed) the prediction depends on, counted in three ways: low means "
@@ -513,14 +398,14 @@ def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Sec
         _shown(
             layers,
             lost,
-            _figure(figure, 430),
+            figure_of(figure, 430),
             '<p class="lead-in">In numbers, of the mean F, ± standard errors:</p>',
-            _table(head, rows, range(len(head))),
+            table_of(head, rows, range(len(head))),
         ),
     )
 
 
-def _traces(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+def _traces(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     figure = make_subplots(1, 2, subplot_titles=("of the mean F", f"of {_WHITENED}"), horizontal_spacing=0.13)
     for column, of in ((1, "spectrum"), (2, "whitened")):
         traces = [getattr(each, of).trace for each in layers]
@@ -532,16 +417,16 @@ def _traces(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     figure.update_xaxes(title="layer", tickformat="d")
     figure.update_yaxes(title=f"trace ({_UNIT})", col=1)
     figure.update_yaxes(title="trace (nats²)", col=2)
-    return _Section(
+    return Section(
         "trace",
         "Trace",
         "Twice the KL divergence that small steps cost: at the left summed over orthonormal unit steps, which follows the "
         "scale of h; at the right in the mean over steps that vary as h does, which compares over layers.",
-        _shown(layers, lost, _figure(figure, 380)),
+        _shown(layers, lost, figure_of(figure, 380)),
     )
 
 
-def _anisotropies(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+def _anisotropies(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     figure = make_subplots(1, 1)
     for of, name, colour, symbol in (
         ("spectrum", "mean F", _BLUE, "circle"),
@@ -552,16 +437,16 @@ def _anisotropies(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _S
         )
     figure.update_xaxes(title="layer", tickformat="d")
     figure.update_yaxes(title="anisotropy", rangemode="tozero")
-    return _Section(
+    return Section(
         "anisotropy",
         "Anisotropy",
         f"The spectral norm of F / (tr F / d) - I: 0 where all directions count the same, {run.d_model - 1:,} where one has "
         "everything.",
-        _shown(layers, lost, _figure(figure, 360)),
+        _shown(layers, lost, figure_of(figure, 360)),
     )
 
 
-def _overlaps(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+def _overlaps(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     sizes = [k for k in (1, 4, _TOP) if k < run.d_model]
     vectors = np.stack([each.spectrum.eigenvectors for each in layers]) if layers else np.empty((0, 0, 0))
     titles = [f"k = {k} (random: {k / run.d_model:.2g})" for k in sizes]
@@ -578,18 +463,18 @@ def _overlaps(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> _Secti
     figure.update_yaxes(type="category", autorange="reversed")
     for column in range(1, len(sizes) + 1):
         figure.update_yaxes(scaleanchor=f"x{'' if column == 1 else column}", constrain="domain", col=column)
-    return _Section(
+    return Section(
         "overlap",
         "Overlap",
         "The share of one layer's first k eigenvectors that lies in the space of another's, |U<sub>i</sub>ᵀ "
         "U<sub>j</sub>|² / k: 1 where both are sensitive to the same directions of the residual stream, about k / d where they "
         "have nothing to do with each other.",
-        _shown(layers, lost, _figure(figure, 400)),
+        _shown(layers, lost, figure_of(figure, 400)),
     )
 
 
-def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
-    body = _missing("One block of documents cannot be halved.")
+def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
+    body = missing("One block of documents cannot be halved.")
     if layers and len(layers[0].angles):
         angles = np.stack([each.angles.mean(0) for each in layers])
         figure = go.Figure(
@@ -602,8 +487,8 @@ def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
         )  # fmt: skip
         figure.update_xaxes(title="direction", dtick=1)
         figure.update_yaxes(title="layer", type="category", autorange="reversed")
-        body = _figure(figure, 130 + 26 * len(layers))
-    return _Section(
+        body = figure_of(figure, 130 + 26 * len(layers))
+    return Section(
         "resolution",
         "Resolution",
         "Angles between the same eigenvector of two random halves of the corpus, in the mean over splits: a few degrees where "
@@ -613,9 +498,9 @@ def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     )
 
 
-def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     moved = {(row["layer"], row["direction"]): row for row in reading(lambda: run.directions) or []}
-    waiting = [] if moved else [_missing("The tokens are in the files of a reduction, and there is none to be read.")]
+    waiting = [] if moved else [missing("The tokens are in the files of a reduction, and there is none to be read.")]
     head = ["layer", "direction", "eigenvalue", "share", "angle of halves", "together with"]
     rows = []
     for each in layers:
@@ -632,24 +517,24 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
                     f"{100 * values.value[i] / each.spectrum.trace.value:.1f} %",
                     f"{each.angles[:, i].mean():.0f}°" if len(each.angles) else "–",
                     beside.get(i, ""),
-                    _tokens(row.get("raised")),
-                    _tokens(row.get("lowered")),
+                    token_marks(row.get("raised")),
+                    token_marks(row.get("lowered")),
                 )
             )
-    return _Section(
+    return Section(
         "directions",
         "Top directions",
         "What a small step along each layer's first eigenvectors makes more and less likely, through the model's own upper "
         "layers (a sign is arbitrary: the other way round, they swap). Shares are of the trace. Those with eigenvalues that "
         "this corpus cannot tell apart mean something together and nothing one by one.",
-        _shown(layers, lost, *waiting, _table([*head, "raises", "lowers"], rows, range(6))),
+        _shown(layers, lost, *waiting, table_of([*head, "raises", "lowers"], rows, range(6))),
     )
 
 
-def _groups(run: Run, reading: Reading) -> _Section:
+def _groups(run: Run, reading: Reading) -> Section:
     chosen = [run.layers[i] for i in np.unique(np.linspace(0, len(run.layers) - 1, 8).round().astype(int))]
     found = {k: means for k in chosen if (means := reading(partial(run.group_means, k))) is not None}
-    lost = [] if len(found) == len(chosen) else [_missing(f"Left out: {reading.last}")]
+    lost = [] if len(found) == len(chosen) else [missing(f"Left out: {reading.last}")]
     head = [str(run.config.group_column or run.config.group_by), "positions", *(f"trace, layer {k}" for k in found)]
     # Names over all layers shown: each has the same ones.
     first = next(iter(found.values()), {})
@@ -657,15 +542,15 @@ def _groups(run: Run, reading: Reading) -> _Section:
         (group, f"{positions:,}", *(f"{means[group][1]:.4g}" for means in found.values()))
         for group, (positions, _) in first.items()
     ]
-    return _Section(
+    return Section(
         "groups",
         "Groups",
         "Traces of the means over groups of positions: down a column they compare, along a row they follow the scale of h.",
-        "".join(lost) + (_table(head, rows, range(1, len(head))) if rows else "" if lost else _shown([], [])),
+        "".join(lost) + (table_of(head, rows, range(1, len(head))) if rows else "" if lost else _shown([], [])),
     )
 
 
-def _convergence(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
+def _convergence(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     figure = make_subplots(
         1, 2, subplot_titles=("change of the mean F by each block", "standard error over all"), horizontal_spacing=0.13
     )
@@ -683,10 +568,10 @@ def _convergence(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     figure.update_xaxes(title="layer", tickformat="d", col=2)
     figure.update_yaxes(title="relative, in the Frobenius norm", tickformat=".2~p", rangemode="tozero", col=2)
     if layers and len(layers[0].convergence.positions) > 1:
-        body = _figure(figure, 420)
+        body = figure_of(figure, 420)
     else:
-        body = _missing("One block of documents: how the mean settles cannot be told.")
-    return _Section(
+        body = missing("One block of documents: how the mean settles cannot be told.")
+    return Section(
         "convergence",
         "Convergence",
         "Left, how far each further block of documents moves the mean: a line that still falls steeply asks for more text. "
@@ -695,7 +580,7 @@ def _convergence(layers: Sequence[_Layer], lost: Sequence[str]) -> _Section:
     )
 
 
-def _validation(found: Mapping[str, Any]) -> _Section:
+def _validation(found: Mapping[str, Any]) -> Section:
     """Median and quartiles of ``|ratio - 1|`` against the step, as ``fisher-ray validate -o`` draws them."""
     tests, steps = found["layers"], np.array(found["steps"])
     last = max(1, len(tests) - 1)
@@ -722,7 +607,7 @@ def _validation(found: Mapping[str, Any]) -> _Section:
     anchor = max((lowest < 0.1).nonzero()[0], default=0)
     figure.add_scatter(
         x=steps, y=lowest[anchor] / 3 * steps / steps[anchor], mode="lines", hoverinfo="skip",
-        line={"color": _INK, "dash": "dash", "width": 1}, name="slope 1, the law's",
+        line={"color": INK, "dash": "dash", "width": 1}, name="slope 1, the law's",
     )  # fmt: skip
     figure.add_hline(0.1, line={"dash": "dot", "color": _RED, "width": 1.2})
     figure.update_xaxes(type="log", title="step |v| / |h|", dtick=1, exponentformat="power")
@@ -750,201 +635,11 @@ def _validation(found: Mapping[str, Any]) -> _Section:
         )
         for layer, test in tests.items()
     ]
-    return _Section(
+    return Section(
         "validation",
         "Validation",
         f"The run's own model at {len(found['positions'])} of its positions, in {found['dtype']}: the divergence that a step "
         "of the stream really makes, over what F says of it. As steps shrink the deviation falls with their first power, down "
         "to what rounding hides (grey); the dotted line is at 10 %, up to which the second order is said to hold.",
-        _figure(figure, 430) + _table(head, rows, range(7)),
+        figure_of(figure, 430) + table_of(head, rows, range(7)),
     )
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Document:
-    """The rows of one document, [n], and what each layer has of them, [L, n]."""
-
-    title: str
-    position: list[int]
-    text: list[str]
-    values: dict[str, np.ndarray]
-
-
-def _positions(run: Run, reading: Reading, layers: Sequence[_Layer]) -> list[_Section]:
-    """The text of the first documents and the strongest places of all, from each task's table in turn."""
-    documents: list[_Document] = []
-    places: dict[int, list[dict[str, Any]]] = {layer: [] for layer in run.layers}
-    lost: list[str] = []
-    directions = {} if run.config.save == "summary" else {each.layer: each.spectrum.eigenvectors for each in layers}
-    for task in run.done_tasks:
-        table = reading(partial(run.table, task))
-        if table is None:
-            lost.append(f"Left out: {reading.last}")
-        elif len(table) and len(documents) < _DOCUMENTS:
-            rows = len(table) // len(run.layers)
-            along = np.full((len(_ALONG), len(run.layers), rows), np.nan)
-            for i, layer in enumerate(run.layers):
-                found = reading(partial(_along, run, task, layer, directions[layer])) if layer in directions else None
-                if found is not None:
-                    along[: len(found), i] = found
-            documents += _documents(run, table, along)
-        for layer in run.layers if table is not None else ():
-            places[layer] = stronger(places[layer], run.of_layer(table, layer), _PLACES)
-    if not documents and not lost:
-        lost.append("No position is scored yet: there is nothing to show.")
-    return [_text(run, documents, lost), _places(places, lost)]
-
-
-def _along(run: Run, task: int, layer: int, eigenvectors: np.ndarray) -> np.ndarray:
-    """``v^T F_t v`` of a task's positions for the first directions, [k, n]."""
-    v = eigenvectors[:, : len(_ALONG)]
-    if run.config.save == "factors":
-        (shard,) = run.factors(layer, [task])
-        return np.square(shard.array @ v).sum(1).T
-    (shard,) = run.matrices(layer, [task])
-    return np.einsum("nij,ik,jk->kn", shard.array, v, v)
-
-
-def _text(run: Run, documents: list[_Document], lost: Sequence[str]) -> _Section:
-    documents = documents[:_DOCUMENTS]
-    columns = [c for c in _COLUMNS if c[0] != "kept_mass" or run.config.top_p < 1]
-    if run.config.save != "summary":
-        columns[2:2] = _ALONG[: run.d_model]
-    numbers = sum(len(run.layers) if layered else 1 for _, _, layered in columns)
-    length = _cut([len(document.position) for document in documents], _NUMBERS // numbers)
-    data = {
-        "layers": run.layers,
-        "columns": [{"name": name, "label": label, "layered": layered} for name, label, layered in columns],
-        "documents": [
-            {
-                "title": document.title,
-                "rows": len(document.position),
-                "position": document.position[:length],
-                "text": document.text[:length],
-                "values": {name: _rounded(document.values[name][..., :length]) for name, _, _ in columns},
-            }
-            for document in documents
-        ],
-    }
-    options = "".join(f'<option value="{i}">{label}</option>' for i, (_, label, _) in enumerate(columns))
-    middle = len(run.layers) // 2
-    reader = f"""<div id="reader">
-<div class="controls">
-<label>shade by <select id="column">{options}</select></label>
-<label>layer <input id="layer" type="range" min="0" max="{len(run.layers) - 1}" value="{middle}"
-{"disabled" if len(run.layers) == 1 else ""}><output id="shown" for="layer"></output></label>
-<span id="legend" aria-label="shades and what they stand for"></span>
-</div>
-<div id="documents" tabindex="0" role="group" aria-label="documents; arrow keys go from token to token"></div>
-<aside id="numbers" aria-live="polite">Point at a token, or use ← and → in the text, for its numbers.</aside>
-</div>
-{_embedded(json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False), "positions")}"""
-    return _Section(
-        "text",
-        "Text",
-        f"{len(documents):,} documents of the corpus, each token shaded by how much a nudge there changes the next one, or by "
-        "another number; the scale is that of the layer shown.",
-        "".join(map(_missing, lost)) + (reader if documents else "") + f'<p class="note">{_capped(run)}</p>',
-    )
-
-
-def _places(places: Mapping[int, Sequence[Mapping[str, Any]]], lost: Sequence[str]) -> _Section:
-    head = ["document", "position", "trace", "entropy of p", "text"]
-    layers = [layer for layer, found in places.items() if found]
-    tables = []
-    for layer in layers:
-        rows = []
-        for place in places[layer]:
-            before, text, after = (escape(place[name]).replace("\n", "↵") for name in ("before", "text", "after"))
-            rows.append(
-                (
-                    place["document"],
-                    place["position"],
-                    f"{place['trace']:.4g}",
-                    f"{place['entropy']:.3g}",
-                    _Markup(f"{before}<mark>{text}</mark>{after}"),
-                )
-            )
-        tables.append(f'<div class="places"><h3>layer {layer}</h3>{_table(head, rows, range(1, 4))}</div>')
-    middle = layers[len(layers) // 2] if layers else None
-    options = "".join(f"<option{' selected' * (k == middle)}>{k}</option>" for k in layers)
-    chooser = f'<div class="controls"><label>layer <select id="place-layer">{options}</select></label></div>'
-    return _Section(
-        "places",
-        "Strongest places",
-        "The positions of the whole corpus with the largest traces at a layer, each marked in the text around it: where a "
-        "nudge changes the next token most. Gaps are positions that were not scored.",
-        "".join(map(_missing, lost)) + (chooser + "".join(tables) if layers else ""),
-    )
-
-
-def _capped(run: Run) -> str:
-    """What ranks of single positions are bounded by."""
-    config = run.config
-    if config.estimator == "exact":
-        return "Ranks of single positions are of exact matrices; they cannot exceed d or the number of tokens."
-    cap = config.num_samples * config.token_draws
-    return (
-        f"Ranks of single positions cannot exceed {cap}, the number of sampled scores there, whatever the true rank; the "
-        "traces of single positions are as noisy as so few samples are. For single positions take <code>--estimator "
-        "exact</code>."
-    )
-
-
-def _documents(run: Run, table: Any, along: np.ndarray) -> list[_Document]:
-    """A task's documents; its rows are by layer, then by document and position, the same ones for each.
-
-    Args:
-        along: ``v^T F_t v`` of a few directions, [k, L, n].
-    """
-    rows = len(table) // len(run.layers)
-    each = {
-        name: np.asarray(table[name].to_numpy(), np.float64).reshape(-1, rows) for name, _, _ in _COLUMNS
-        if name != "top_eigenvalue"
-    }  # fmt: skip
-    top = [values[0] for values in table["top_eigenvalues"].to_pylist()]
-    each["top_eigenvalue"] = np.array(top, np.float64).reshape(-1, rows)
-    each |= {name: values for (name, _, _), values in zip(_ALONG, along, strict=True)}
-    first = table.slice(0, rows)
-    names, positions, texts, ids = (first[c].to_pylist() for c in ("document", "position", "text", "token"))
-    if texts == [str(token) for token in ids]:  # no tokenizer: ids in a row would run together
-        texts = [f"{text} " for text in texts]
-    carried = [first[column].to_pylist() for column in run.config.columns]
-    found = []
-    bounds = [i for i in range(rows) if i == 0 or names[i] != names[i - 1]] + [rows]
-    for start, stop in pairwise(bounds):
-        values = {
-            name: each[name][:, start:stop] if layered else each[name][0, start:stop]
-            for name, _, layered in [*_COLUMNS, *_ALONG]
-        }
-        title = " · ".join(
-            [names[start], *(f"{c}: {v[start]}" for c, v in zip(run.config.columns, carried, strict=True))]
-        )
-        found.append(_Document(title, positions[start:stop], texts[start:stop], values))
-    return found
-
-
-def _cut(lengths: Sequence[int], room: int) -> int:
-    """The greatest length that documents may be cut to for all of them to have room."""
-    low, high = 1, max(lengths, default=1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if sum(min(n, middle) for n in lengths) <= room else (low, middle - 1)
-    return low
-
-
-def _rounded(values: np.ndarray) -> list[Any]:
-    """Four digits of each number; None for those that are not."""
-    if values.ndim > 1:
-        return [_rounded(row) for row in values]
-    short = (float(f"{value:.4g}") for value in values)
-    return [None if x != x else int(x) if x.is_integer() else x for x in short]
-
-
-def _embedded(data: str, name: str = "") -> str:
-    """A script element of JSON, which nothing in it can end."""
-    named, safe = f' id="{name}"' if name else "", data.replace("<", "\\u003c")
-    return f'<script type="application/json"{named}>{safe}</script>'

@@ -23,7 +23,8 @@ import pytest
 import jobs
 from fisher_ray import cost, open_run
 from fisher_ray.cli import BAD_INPUT, COMPLETE, DAMAGED, main
-from fisher_ray.report_html import _TOP, Report, _cut, _pm, html_report
+from fisher_ray.report_html import _TOP, Report, _pm, html_report
+from fisher_ray.report_text import _cut
 from fisher_ray.statistics import Estimate
 from jobs import D_MODEL, LAYERS, Stored, gpt2  # noqa: F401
 
