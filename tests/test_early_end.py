@@ -17,11 +17,12 @@ import pytest
 import jobs
 from fisher_ray import cost, open_run
 from fisher_ray.cli import main
+from fisher_ray.cluster import RayPool
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.driver import Outcome, Progress, RefusedError, run
 from fisher_ray.plan import ConfigError, RunConfig, make_plan
 from fisher_ray.reduce import checkpoints
-from jobs import D_MODEL, LAYERS, Stored, gpt2  # noqa: F401
+from jobs import D_MODEL, LAYERS, Stored, cluster, gpt2  # noqa: F401
 
 ALL = range(LAYERS + 1)
 
@@ -207,6 +208,24 @@ def test_how_far_ahead_workers_are_changes_no_bit(whole: tuple[Stored, Outcome],
     assert reader.positions().count_rows() == other.positions().count_rows()  # none of those that are not in the means
     assert reader.status == other.status and "ended early: relative error" in reader.status
     assert main(["verify", str(tmp_path / "run")]) == 0
+
+
+def test_actors_end_at_the_same_place(
+    whole: tuple[Stored, Outcome],
+    ended: Stored,
+    tmp_path: Path,
+    cluster: None,  # noqa: F811
+) -> None:
+    config = replace(
+        whole[1].plan.config,
+        output=str(tmp_path / "run"),
+        until_relative_error=between(whole, 1),
+        executor="ray",
+        max_actors=2,
+    )
+    outcome = run(config, RayPool, lambda plan: nullcontext(lambda progress: None))
+    assert [looked.tasks for looked in outcome.checkpoints] == [8, 16]
+    assert Stored(tmp_path / "run").bits() == ended.bits()
 
 
 class KilledError(Exception):
