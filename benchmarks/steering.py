@@ -14,6 +14,7 @@ import tempfile
 from contextlib import nullcontext
 from itertools import islice
 
+import numpy as np
 import torch
 from transformers import logging as transformers_logging
 
@@ -23,6 +24,7 @@ from fisher_ray.directions import DAMPING, Steering, steer
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.driver import run as compute
 from fisher_ray.plan import RunConfig
+from fisher_ray.statistics import jackknife
 
 FORMS = ("euclidean", "mean", "position")
 
@@ -32,8 +34,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo/model")
     parser.add_argument("--corpus", default="demo/corpus.jsonl")
     parser.add_argument("--layers", default="1,3,5")
-    parser.add_argument("--documents", type=int, default=40, help="that the mean F is of")
-    parser.add_argument("--positions", type=int, default=600, help="that steps are taken at, 30 a document")
+    parser.add_argument("--documents", type=int, default=400, help="that the mean F is of")
+    parser.add_argument("--positions", type=int, default=1500, help="that steps are taken at, 30 a document")
     parser.add_argument("--gain", type=float, default=0.1, help="nats")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -70,22 +72,36 @@ def main() -> None:
 
 
 def _show(args: argparse.Namespace, layers: list[int], found: dict[tuple[int, str], list[Steering]]) -> None:
-    kl = {key: torch.cat([each.kl_others for each in some]) for key, some in found.items()}
-    length = {key: torch.cat([each.steps for each in some]).norm(dim=1) for key, some in found.items()}
-    print(f"{args.model}: gain {args.gain} nat, damping {DAMPING:g}, {len(kl[layers[0], 'mean'])} positions a layer\n")
-    print("layer  metric       median KL    mean KL  smaller than Euclidean: median  mean  median |v|  not reached")
+    """A line a layer and form; the ratio of the means with its standard error over documents."""
+    count = sum(len(each.kl_others) for each in found[layers[0], "mean"])
+    print(
+        f"{args.model}: mean F of {args.documents} documents, gain {args.gain} nat, damping {DAMPING:g}, {count} positions of "
+        f"{len(found[layers[0], 'mean'])} others\n"
+    )
+    print(
+        "layer  metric       median KL    mean KL  smaller than Euclidean: median        mean  median |v|  not reached"
+    )
     for layer in layers:
-        both = torch.stack([kl[layer, form] for form in FORMS]).isfinite().all(0)
-        plain = kl[layer, "euclidean"][both]
-        for form in FORMS:
-            each = kl[layer, form]
-            mine = each[both]
-            ratios = f"{float((plain / mine).median()):22.2f}  {float(plain.mean() / mine.mean()):12.2f}"
-            size = float(length[layer, form][both].median())
+        by_document = [torch.stack(each) for each in zip(*(_kl(found[layer, form]) for form in FORMS), strict=True)]
+        some = [kl[:, kl.isfinite().all(0)] for kl in by_document]  # [form, position]
+        plain, *_ = together = torch.cat(some, 1)
+        sums = torch.stack([kl.sum(1) for kl in some])  # [document, form]
+        without = sums.sum(0) - sums
+        weights = np.array([kl.shape[1] for kl in some], np.float64)
+        for i, form in enumerate(FORMS):
+            mine = together[i]
+            ratio = jackknife(plain.sum() / mine.sum(), without[:, 0] / without[:, i], weights)
+            size = torch.cat([each.steps for each in found[layer, form]]).norm(dim=1).median()
+            missed = sum(int(each.kl_others.isnan().sum()) for each in found[layer, form])
             print(
-                f"{layer:5d}  {form:10s}  {float(mine.median()):10.2e} {float(mine.mean()):10.2e}  {ratios}"
-                f"  {size:10.3g}  {int(each.isnan().sum()):11d}"
+                f"{layer:5d}  {form:10s}  {float(mine.median()):10.2e} {float(mine.mean()):10.2e}  "
+                f"{float((plain / mine).median()):22.2f}  {float(ratio.value):5.3g} ± {float(ratio.error):.2g}"
+                f"  {float(size):10.3g}  {missed:11d}"
             )
+
+
+def _kl(steerings: list[Steering]) -> list[torch.Tensor]:
+    return [each.kl_others for each in steerings]
 
 
 if __name__ == "__main__":
