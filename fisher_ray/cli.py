@@ -560,20 +560,16 @@ def _size(count: float) -> str:
 
 def _status(given: dict[str, Any]) -> int:
     store, run = _opened(given["run"])
-    damaged = []
+    reading = Reading()
     try:
         progress: dict[str, Any] = store.read_sealed("progress.json")
     except FileNotFoundError:
         progress = {"state": "starting"}
     except DamagedError as error:
         progress = {"state": "unknown"}
-        damaged.append(str(error))
-    quarantine = []
-    for path in store.list("quarantine"):
-        try:
-            quarantine.append(store.read_sealed(path)["error"])
-        except DamagedError as error:
-            damaged.append(str(error))
+        reading.damaged.append(str(error))
+    notes = (reading(partial(store.read_sealed, path)) for path in store.list("quarantine"))
+    quarantine = [note["error"] for note in notes if note is not None]
     done = len(store.names("done"))
     holders = [store.read_sealed(path) for path in store.list("lease")][-1:]
     facts = {
@@ -586,7 +582,7 @@ def _status(given: dict[str, Any]) -> int:
     }
     if given["json"]:
         print(json.dumps(facts))
-        return _without(damaged)
+        return _without(reading.damaged)
     console = _console()
     heard = facts["seconds_since_written"]
     ago = "" if heard is None else f", {_clock(heard)} ago"
@@ -601,7 +597,7 @@ def _status(given: dict[str, Any]) -> int:
         console.print(f"driver: {facts['driver'] or 'none'}{actors}", highlight=False)
     for line in quarantine[:_NAMED]:
         console.print(f"given up: {line}", markup=False, highlight=False, soft_wrap=True)
-    return _without(damaged)
+    return _without(reading.damaged)
 
 
 def _verify(given: dict[str, Any]) -> int:
