@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.activations import NewGELUActivation
+from transformers.activations import ACT2CLS, NewGELUActivation
 
 from fisher_ray.head import Head
 
@@ -169,12 +169,53 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
+_POINTWISE = {nn.GELU} | {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+
+
 def fuse_activations(model: nn.Module) -> None:
-    """Exchange transformers' tanh GELU, eight tensors in the graph, for PyTorch's, one; the same function."""
+    """Have activations keep their slopes, and exchange transformers' tanh GELU for PyTorch's; the functions are the same."""
     for module in list(model.modules()):
         for child, activation in list(module.named_children()):
             if isinstance(activation, NewGELUActivation):
-                setattr(module, child, nn.GELU(approximate="tanh"))
+                activation = nn.GELU(approximate="tanh")
+            if type(activation) in _POINTWISE and not any(activation.parameters()):
+                setattr(module, child, Pointwise(activation))
+
+
+class Pointwise(nn.Module):
+    """A pointwise activation whose graph keeps its slope in place of its input.
+
+    Every backward pass of the many that a graph is for then multiplies, where it would compute the slope anew.
+    """
+
+    def __init__(self, activation: nn.Module):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _WithSlope.apply(x, self.activation)
+        return self.activation(x)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _WithSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: nn.Module) -> Tensor:
+        # This graph is gone at once: hooks on modules, and on what graphs keep, are not to see it.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            leaf = x.detach().requires_grad_()
+            y = activation.forward(leaf)
+            ctx.save_for_backward(*torch.autograd.grad(y, leaf, torch.ones_like(y)))
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None
 
 
 def find_blocks(decoder: nn.Module, num_layers: int, name: str) -> nn.ModuleList:
@@ -216,6 +257,32 @@ def on_stream(blocks: nn.ModuleList, layer: int, visit: Callable[[int, Tensor], 
         return args, {**kwargs, "hidden_states": visit(layer, kwargs["hidden_states"])}
 
     return blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+
+
+@contextmanager
+def block_calls(blocks: nn.ModuleList) -> Iterator[list[Callable[[Tensor], Tensor]]]:
+    """Collect, while a decoder runs, its calls of each block: functions from the stream that enters it to the one that leaves.
+
+    Masks, positions and whatever else a block is given are as they were.
+    """
+    calls: list[Callable[[Tensor], Tensor]] = []
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        others, named = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+        def again(stream: Tensor) -> Tensor:
+            output = block(stream, *others, **named)
+            leaving: Tensor = output[0] if isinstance(output, tuple) else output
+            return leaving
+
+        calls.append(again)
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def attention_reading(

@@ -9,19 +9,22 @@ is pulled back to
     ds_ti = P_ti (b_t . v_i - b_t . o_t)
     dq_t  = scale sum_i ds_ti k_i,    dk_t = scale ds_tt q_t,    dv_t = P_tt b_t.
 
-The function is registered with transformers as an attention implementation, so it serves every architecture that
-dispatches through ``AttentionInterface``. It knows four modes, set by :func:`attention_mode`:
+Queries go block by block and see no key behind their block's last (nor before their window), so half of the square is
+never computed. Of longer sequences only the log-sum-exp of each query's scores is kept and P is computed anew in each
+backward pass: memory grows with the sequence and not with its square.
 
-* ``plain``: ordinary causal attention with full gradients (the oracle, and each model's plain forward pass);
+The function is registered with transformers as an attention implementation, so it serves every architecture that
+dispatches through ``AttentionInterface``. It knows three modes, set by :func:`attention_mode`:
+
 * ``own``: own-position gradients, every token of the row a query;
-* ``record``: ``plain`` without a graph, remembering each layer's keys, values, mask and bias in a :class:`Context`;
+* ``record``: a forward pass without a graph that remembers each layer's keys, values, mask and bias in a :class:`Context`;
 * ``replay``: the queries are chosen (position, token) pairs, their off-diagonal keys and values come from a
   :class:`Context`, and only the diagonal is their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,9 +34,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 IMPLEMENTATION = "fisher_ray"
+
+# Queries of a block. On a CPU its scores should stay in cache (measured: 64 to 256 are alike, 512 a third slower at 2,048
+# tokens). On a GPU more fill the device: as many as have 2^27 scores, 512 MiB.
+_BLOCK = 128
+_GPU_SCORES = 1 << 27
+
+# The longest sequence whose attention weights are kept for the backward passes. Measured at GPT-2's width: to compute them
+# anew costs a backward pass 5 % at 1,024 tokens and 10 % at 2,048, and keeping them takes a quarter and half as much memory
+# as all else that the graph keeps.
+_KEPT = 1024
 
 # What transformers' attention modules hand over that changes nothing here: windows and causality arrive in the mask,
 # rotary positions are already in q and k, and the rest asks for outputs nobody reads.
@@ -44,13 +57,45 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 
 
+def kept_keys(seq_len: int) -> float:
+    """Attention weights that the graph of an own-position pass keeps a query and head, the mean over a sequence."""
+    if seq_len > _KEPT:
+        return 0.0
+    stops = torch.arange(seq_len) // _BLOCK * _BLOCK + _BLOCK
+    return float(stops.clamp_max(seq_len).double().mean())
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A mask by positions: made for a block of queries at a time, so that no [seq, seq] tensor ever is.
+
+    Attributes:
+        sees: transformers' mask function of (row of the batch, head, query's position, key's position).
+        batch: rows.
+        size: keys that a query sees at most, itself the last.
+    """
+
+    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    batch: int
+    size: int
+
+    def visible(self, queries: Int[Tensor, "#batch rows"], keys: slice) -> Bool[Tensor, "batch 1 rows keys"]:
+        row = torch.arange(self.batch, device=queries.device)[:, None, None, None]
+        key = torch.arange(keys.start, keys.stop, device=queries.device)
+        return self.sees(row, torch.zeros_like(row), queries[:, None, :, None], key).expand(self.batch, 1, -1, -1)
+
+
+# None is the plain causal mask.
+_Mask = Bool[Tensor, "#batch #heads seq seq"] | _Window | None
+
+
 @dataclass
 class _Layer:
     """Keys, values and position terms of one attention layer over a context."""
 
     key: Float[Tensor, "batch kv_heads seq head_dim"]
     value: Float[Tensor, "batch kv_heads seq value_dim"]
-    mask: Bool[Tensor, "#batch #heads seq seq"] | None
+    mask: _Mask
     bias: Float[Tensor, "#batch heads seq seq"] | None
     broken: Bool[Tensor, "batch 1 1 seq"] | None
 
@@ -64,7 +109,7 @@ class Context:
 
 @dataclass(frozen=True)
 class _Mode:
-    name: Literal["plain", "own", "record", "replay"] = "plain"
+    name: Literal["own", "record", "replay"] = "own"
     context: Context | None = None
     positions: Int[Tensor, "batch queries"] | None = None
 
@@ -75,7 +120,7 @@ _MODE: ContextVar[_Mode] = ContextVar("fisher_ray_attention_mode", default=_Mode
 @contextmanager
 def attention_mode(
     model: nn.Module,
-    name: Literal["plain", "own", "record", "replay"],
+    name: Literal["own", "record", "replay"],
     context: Context | None = None,
     positions: Int[Tensor, "batch queries"] | None = None,
 ) -> Iterator[None]:
@@ -95,12 +140,36 @@ def attention_mode(
         _MODE.reset(token)
 
 
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> _Window | Tensor | None:
+    """The mask that transformers asks for: None, a window where it is given by positions alone, else a tensor."""
+    plain = allow_is_causal_skip and attention_mask is None and q_length == kv_length and q_offset == kv_offset == 0
+    if plain and local_size is not None and kv_length > local_size:
+        return _Window(mask_function, batch_size, local_size)
+    made: Tensor | None = sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip, **kwargs,
+    )  # fmt: skip
+    return made
+
+
 def _attention(
     module: nn.Module,
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys value_dim"],
-    attention_mask: Bool[Tensor, "#batch #heads queries keys"] | None,
+    attention_mask: Bool[Tensor, "#batch #heads queries keys"] | _Window | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -119,13 +188,11 @@ def _attention(
     if dropout:
         raise ValueError(f"attention dropout must be 0, got {dropout}. Call model.eval() first.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mode = _MODE.get()
-    causal = getattr(module, "is_causal", True)
-    if not causal or mode.name == "plain":  # cross-attention and encoders carry constants: nothing to isolate
-        mask = _visible(query, key, attention_mask, causal)
-        probs = _probabilities(query, key, scale, softcap, s_aux, position_bias, mask)
-        return _transposed(_weighted(probs, value)), None
+    if not getattr(module, "is_causal", True):  # cross-attention carries constants: nothing to isolate
+        assert attention_mask is None or isinstance(attention_mask, Tensor)
+        return _over_constants(query * scale, key, value, attention_mask, softcap, s_aux, position_bias), None
 
+    mode = _MODE.get()
     own_key, own_value, where = key, value, None
     broken = _broken(key, value)
     if mode.name == "replay":
@@ -136,33 +203,20 @@ def _attention(
             raise RuntimeError(f"{type(module).__name__} attends in replay but did not in recording") from None
         where = mode.positions.to(query.device)  # blocks may be on several devices
         key, value, broken = layer.key, layer.value, layer.broken
-        attention_mask, position_bias = _rows(layer.mask, where), _rows(layer.bias, where)
+        attention_mask, position_bias = layer.mask, layer.bias
     else:
-        attention_mask = _visible(query, key, attention_mask, causal)
         if broken is not None:
             key, value = (x.masked_fill(broken.mT, 0.0) for x in (key, value))
         if mode.name == "record":
             assert mode.context is not None
             mode.context.layers[module] = _Layer(key, value, attention_mask, position_bias, broken)
+    seen = _Seen(where, attention_mask, query.shape[2], key.shape[2])
     out = _OwnPosition.apply(
-        query,
-        own_key,
-        own_value,
-        key.detach(),
-        value.detach(),
-        where,
-        attention_mask,
-        position_bias,
-        s_aux,
-        scale,
-        softcap,
+        query, own_key, own_value, key.detach(), value.detach(), seen, position_bias, s_aux, scale, softcap
     )
     if broken is not None:
-        seen = attention_mask & broken if attention_mask is not None else broken
-        if where is not None:
-            seen = seen.expand(-1, -1, query.shape[2], -1).scatter(-1, where[:, None, :, None], False)
-        out = out.masked_fill(seen.any(-1, keepdim=True), torch.nan)
-    return _transposed(out), None
+        out = out.masked_fill(seen.any_of(broken, query), torch.nan)
+    return out.transpose(1, 2), None
 
 
 def _broken(key: Tensor, value: Tensor) -> Bool[Tensor, "batch 1 1 keys"] | None:
@@ -175,11 +229,119 @@ def _broken(key: Tensor, value: Tensor) -> Bool[Tensor, "batch 1 1 keys"] | None
     return ~(key.isfinite().all(-1) & value.isfinite().all(-1)).all(1)[:, None, None]
 
 
-_Own = tuple[Tensor | None, Tensor | None]  # the queries' own keys, and their positions in the context
+def _over_constants(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Float[Tensor, "batch queries heads value_dim"]:
+    """Ordinary attention of queries, scaled already, over keys and values that no gradient asks for."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    scores = query @ key.mT
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    total = scores.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        total = total.logaddexp(sinks.to(total).view(-1, 1, 1))
+    return ((scores - total).exp().to(value.dtype) @ value).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Which keys queries see, block by block.
+
+    Attributes:
+        where: positions of the queries among the keys, [batch, queries]; None: the queries are the keys' own, in order.
+        mask: of all positions.
+    """
+
+    where: Int[Tensor, "batch queries"] | None
+    mask: _Mask
+    queries: int
+    keys: int
+
+    def blocks(self, rows: int) -> Iterator[tuple[slice, slice]]:
+        """Queries, and the keys that some of them may see."""
+        for start in range(0, self.queries, rows):
+            stop = min(start + rows, self.queries)
+            if self.where is not None or isinstance(self.mask, Tensor):
+                yield slice(start, stop), slice(0, self.keys)
+            else:
+                first = max(0, start + 1 - self.mask.size) if self.mask is not None else 0
+                yield slice(start, stop), slice(first, stop)
+
+    def visible(self, rows: slice, keys: slice, device: torch.device) -> Bool[Tensor, "#batch #heads rows keys"]:
+        if isinstance(self.mask, Tensor):
+            return self.rows_of(self.mask, rows, keys)
+        at = torch.arange(rows.start, rows.stop, device=device)[None] if self.where is None else self.where[:, rows]
+        if self.mask is not None:
+            return self.mask.visible(at, keys)
+        return torch.arange(keys.start, keys.stop, device=device) <= at[:, None, :, None]
+
+    def hide(self, scores: Float[Tensor, "batch heads rows keys"], rows: slice, keys: slice) -> None:
+        """Set the scores of keys that are not seen to -inf."""
+        if self.mask is None and self.where is None:  # all of the keys before the block are seen
+            scores, keys = scores[..., rows.start - keys.start :], rows
+        scores.masked_fill_(~self.visible(rows, keys, scores.device), -torch.inf)
+
+    def rows_of(self, square: Tensor, rows: slice, keys: slice) -> Tensor:
+        """The block of a [#batch, #heads, seq, seq] mask or bias."""
+        if self.where is None:
+            return square[:, :, rows, keys]
+        at = self.where[:, rows]
+        square = square.expand(at.shape[0], -1, -1, -1)
+        return square.gather(2, at[:, None, :, None].expand(-1, square.shape[1], -1, square.shape[-1]))
+
+    def any_of(self, broken: Bool[Tensor, "batch 1 1 keys"], query: Tensor) -> Bool[Tensor, "#batch #heads queries 1"]:
+        """Whether a query sees any of the broken keys; its own, in replay, is its own affair."""
+        found = []
+        for rows, keys in self.blocks(_rows(query, self.keys)):
+            seen = self.visible(rows, keys, query.device) & broken[..., keys]
+            if self.where is not None:
+                own = self.where[:, None, rows, None].expand(-1, seen.shape[1], -1, -1)
+                seen = seen.expand(len(own), -1, -1, -1).scatter(-1, own, False)
+            found.append(seen.any(-1, keepdim=True))
+        return torch.cat(found, 2)
+
+    def own(self, block: Float[Tensor, "batch heads rows keys"], rows: slice, keys: slice) -> Tensor:
+        """[batch, heads, rows]: each query's entry at its own position."""
+        if self.where is None:
+            return block.diagonal(rows.start - keys.start, -2, -1)
+        return block.gather(-1, self._index(block, rows)).squeeze(-1)
+
+    def set_own(self, block: Float[Tensor, "batch heads rows keys"], rows: slice, own: Tensor) -> None:
+        """Replace, in replay, each query's entry at its own position."""
+        block.scatter_(-1, self._index(block, rows), own[..., None].to(block.dtype))
+
+    def _index(self, block: Tensor, rows: slice) -> Tensor:
+        assert self.where is not None
+        return self.where[:, None, rows, None].expand(-1, block.shape[1], -1, 1)
+
+    def take(self, per_key: Float[Tensor, "batch kv_heads keys dim"]) -> Float[Tensor, "batch kv_heads queries dim"]:
+        """In replay: what the context has at the queries' positions."""
+        assert self.where is not None
+        return per_key.gather(2, self.where[:, None, :, None].expand(-1, per_key.shape[1], -1, per_key.shape[-1]))
+
+
+def _rows(query: Float[Tensor, "batch heads queries head_dim"], keys: int) -> int:
+    """Queries of a block."""
+    return max(_BLOCK, _GPU_SCORES // (query.shape[0] * query.shape[1] * keys) if query.is_cuda else 0)
 
 
 class _OwnPosition(torch.autograd.Function):
-    """Explicit own-position attention; the graph keeps P and no other [queries, keys] tensor (two with soft-capping)."""
+    """Own-position attention in blocks of queries; the graph keeps P of short sequences, and no other [queries, keys] tensor.
+
+    Its backward pass is linear in the cotangent and may be differentiated in that, not in queries, keys or values.
+    """
 
     @staticmethod
     def forward(
@@ -189,134 +351,118 @@ class _OwnPosition(torch.autograd.Function):
         own_value: Tensor,
         key: Tensor,
         value: Tensor,
-        where: Tensor | None,
-        mask: Tensor | None,
+        seen: _Seen,
         bias: Tensor | None,
         sinks: Tensor | None,
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        probs = _probabilities(query, key, scale, softcap, sinks, bias, mask, (own_key, where))
-        group = query.shape[1] // key.shape[1]
-        own_prob = _own_entries(probs, where)
-        out = _weighted(probs, value)
-        if where is not None:  # the context's value at the query's own position belongs to the observed token
-            observed = _take(value, where)
-            out = out + own_prob[..., None] * (own_value - observed).repeat_interleave(group, 1)
-        slope = None
-        if softcap is not None:
-            raw = _raw_scores(query, key, scale, (own_key, where))
-            slope = raw.div_(softcap).tanh_().square_().neg_().add_(1)
-        ctx.save_for_backward(query, own_key, own_value, key, value, where, probs, out, slope)
-        ctx.scale = scale
+        batch, heads, queries, _ = query.shape
+        group = heads // key.shape[1]
+        scaled, key, value = query * scale, key.contiguous(), value.contiguous()
+        out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)  # as the caller wants it
+        replayed = seen.where is not None
+        own_score = (scaled * _each_head(own_key, group)).sum(-1) if replayed else None
+        block = _Scores(seen, own_score, bias, softcap)
+        moved = _each_head(own_value - seen.take(value), group) if replayed else None
+        log_total = scaled.new_empty(batch, heads, queries, 1, dtype=torch.promote_types(query.dtype, torch.float32))
+        kept: list[Tensor] = []
+        for rows, keys in seen.blocks(_rows(query, key.shape[2])):
+            scores, slope = block(scaled, key, rows, keys)
+            highest = scores.amax(-1, keepdim=True)
+            if sinks is not None:  # a learned score that takes probability and gives no value
+                sink = sinks.to(scores.dtype).view(-1, 1, 1)
+                highest = highest.maximum(sink)
+            weights = scores.sub_(highest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            if sinks is not None:
+                total += (sink - highest).exp()
+            log_total[:, :, rows] = highest + total.log()
+            probs = weights.div_(total).to(query.dtype)
+            out[:, :, rows] = _product(probs, value[:, :, keys])
+            if moved is not None:  # the context's value at the query's own position belongs to the observed token
+                out[:, :, rows] += seen.own(probs, rows, keys)[..., None] * moved[:, :, rows]
+            if key.shape[2] <= _KEPT:
+                kept += [probs] if slope is None else [probs, slope]
+        ctx.save_for_backward(scaled, own_key, own_value, key, value, out, log_total, *kept)
+        ctx.block, ctx.scale, ctx.in_block = block, scale, 1 if softcap is None else 2
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, own_key, own_value, key, value, where, probs, out, slope = ctx.saved_tensors
-        group = query.shape[1] // key.shape[1]
-        batch, heads, queries, _ = query.shape
-        own_prob = _own_entries(probs, where)
-        dscores = (_grouped(grad, group) @ value.transpose(-1, -2)).view(batch, heads, queries, -1)
-        if where is not None:
-            own = (grad * own_value.repeat_interleave(group, 1)).sum(-1)
-            dscores.scatter_(-1, _index(where, heads), own[..., None])
-        dscores.sub_((grad * out).sum(-1, keepdim=True)).mul_(probs)
-        if slope is not None:
-            dscores.mul_(slope)
-        own_dscore = _own_entries(dscores, where)[..., None] * ctx.scale
-        dkey = (own_dscore * query).unflatten(1, (-1, group)).sum(2)
-        dvalue = (own_prob[..., None] * grad).unflatten(1, (-1, group)).sum(2)
-        dquery = (_grouped(dscores, group) @ key).view(query.shape).mul_(ctx.scale)
-        if where is not None:
-            observed = _take(key, where)
-            dquery += own_dscore * (own_key - observed).repeat_interleave(group, 1)
-        return dquery, dkey, dvalue, *(None,) * 8
+        saved: list[Tensor] = [tensor.detach() for tensor in ctx.saved_tensors]
+        scaled, own_key, own_value, key, value, out, log_total, *kept = saved
+        block, seen = ctx.block, ctx.block.seen
+        group = scaled.shape[1] // key.shape[1]
+        replayed = seen.where is not None
+        own_rise = (grad * _each_head(own_value, group)).sum(-1) if replayed else None
+        mean_rise = (grad * out).sum(-1, keepdim=True)
+        dqueries, own_probs, own_dscores = [], [], []
+        for i, (rows, keys) in enumerate(seen.blocks(_rows(scaled, key.shape[2]))):
+            if kept:
+                probs, slope = (*kept[i * ctx.in_block : (i + 1) * ctx.in_block], None)[:2]
+            else:
+                scores, slope = block(scaled, key, rows, keys)
+                probs = scores.sub_(log_total[:, :, rows]).exp_().to(scaled.dtype)
+            dscores = _product(grad[:, :, rows], value[:, :, keys].mT)
+            if own_rise is not None:
+                seen.set_own(dscores, rows, own_rise[:, :, rows])
+            dscores.sub_(mean_rise[:, :, rows]).mul_(probs)
+            if slope is not None:
+                dscores.mul_(slope)
+            dqueries.append(_product(dscores, key[:, :, keys]))
+            own_probs.append(seen.own(probs, rows, keys))
+            own_dscores.append(seen.own(dscores, rows, keys))
+        dquery, own_prob, own_dscore = (
+            parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (dqueries, own_probs, own_dscores)
+        )
+        if replayed:
+            dquery += own_dscore[..., None] * _each_head(own_key - seen.take(key), group)
+        dkey = _each_group(own_dscore[..., None] * scaled, group)
+        dvalue = _each_group(own_prob[..., None] * grad, group)
+        return dquery.mul_(ctx.scale), dkey, dvalue, *(None,) * 7
 
 
-def _raw_scores(query: Tensor, key: Tensor, scale: float, own: _Own = (None, None)) -> Tensor:
-    """scale q . k, [batch, heads, queries, keys]; in replay the own entry is the query's own key's."""
-    own_key, where = own
-    group = query.shape[1] // key.shape[1]
-    scores = (_grouped(query, group) @ key.transpose(-1, -2)).view(*query.shape[:3], key.shape[2])
-    if own_key is not None and where is not None:
-        own_score = (query * own_key.repeat_interleave(group, 1)).sum(-1, keepdim=True)
-        scores = scores.scatter_(-1, _index(where, query.shape[1]), own_score)
-    return scores * scale
+@dataclass(frozen=True)
+class _Scores:
+    """Attention scores of a block of queries, and the slope of their soft-capping."""
+
+    seen: _Seen
+    own: Float[Tensor, "batch heads queries"] | None
+    bias: Float[Tensor, "#batch heads seq seq"] | None
+    softcap: float | None
+
+    def __call__(self, query: Tensor, key: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
+        scores, slope = _product(query[:, :, rows], key[:, :, keys].mT), None
+        if self.own is not None:  # the query's own key in place of the observed token's
+            self.seen.set_own(scores, rows, self.own[:, :, rows])
+        if self.softcap is not None:
+            capped = scores.div_(self.softcap).tanh_()
+            slope = 1 - capped.square()
+            scores = capped * self.softcap
+        if self.bias is not None:
+            scores += self.seen.rows_of(self.bias, rows, keys)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        self.seen.hide(scores, rows, keys)
+        return scores, slope
 
 
-def _probabilities(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    own: _Own = (None, None),
-) -> Tensor:
-    """Attention weights [batch, heads, queries, keys] in the dtype of the query, the softmax at least in float32."""
-    scores = _raw_scores(query, key, scale, own)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:  # a learned logit that takes probability and gives no value
-        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1].to(query.dtype)
-    return scores.softmax(-1).to(query.dtype)
+def _product(per_head: Tensor, per_key_head: Tensor) -> Float[Tensor, "batch heads rows x"]:
+    """``per_head [batch, heads, rows, n] @ per_key_head [batch, kv_heads, n, x]``, one product a key head."""
+    batch, heads, rows, n = per_head.shape
+    grouped = per_head.reshape(batch, per_key_head.shape[1], -1, n) @ per_key_head
+    return grouped.view(batch, heads, rows, -1)
 
 
-def _visible(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-    """The boolean mask of keys a query sees; transformers hands over None for the plain causal one."""
-    if mask is not None or not causal:
-        return mask
-    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+def _each_head(per_key_head: Tensor, group: int) -> Tensor:
+    """[batch, kv_heads, ...] for each of the heads."""
+    return per_key_head if group == 1 else per_key_head.repeat_interleave(group, 1)
 
 
-def _grouped(per_head: Tensor, group: int) -> Tensor:
-    """[batch, heads, queries, x] -> [batch, kv_heads, group * queries, x]: one product a key head."""
-    return per_head.reshape(per_head.shape[0], per_head.shape[1] // group, -1, per_head.shape[-1])
-
-
-def _weighted(probs: Tensor, value: Tensor) -> Tensor:
-    """Sums of the values under the attention weights, [batch, heads, queries, value_dim]."""
-    out = _grouped(probs, probs.shape[1] // value.shape[1]) @ value
-    return out.view(*probs.shape[:3], value.shape[-1])
-
-
-def _index(where: Tensor, heads: int) -> Tensor:
-    return where[:, None, :, None].expand(-1, heads, -1, 1)
-
-
-def _own_entries(scores: Tensor, where: Tensor | None) -> Tensor:
-    """[batch, heads, queries]: the entry of each query's own position."""
-    if where is None:
-        return scores.diagonal(dim1=-2, dim2=-1)
-    return scores.gather(-1, _index(where, scores.shape[1])).squeeze(-1)
-
-
-def _take(per_key: Tensor, where: Tensor) -> Tensor:
-    """Rows of [batch, kv_heads, keys, dim] at the queries' positions."""
-    index = where[:, None, :, None].expand(-1, per_key.shape[1], -1, per_key.shape[-1])
-    return per_key.gather(2, index)
-
-
-def _rows(square: Tensor | None, where: Tensor) -> Tensor | None:
-    """Rows of a [#batch, #heads, seq, seq] mask or bias at the queries' positions."""
-    if square is None:
-        return None
-    square = square.expand(where.shape[0], -1, -1, -1)
-    index = where[:, None, :, None].expand(-1, square.shape[1], -1, square.shape[-1])
-    return square.gather(2, index)
-
-
-def _transposed(per_head: Tensor) -> Tensor:
-    return per_head.transpose(1, 2).contiguous()
+def _each_group(per_head: Tensor, group: int) -> Tensor:
+    """[batch, heads, ...] summed over the heads of each key head."""
+    return per_head if group == 1 else per_head.unflatten(1, (-1, group)).sum(2)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)

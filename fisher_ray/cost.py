@@ -24,7 +24,7 @@ from fisher_ray.scores import Pass, TokenSource
 from fisher_ray.sketch import sketch_flop
 from fisher_ray.spectrum import factor_eigenvalues
 from fisher_ray.split import Gradients, SplitModel
-from fisher_ray.sums import sums_memory
+from fisher_ray.sums import square_flop, sums_memory
 
 Save = Literal["summary", "factors", "matrices"]
 
@@ -193,7 +193,7 @@ class Cost:
         """flop of the matrix products: passes, logits and cotangents, the sums of F, F / tr F and h h^T.
 
         With P flop a token and forward pass, B a token and backward pass from the lowest layer, all positions scored and
-        sampled: ``P + R B + 4 V d + L d^2 (4 R + 2)``.
+        sampled: ``P + R B + 4 V d + L (2 R + 1) d (d + w)`` with strips of w columns, see :func:`fisher_ray.sums.square_flop`.
         """
         return sum(self._work)
 
@@ -415,7 +415,7 @@ class Cost:
                 head.predict(z[:1])
         with _counted(self.model.name) as each_layer, torch.no_grad():
             factor_eigenvalues(self._pass(1).averaged(factors, draws))
-        row = 2 * d * d if self.sketch is None else sketch_flop(self.sketch, d)
+        row = square_flop(d) if self.sketch is None else sketch_flop(self.sketch, d)
         products = (2 * self._rows + draws) * row + (2 * self._rows * d * d if self.save == "matrices" else 0)
         return once.get_total_flops() + layers * (each_layer.get_total_flops() + products)
 

@@ -75,10 +75,16 @@ class Draws:
         n, vocab_size = weights.shape
         width = max(1, round(vocab_size**0.5))
         num_blocks = -(-vocab_size // width)
-        blocks = torch.nn.functional.pad(weights, (0, num_blocks * width - vocab_size)).view(n, num_blocks, width)
-        block = self._race(blocks.sum(-1)[:, None], num_samples, range(num_blocks))
-        inside = blocks.gather(1, block[..., None].expand(-1, -1, width))
-        return block * width + self._race(inside, num_samples, range(num_blocks, num_blocks + width))
+        last = (num_blocks - 1) * width
+        totals = [
+            weights[:, :last].unflatten(1, (num_blocks - 1, width)).sum(-1),
+            weights[:, last:].sum(-1, keepdim=True),
+        ]
+        first = width * self._race(torch.cat(totals, 1)[:, None], num_samples, range(num_blocks))
+        inside = first[..., None] + torch.arange(width, device=weights.device)
+        behind = inside >= vocab_size
+        few = weights.gather(1, inside.masked_fill_(behind, 0).flatten(1)).view(n, num_samples, width)
+        return first + self._race(few.masked_fill_(behind, 0.0), num_samples, range(num_blocks, num_blocks + width))
 
     def _race(self, weights: Tensor, num_samples: int, lanes: range) -> Tensor:
         """argmax(log w + Gumbel) = argmin(exponential / w), which needs one logarithm fewer."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ from fisher_ray.split import SplitModel, Tape, full_precision
 TokenSource = Literal["observed", "sampled"]
 
 # Fewer rows than this leave a matrix product waiting for the weights: chosen positions are then repeated, each copy
-# with a cotangent of its own.
+# with a cotangent of its own; and where memory holds no graph of twice as many tokens, none of a whole model is built.
 _FULL_PRODUCT = 256
 
 
@@ -388,11 +389,29 @@ class Pass:
         )
         if model.gradients == "per_position":
             return kept + queries * self.copies(queries) * longest * model.graph_bytes(longest, self.layers[0])
+        token = model.graph_bytes(longest, self.layers[0])
+        if self.walks:
+            blocks = model.num_layers - self.layers[0]
+            token = model.graph_bytes(longest, model.num_layers - 1) + blocks * model.d_model * model.dtype.itemsize
+            kept += queries * self.num_factors * model.d_model * model.dtype.itemsize
         if self.whole(rows, positions):
-            return kept + len(rows) * longest * model.graph_bytes(longest, self.layers[0])
+            return kept + len(rows) * longest * token
         context = len(rows) * longest * 2 * model.d_model * model.num_layers * model.dtype.itemsize
         widest = len(rows) * max(map(len, positions)) * draws
-        return kept + context + widest * self.copies(queries) * model.graph_bytes(longest, self.layers[0])
+        return kept + context + widest * self.copies(queries) * token
+
+    @cached_property
+    def walks(self) -> bool:
+        """Whether blocks are run again from the top down, one graph at a time, in place of one graph of them all.
+
+        That is one more forward pass, and is done where the budget holds no graph of the longest sequence, or of tokens
+        enough for matrix products to be full.
+        """
+        if self.model.gradients == "per_position" or self.model.num_layers - self.layers[0] < 2:
+            return False
+        longest = max(map(len, self.rows))
+        tokens = min(max(longest, 2 * _FULL_PRODUCT), sum(map(len, self.rows)))
+        return tokens * self.model.graph_bytes(longest, self.layers[0]) > self.budget
 
     def copies(self, queries: int) -> int:
         """Copies of each query, so that one backward pass pulls as many cotangents as fill a matrix product."""
@@ -506,7 +525,7 @@ class Pass:
         fed = tokens[row, position][:, None]
         alone = model.gradients == "per_position"
         if not alone and self.whole(batch.rows, batch.positions):
-            return model.own_tape(tokens, encoded, self.layers, (row, position)), fed, 1
+            return model.own_tape(tokens, encoded, self.layers, (row, position), self.walks), fed, 1
 
         context, z = (None, model.states(tokens, encoded)) if alone else model.record(tokens, encoded)
         if self.draws_tokens:
@@ -529,8 +548,10 @@ class Pass:
             torch.zeros_like(tokens[:, :1]).repeat(1, shape[1]),
         )
         query_token[flat_row, column], query_position[flat_row, column] = flat_fed, flat_position
-        where = (flat_row, column)
-        return model.replay_tape(query_token, query_position, context, encoded, self.layers, where), fed, copies
+        tape = model.replay_tape(
+            query_token, query_position, context, encoded, self.layers, (flat_row, column), walk=self.walks
+        )
+        return tape, fed, copies
 
     def _drawn(self, z: Float[Tensor, "N d_z"], draws: Draws) -> Int[Tensor, "N D"]:
         """Tokens drawn from p(. | x_<t) at the final hidden states before each position."""
@@ -556,13 +577,11 @@ class Pass:
         """Score factors [n, R, d_model] a layer: one backward pass for every ``copies`` cotangents."""
         n, num_factors, d_z = cotangents.shape
         factors = {layer: cotangents.new_empty(n, num_factors, self.model.d_model) for layer in self.layers}
-        for some in _slices(num_factors, copies):
-            group = cotangents[:, some]
-            count = group.shape[1]
-            if count < copies:
-                group = torch.cat([group, group.new_zeros(n, copies - count, d_z)], 1)
-            for layer, pulled in tape.pull(group.reshape(n * copies, d_z)).items():
-                factors[layer][:, some] = pulled.unflatten(0, (n, copies))[:, :count].to(factors[layer].dtype)
+        together = list(_slices(num_factors, copies))
+        groups = [torch.nn.functional.pad(cotangents[:, some], (0, 0, 0, copies))[:, :copies] for some in together]
+        for layer, i, pulled in tape.pull_each([group.reshape(n * copies, d_z) for group in groups]):
+            some = together[i]
+            factors[layer][:, some] = pulled.unflatten(0, (n, copies))[:, : some.stop - some.start]
         return factors
 
     def averaged(self, factors: Float[Tensor, "n R d_model"], num_draws: int) -> Float[Tensor, "N R_D d_model"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -25,13 +25,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisher_ray.architecture import (
     ModelError,
     ModelFacts,
+    block_calls,
     find_blocks,
     find_head,
     fuse_activations,
     load_pretrained,
     on_stream,
 )
-from fisher_ray.attention import Context, attention_mode
+from fisher_ray.attention import Context, attention_mode, kept_keys
 
 Gradients = Literal["own_position", "per_position"]
 
@@ -76,6 +77,8 @@ class SelfCheck:
 class Tape:
     """A forward pass that remembers how to pull cotangents back, for ``n`` queries of a padded batch.
 
+    Its graph is that of all blocks from the lowest layer up.
+
     Attributes:
         z: [n, d_z], final hidden states.
         streams: per layer [n, d_model], the residual streams.
@@ -88,10 +91,17 @@ class Tape:
 
     def pull(self, cotangents: Float[Tensor, "n d_z"]) -> dict[int, Float[Tensor, "n d_model"]]:
         """``J_z^T`` applied to one cotangent a query, at every layer, by one backward pass."""
-        padded = torch.zeros_like(self._z)
-        padded[self._where] = cotangents.to(padded.dtype)
-        grads = torch.autograd.grad(self._z, list(self._streams.values()), padded, retain_graph=True)
-        return {layer: self._gathered(grad) for layer, grad in zip(self._streams, grads, strict=True)}
+        return {layer: pulled for layer, _, pulled in self.pull_each([cotangents])}
+
+    def pull_each(
+        self, cotangents: Sequence[Float[Tensor, "n d_z"]]
+    ) -> Iterator[tuple[int, int, Float[Tensor, "n d_model"]]]:
+        """The same for several: (layer, which of them, pulled) in any order."""
+        for i, each in enumerate(cotangents):
+            padded = self._padded(each, self._z)
+            grads = torch.autograd.grad(self._z, list(self._streams.values()), padded, retain_graph=True)
+            for layer, grad in zip(self._streams, grads, strict=True):
+                yield layer, i, self._gathered(grad)
 
     def push(self, layer: int, directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "n k d_z"]:
         """``J_z v``: how fast z moves as the stream at ``layer`` moves along each of k directions, at every query.
@@ -100,22 +110,72 @@ class Tape:
         Costs one backward pass, and one of that pass, about twice as much, a direction.
         """
         stream = self._streams[layer]
-        row, column = (index.to(stream.device) for index in self._where)
         cotangent = torch.zeros_like(self._z).requires_grad_()
         with torch.enable_grad():
             (pulled,) = torch.autograd.grad(self._z, stream, cotangent, create_graph=True)
         moved = []
         for direction in directions.to(stream):
-            tangent = torch.zeros_like(pulled)
-            tangent[row, column] = direction
+            tangent = self._padded(direction, pulled)
             (pushed,) = torch.autograd.grad(pulled, cotangent, tangent, retain_graph=True)
             moved.append(pushed[self._where])
         return torch.stack(moved, 1)
+
+    def _padded(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Zero but for the queries' rows."""
+        row, column = (index.to(like.device) for index in self._where)
+        padded = torch.zeros_like(like)
+        padded[row, column] = rows.to(padded)
+        return padded
 
     def _gathered(self, padded: Tensor) -> Tensor:
         """The queries' rows, on z's device; a stream and its gradient live where the block below left them."""
         row, column = (index.to(padded.device) for index in self._where)
         return padded[row, column].to(self._z.device)
+
+
+class Walk(Tape):
+    """A tape of few bytes: it keeps what enters each block, and runs the blocks again to pull cotangents, from the top down.
+
+    One block's graph is held at a time. Costs one more forward pass of the blocks above the lowest layer, however many
+    cotangents are pulled. What reaches other positions than a query's own is dropped on the way, which changes nothing: none
+    of it returns.
+
+    Args:
+        z: with the graph of what stands above the blocks.
+        inputs: what enters each block from the lowest layer up, and last what leaves the last one, a leaf of z's graph.
+        calls: of the blocks.
+        layers: those of ``streams``.
+        attending: the attention mode of a pass.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        inputs: Mapping[int, Tensor],
+        where: tuple[Tensor, Tensor],
+        calls: Sequence[Callable[[Tensor], Tensor]],
+        layers: Sequence[int],
+        attending: Callable[[], AbstractContextManager[Any]],
+    ):
+        super().__init__(z, {layer: inputs[layer] for layer in layers}, where)
+        self._inputs, self._calls, self._attending = dict(inputs), calls, attending
+
+    def pull_each(
+        self, cotangents: Sequence[Float[Tensor, "n d_z"]]
+    ) -> Iterator[tuple[int, int, Float[Tensor, "n d_model"]]]:
+        pulled = list(cotangents)
+        for layer in sorted(self._inputs, reverse=True):
+            entering, above = self._inputs[layer], self._z
+            if layer < len(self._calls):
+                entering = entering.detach().requires_grad_()
+                with torch.enable_grad(), self._attending():
+                    above = self._calls[layer](entering)
+            for i, each in enumerate(pulled):
+                (grad,) = torch.autograd.grad(above, entering, self._padded(each, above), retain_graph=True)
+                pulled[i] = self._gathered(grad)
+                if layer in self._streams:
+                    yield layer, i, pulled[i]
+            del entering, above, grad  # this block's graph, before the next one's grows
 
 
 _SLOW_PATH = "Pass gradients='per_position' (--gradients per_position): slower, right for any causal model."
@@ -128,8 +188,8 @@ class _ReachedError(Exception):
 class SplitModel:
     """A transformers causal LM (or T5-like encoder-decoder) that can be cut before any block.
 
-    The weights are frozen and dropout is off from here on; ``NewGELUActivation`` is exchanged for PyTorch's fused tanh
-    GELU, the same function.
+    The weights are frozen and dropout is off from here on; activations are exchanged for ones that keep their slopes, the
+    same functions.
 
     Args:
         model: a loaded ``PreTrainedModel`` with an output head.
@@ -246,11 +306,10 @@ class SplitModel:
         encoded: Mapping[str, Tensor],
         layers: Sequence[int],
         where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]],
+        walk: bool = False,
     ) -> Tape:
         """All tokens are queries; the tape holds those at ``where = (row, position)``."""
-        with torch.enable_grad(), attention_mode(self.model, "own"):
-            streams, z = self._run(input_ids, encoded, layers)
-        return Tape(z, streams, where)
+        return self._taped(walk, lambda: attention_mode(self.model, "own"), input_ids, encoded, layers, where)
 
     def replay_tape(
         self,
@@ -261,11 +320,19 @@ class SplitModel:
         layers: Sequence[int],
         where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]],
         hidden: tuple[int, Tensor] | None = None,
+        walk: bool = False,
     ) -> Tape:
         """Chosen (position, token) queries over a recorded context; the tape holds those at ``where = (row, column)``."""
-        with torch.enable_grad(), attention_mode(self.model, "replay", context, positions):
-            streams, z = self._run(token, encoded, layers, positions, hidden)
-        return Tape(z, streams, where)
+        return self._taped(
+            walk,
+            lambda: attention_mode(self.model, "replay", context, positions),
+            token,
+            encoded,
+            layers,
+            where,
+            positions,
+            hidden,
+        )
 
     def alone_tape(
         self,
@@ -274,11 +341,32 @@ class SplitModel:
         layers: Sequence[int],
         last: Int[Tensor, " n"],
         hidden: tuple[int, Tensor] | None = None,
+        walk: bool = False,
     ) -> Tape:
         """One row a query, whose score is taken at position ``last``: ordinary autograd, right for any causal model."""
-        with torch.enable_grad():
-            streams, z = self._run(input_ids, encoded, layers, hidden=hidden)
-        return Tape(z, streams, (torch.arange(len(last), device=last.device), last))
+        where = (torch.arange(len(last), device=last.device), last)
+        return self._taped(walk, nullcontext, input_ids, encoded, layers, where, hidden=hidden)
+
+    def _taped(
+        self,
+        walk: bool,
+        attending: Callable[[], AbstractContextManager[Any]],
+        input_ids: Tensor,
+        encoded: Mapping[str, Tensor],
+        layers: Sequence[int],
+        where: tuple[Tensor, Tensor],
+        positions: Tensor | None = None,
+        hidden: tuple[int, Tensor] | None = None,
+    ) -> Tape:
+        lowest = min(layers)
+        if not walk:
+            with torch.enable_grad(), attending():
+                streams, z = self._run(input_ids, encoded, layers, positions, hidden, leaf=lowest)
+            return Tape(z, streams, where)
+        with torch.enable_grad(), attending(), block_calls(self.blocks) as calls:
+            every = range(lowest, self.num_layers + 1)
+            inputs, z = self._run(input_ids, encoded, every, positions, hidden, leaf=self.num_layers)
+        return Walk(z, inputs, where, calls, layers, attending)
 
     def tape(
         self,
@@ -401,19 +489,19 @@ class SplitModel:
         positions: Tensor | None = None,
         hidden: tuple[int, Tensor] | None = None,
         stop: int | None = None,
+        leaf: int | None = None,
     ) -> tuple[dict[int, Tensor], Tensor]:
         """One pass of the decoder: the streams at ``layers``, each on the device it is on there, and z on the head's.
 
-        The stream at the lowest of ``layers`` becomes a leaf when gradients are on, so no graph grows below it.
-        ``hidden = (layer, stream)`` replaces the stream there.
+        The stream at ``leaf`` becomes a leaf of the graph, which does not grow below it. ``hidden = (layer, stream)``
+        replaces the stream there.
         """
         streams: dict[int, Tensor] = {}
-        lowest = min(layers, default=None)
 
         def visit(layer: int, stream: Tensor) -> Tensor:
             if hidden is not None and layer == hidden[0]:
                 stream = hidden[1].to(stream)
-            if layer == lowest and torch.is_grad_enabled():
+            if layer == leaf:
                 stream = stream.detach().requires_grad_()
             if layer in layers:
                 streams[layer] = stream
@@ -441,7 +529,7 @@ class SplitModel:
 
     @cached_property
     def _saved_bytes(self) -> tuple[float, float]:
-        """(a, b): the graph over all blocks keeps a + b seq_len bytes a token; counted, not modelled."""
+        """(a, b): the graph over all blocks keeps a + b k bytes a token that attends to k keys; counted, not modelled."""
         short, long = (min(n, self.max_positions or n) for n in (16, 48))
         if long == short:
             return self._count_saved(short) / short, 0.0
@@ -473,11 +561,12 @@ class SplitModel:
         return self.own_tape(ids, encoded, [0], (torch.zeros_like(everything), everything))
 
     def graph_bytes(self, seq_len: int, lowest_layer: int) -> float:
-        """Bytes that the graph of one token keeps, in a pass over ``seq_len`` keys from ``lowest_layer`` up."""
+        """Bytes that the graph of one token keeps, in a pass over ``seq_len`` tokens from ``lowest_layer`` up."""
         per_token, per_key = self._saved_bytes
+        keys = kept_keys(seq_len) if self.gradients == "own_position" else seq_len
         share = (self.num_layers - lowest_layer) / self.num_layers
         # A quarter more for what the backward pass holds at once; never less than a few residual streams.
-        return max(1.25 * share * (per_token + per_key * seq_len), 8.0 * self.d_model * self.dtype.itemsize)
+        return max(1.25 * share * (per_token + per_key * keys), 8.0 * self.d_model * self.dtype.itemsize)
 
     @property
     def label(self) -> str:

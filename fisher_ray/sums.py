@@ -32,6 +32,21 @@ def sums_memory(d_model: int, sketch: int | None = None) -> int:
     return len(MATRICES) * matrix + 8 * d_model
 
 
+def square_flop(d_model: int) -> float:
+    """flop to add the outer product of one row to a sum in full."""
+    width = _strip(d_model)
+    return sum(2.0 * min(width, d_model - start) * (d_model - start) for start in range(0, d_model, width))
+
+
+def _strip(d_model: int) -> int:
+    """Columns of the strips in which a symmetric product is computed, what is below the diagonal left out.
+
+    Narrow ones leave out nearly half, and too narrow ones lose it again. Measured on a CPU at widths of 768 to 4,096: 0.65 to
+    0.52 of the time of the whole product.
+    """
+    return max(192, -(-d_model // 8))
+
+
 class Sums:
     """Sums of F, F / tr F, h and h h^T, float64, as a worker adds them up.
 
@@ -106,13 +121,16 @@ class _Adding:
 
 
 class _Square:
-    """A sum of outer products in full."""
+    """A sum of outer products, of which the upper triangle is kept up."""
 
     def __init__(self, d_model: int, device: torch.device | str):
         self._total = torch.zeros(d_model, d_model, dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor, divisor: int = 1) -> None:
-        self._total += (rows.mT @ rows) / divisor
+        width = _strip(len(self._total))
+        for start in range(0, len(self._total), width):
+            strip = rows[:, start : start + width].mT @ rows[:, start:]
+            self._total[start : start + width, start:].add_(strip, alpha=1 / divisor)
 
     def finished(self) -> Triangle:
         upper = torch.triu_indices(*self._total.shape, device=self._total.device)

@@ -119,6 +119,7 @@ class Coordinates(nn.Module):
         return (out[0] @ inverse, *out[1:]) if isinstance(out, tuple) else out @ inverse
 
 
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_matrices_change_as_a_metric_does_under_new_coordinates(name: str, models: Models):
     """h = A h' gives F' = A^T F A at every layer."""

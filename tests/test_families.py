@@ -10,7 +10,7 @@ import torch
 from conftest import Models
 from families import OTHERS, build
 
-from fisher_ray import Exact, ModelError, SplitModel, score_factors
+from fisher_ray import Exact, ModelError, SplitModel, attention, score_factors
 
 # Measured 1e-15. Without the path through a query's own value .36 to .95, without its own key .025 to .55, with a stream
 # hooked one block too low .29; the slope of attention's soft-capping alone is 3e-5 in this Gemma 2.
@@ -25,9 +25,19 @@ POSITIONS = (1, 6, 11)  # early, middle, late
 
 
 @pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("attended", ["kept", "anew"])
 @pytest.mark.parametrize("path", ["whole", "replayed"])
-def test_scores_equal_one_position_autograd(family: SplitModel, path: str, monkeypatch: pytest.MonkeyPatch):
-    """Every token's score, every layer; padding on the right, on the left and on both sides in one batch."""
+def test_scores_equal_one_position_autograd(
+    family: SplitModel, path: str, attended: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Every token's score, every layer; padding on the right, on the left and on both sides in one batch.
+
+    Attention in one block with its weights kept, as in any sequence this short, and in blocks of queries with the weights
+    computed anew in each backward pass, as in long ones.
+    """
+    if attended == "anew":
+        monkeypatch.setattr(attention, "_BLOCK", 5)
+        monkeypatch.setattr(attention, "_KEPT", 0)
     # Twelve sequences of twelve are enough tokens for one graph over whole rows to be chosen.
     batch = oracles.inputs(family, [12, 12, 12, 9, 8, 7] + [12] * 6)
     layers = list(range(family.num_layers + 1))

@@ -1,0 +1,74 @@
+"""Attention in blocks of queries: the same as in one, in memory that does not grow with the square of the sequence."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+from conftest import Models
+
+from fisher_ray import Exact, attention, score_factors
+
+# Windows, soft-capping, sinks and position biases among them.
+KINDS = ["gpt2", "mistral", "gemma2", "gpt_oss", "t5"]
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("kept", [0, 1024])
+@pytest.mark.parametrize("chosen", [None, (1, 7, 18)])
+def test_blocks_of_any_size_give_the_same(
+    name: str, kept: int, chosen: tuple[int, ...] | None, models: Models, monkeypatch: pytest.MonkeyPatch
+):
+    """Values and gradients; the window of 5 begins within blocks and at their edges."""
+    split = models(name)
+    batch = oracles.inputs(split, [19] * 8)
+    asked = dict(**batch.padded(["right"], 19), layers=[0, 2], estimator=Exact(), positions=chosen)
+    before = score_factors(split, **asked)
+    monkeypatch.setattr(attention, "_KEPT", kept)
+    for block in (1, 4, 18):
+        monkeypatch.setattr(attention, "_BLOCK", block)
+        after = score_factors(split, **asked)
+        torch.testing.assert_close(after.entropy, before.entropy, rtol=0, atol=1e-12)
+        for layer in (0, 2):
+            assert oracles.error(after.activations[layer], before.activations[layer]) < 1e-12
+            assert oracles.error(after.matrices(layer), before.matrices(layer)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2", "gpt_oss"])
+def test_long_sequences_keep_no_square(name: str, models: Models, monkeypatch: pytest.MonkeyPatch):
+    split = models(name)
+    monkeypatch.setattr(attention, "_BLOCK", 4)
+    counted = {}
+    for kept in (0, 1024):
+        monkeypatch.setattr(attention, "_KEPT", kept)
+        counted[kept] = [split._count_saved(seq_len) for seq_len in (16, 32, 64)]
+    short, middle, long = counted[0]
+    # Weights, norms and what is kept of a position are the same for each: the second step is twice the first.
+    assert long - middle == pytest.approx(2 * (middle - short), rel=0.02)
+    if name == "gpt2":  # a window leaves no square to keep
+        short, middle, long = counted[1024]
+        assert long - middle > 2.1 * (middle - short)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "cohere2"])
+def test_no_mask_of_a_long_sequence_is_made(name: str, models: Models, monkeypatch: pytest.MonkeyPatch):
+    """Neither of causality nor of a window: transformers hands over none, or one by positions."""
+    split = models(name)
+    seen = []
+    mask = attention._Seen.__init__
+
+    def noted(self, where, mask_, queries, keys):
+        seen.append(mask_)
+        mask(self, where, mask_, queries, keys)
+
+    monkeypatch.setattr(attention._Seen, "__init__", noted)
+    split.record(torch.zeros(1, 40, dtype=torch.long), {})
+    assert len(seen) == split.num_layers
+    assert any(isinstance(each, attention._Window) for each in seen)
+    assert not any(isinstance(each, torch.Tensor) for each in seen)
+
+
+@pytest.mark.parametrize(("seq_len", "mean"), [(100, 100.0), (128, 128.0), (256, 192.0), (1024, 576.0), (1025, 0.0)])
+def test_kept_keys(seq_len: int, mean: float):
+    assert attention.kept_keys(seq_len) == mean
