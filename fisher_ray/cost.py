@@ -213,7 +213,7 @@ class Cost:
         float64."""
         d = self.model.d_model
         headers = (1750 if self.sketch is None else 4375) * len(self.layers)  # of an .npz each
-        counts = 8 * (3 if self.sketch is None else 12)  # of positions; of a sketch its rows, trace and loss as well
+        counts = 8 * (4 if self.sketch is None else 13)  # of positions; of a sketch its rows, trace and loss as well
         return self._streams * (4 * self._matrix_numbers + 8 * d + counts) + headers
 
     @property
