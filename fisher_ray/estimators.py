@@ -20,10 +20,9 @@ from fisher_ray.head import Prediction
 from fisher_ray.spectrum import symmetric_eigh
 
 _ONE = 2.0**52  # in fixed point
-# Tokens whose part of M is deflated, at least. Measured (benchmarks/estimators.py): twice as many halve the error of 64
-# cotangents; the eigenvectors of so many take 5 % of the time of 64 backward passes through half of GPT-2, of twice as
-# many 30 %.
-_DEFLATED = 256
+# Tokens whose part of M is deflated: so many times the rank, and at least. Measured (benchmarks/README.md): more leave less
+# error, and their eigenvectors, whose cost is cubic, stay below a twentieth of the backward passes through half of GPT-2.
+_DEFLATED, _LEAST_DEFLATED = 4, 128
 # Numbers of their rows that are worked on at once: 16 MiB in float32.
 _CHUNK = 1 << 22
 
@@ -112,8 +111,8 @@ class Sampled:
 class Deflated:
     """The leading part of M as it is, and ``S`` terms of the rest drawn by their size: unbiased, with far less variance.
 
-    ``M = A^T A`` for the rows ``sqrt(p_y) c_y`` of ``A [vocab_size, d_z]``. Let C be the K longest of them and ``U_r`` the
-    leading left singular vectors of C. Then
+    ``M = A^T A`` for the rows ``sqrt(p_y) c_y`` of ``A [vocab_size, d_z]``. Let C be the K = max(4 r, 128) longest of them and
+    ``U_r`` the leading left singular vectors of C. Then
 
         M = B^T B + sum_a a a^T,    B = U_r^T C,    a in {rows of C - U_r B} and {the other rows of A}.
 
@@ -149,14 +148,14 @@ class Deflated:
         n, vocab_size, d_z = prediction.n, prediction.head.vocab_size, prediction.head.d_z
         rank = min(self.rank, vocab_size, d_z)
         weights = prediction.energies()  # becomes |a|^2
-        _, longest = weights.topk(min(vocab_size, max(_DEFLATED, 2 * rank)))
+        _, longest = weights.topk(min(vocab_size, max(_DEFLATED * rank, _LEAST_DEFLATED)))
         rows = weights.new_empty(n, rank + self.num_samples, d_z)
         step = max(1, _CHUNK // (longest.shape[1] * max(d_z, self.num_samples)))
         for some in (slice(start, min(start + step, n)) for start in range(0, n, step)):
             tokens = longest[some]
             leading, basis, rest = _deflated(prediction.weighted_scores(tokens, some), rank)
             rows[some, :rank] = leading
-            weights[some] = weights[some].scatter(1, tokens, rest.square().sum(-1))
+            weights[some].scatter_(1, tokens, rest.square().sum(-1))
             if self.num_samples == 0:
                 continue
             drawn = draws[some].tokens(weights[some], self.num_samples)

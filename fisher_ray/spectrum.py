@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -24,7 +24,7 @@ def entropy_rank(eigenvalues: Float[Tensor, "*n rank"]) -> Float[Tensor, "*n"]:
     return torch.special.entr(share).sum(-1).exp()
 
 
-def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> Float[Tensor, "*n"]:
+def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> Int[Tensor, "*n"]:
     """How many of the largest (descending) eigenvalues hold ``share`` of the trace."""
     # A product and no cumsum: CUDA's prefix sums of floats add in an order of their own.
     largest = eigenvalues @ torch.ones(eigenvalues.shape[-1:] * 2).triu().to(eigenvalues)
