@@ -110,15 +110,14 @@ def main() -> None:
         default=equal,
     )
     for layer in args.layers:
-        sampled, deflated, lower = (found[str(e), layer] for e in (SAMPLED, DEFLATED, LOWER))
-        slower = found[str(longer), layer]
-        print(
-            f"layer {layer}: {SAMPLED} has {sampled[0] / deflated[0]:.0f} times the mean, {sampled[1] / deflated[1]:.0f} times the "
-            f"median error of {DEFLATED} and {sampled[2] / deflated[2]:.1f} times that of the mean F; {longer}, which takes "
-            f"{seconds[str(longer)] / slow:.1f} times as long, {slower[0] / deflated[0]:.0f}, {slower[1] / deflated[1]:.0f} and "
-            f"{slower[2] / deflated[2]:.1f} times; {SAMPLED} has {sampled[0] / lower[0]:.1f} and {sampled[1] / lower[1]:.1f} "
-            f"times those of {LOWER}"
-        )
+        for worse, better in ((SAMPLED, DEFLATED), (longer, DEFLATED), (SAMPLED, LOWER)):
+            each = zip(found[str(worse), layer], found[str(better), layer], strict=True)
+            mean, median, of_mean = (f"{one / other:.3g}" for one, other in each)
+            longer_by = seconds[str(worse)] / seconds[str(better)]
+            print(
+                f"layer {layer}: {worse} against {better}: {mean} times the mean error, {median} times the median, {of_mean} "
+                f"times that of the mean F, in {longer_by:.2g} times the time"
+            )
 
 
 def _documents(model: SplitModel, corpus: str, count: int) -> tuple[Tensor, Tensor]:

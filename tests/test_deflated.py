@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jobs
 import numpy as np
 import oracles
 import pytest
 import torch
 from conftest import Models
-from jobs import gpt2  # noqa: F401
 from test_head import LIKELY, head, moments, truth
 from torch import Tensor
 
+import jobs
 from fisher_ray import Deflated, Exact, cli, open_run, score_factors
 from fisher_ray.draws import Draws, sequence_key
 from fisher_ray.head import Head
+from jobs import gpt2  # noqa: F401
 
 MATRICES = 1e-10
 FLOAT32 = 2e-5
