@@ -72,33 +72,34 @@ def main() -> None:
     order = exact.entropy.argsort()
     terciles = [part.sort().values for part in order.tensor_split(3)]
     shapes = outline(args.model)
-    found: dict[tuple[str, int], tuple[float, float, float]] = {}
     bounds = [float(exact.entropy[order[len(order) * i // 3]]) for i in (1, 2)]
     print(f"{args.model}: {len(exact)} positions, terciles of the entropy at {bounds[0]:.2g} and {bounds[1]:.2g} nats")
-    for layer in args.layers:
-        print(f"\nlayer {layer:27} passes      flop  us/position  captured    error: mean and median" + " " * 5, end="")
-        print("of the terciles".ljust(42) + "of the mean F")
-        for estimator in ESTIMATORS:
-            drawn = isinstance(estimator, Sampled) or (isinstance(estimator, Deflated) and estimator.num_samples > 0)
-            errors, of_mean, captured, passes = [], [], 0.0, 0.0
-            for seed in range(args.seeds if drawn else 1):
-                scores = scored(model, estimator, seed)
-                matrices = scores.matrices(layer).double()
-                errors.append((matrices - truth[layer]).norm(dim=(1, 2)) / truth[layer].norm(dim=(1, 2)))
-                mean = truth[layer].mean(0)
-                of_mean.append(float((matrices.mean(0) - mean).norm() / mean.norm()))
-                captured = float(scores.captured_share.mean())
-                passes = float((scores.factors[layer] != 0).any(-1).sum(-1).double().mean())
-            each = torch.stack(errors)
+    print(f"\n{'':30}passes      flop  us/position  captured", end="")
+    print("  layer   error: mean and median, and of the terciles".ljust(75) + "of the mean F")
+    found: dict[tuple[str, int], tuple[float, float, float]] = {}
+    for estimator in ESTIMATORS:
+        drawn = isinstance(estimator, Sampled) or (isinstance(estimator, Deflated) and estimator.num_samples > 0)
+        errors: dict[int, list[Tensor]] = {layer: [] for layer in args.layers}
+        squared = dict.fromkeys(args.layers, 0.0)
+        seeds = range(args.seeds if drawn else 1)
+        for seed in seeds:
+            scores = scored(model, estimator, seed)
+            for layer, expected in truth.items():
+                matrices, mean = scores.matrices(layer).double(), expected.mean(0)
+                errors[layer].append((matrices - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2)))
+                squared[layer] += float((matrices.mean(0) - mean).norm() / mean.norm()) ** 2 / len(seeds)
+        passes = float((scores.factors[args.layers[0]] != 0).any(-1).sum(-1).double().mean())
+        flop = Cost(shapes, tuple(args.layers), estimator, max_seq_len=ids.shape[1]).flop_per_token
+        taken = seconds[str(estimator)] / len(exact) * 1e6
+        said = f"{_short(estimator):28} {passes:7.1f}  {flop:.2e}  {taken:11.0f}  {float(scores.captured_share.mean()):8.3f}"
+        for layer in args.layers:
+            each = torch.stack(errors[layer])
             parts = [
                 (float(e.mean()), float(e.median(1).values.mean())) for e in (each, *(each[:, t] for t in terciles))
             ]
-            rms = statistics.fmean(error**2 for error in of_mean) ** 0.5
-            found[str(estimator), layer] = (*parts[0], rms)
-            flop = Cost(shapes, tuple(args.layers), estimator, max_seq_len=ids.shape[1]).flop_per_token
-            told = "   ".join(f"{m:.2g} {h:.2g}".ljust(14) for m, h in parts)
-            taken = seconds[str(estimator)] / len(exact) * 1e6
-            print(f"{estimator!s:34} {passes:5.1f}  {flop:.2e}  {taken:11.0f}  {captured:8.3f}    {told}{rms:.2g}")
+            found[str(estimator), layer] = (*parts[0], squared[layer] ** 0.5)
+            told = "  ".join(f"{m:.2g} {h:.2g}".ljust(15) for m, h in parts)
+            print(f"{said}  {layer:5}   {told}{squared[layer] ** 0.5:.2g}", flush=True)
     print()
     slow = seconds[str(DEFLATED)]
     equal = max(
@@ -111,13 +112,18 @@ def main() -> None:
     )
     for layer in args.layers:
         for worse, better in ((SAMPLED, DEFLATED), (longer, DEFLATED), (SAMPLED, LOWER)):
-            each = zip(found[str(worse), layer], found[str(better), layer], strict=True)
-            mean, median, of_mean = (f"{one / other:.3g}" for one, other in each)
+            pairs = zip(found[str(worse), layer], found[str(better), layer], strict=True)
+            mean_ratio, median_ratio, of_mean = (one / other for one, other in pairs)
             longer_by = seconds[str(worse)] / seconds[str(better)]
             print(
-                f"layer {layer}: {worse} against {better}: {mean} times the mean error, {median} times the median, {of_mean} "
-                f"times that of the mean F, in {longer_by:.2g} times the time"
+                f"layer {layer}: {_short(worse)} has {mean_ratio:.3g} times the mean error of {_short(better)}, "
+                f"{median_ratio:.3g} times its median and {of_mean:.3g} times that of the mean F, in {longer_by:.2g} times the time"
             )
+
+
+def _short(estimator: Estimator) -> str:
+    """Without what has its default."""
+    return str(estimator).replace(", top_p=1.0, temperature=1.0", "").replace("num_", "").replace("tolerance=", "")
 
 
 def _documents(model: SplitModel, corpus: str, count: int) -> tuple[Tensor, Tensor]:
@@ -170,12 +176,14 @@ def _at_size(gain: float, repeats: int) -> None:
     )
     one_pass = (taken["9"] - taken["1"]) / 8 / positions
     print(f"\nGPT-2's size, layer {layer}, logits times {gain:g}: median entropy {entropy:.2g} nats")
-    print(f"{'one backward pass':34} {1e3 * one_pass:8.2f} ms a position")
-    print(f"{'logits and p':34} {1e3 * taken['logits'] / positions:8.2f} ms")
+    print(f"{'one backward pass':40} {1e3 * one_pass:8.2f} ms a position")
+    print(f"{'logits and p':40} {1e3 * taken['logits'] / positions:8.2f} ms")
     for estimator in given:
         own = (taken[str(estimator)] - taken["logits"]) / positions
         count = estimator.num_factors(split.head.vocab_size, split.head.d_z)
-        print(f"cotangents, {estimator!s:34} {1e3 * own:8.2f} ms, {own / one_pass / count:.0%} of its {count} passes")
+        print(
+            f"cotangents, {_short(estimator):28} {1e3 * own:8.2f} ms, {own / one_pass / count:.0%} of its {count} passes"
+        )
     chosen = at[positions // few - 1 :: positions // few].tolist()[:few]
     tolerances = (0.0, 1e-3, 1e-2, 1e-1)
     scores: dict[float, Scores] = {}
