@@ -117,7 +117,8 @@ def main() -> None:
             longer_by = seconds[str(worse)] / seconds[str(better)]
             print(
                 f"layer {layer}: {_short(worse)} has {mean_ratio:.3g} times the mean error of {_short(better)}, "
-                f"{median_ratio:.3g} times its median and {of_mean:.3g} times that of the mean F, in {longer_by:.2g} times the time"
+                f"{median_ratio:.3g} times its median and {of_mean:.3g} times that of the mean F, in {longer_by:.2g} times "
+                "the time"
             )
 
 
