@@ -527,8 +527,7 @@ class Plan:
         return Cost(
             shapes,
             tuple(self.layers),
-            # What a tolerance leaves out is known from values only.
-            Exact() if config.estimator == "exact" else config.make_estimator(),
+            config.make_estimator(),
             max_seq_len=length,
             batch_tokens=config.batch_tokens,
             token_source=config.token_source,
