@@ -292,7 +292,8 @@ def flags(config: RunConfig) -> list[str]:
     assert config.until_relative_error is not None
     return [
         "run", "--model", config.model, "--corpus", *config.corpus, "--output", config.output, "--save", "factors",
-        "--estimator", "sampled", "--num-samples", "2", "--executor", "local", "--until-relative-error", repr(config.until_relative_error),
+        "--estimator", "sampled", "--num-samples", "2", "--executor", "local",
+        "--until-relative-error", repr(config.until_relative_error),
     ]  # fmt: skip
 
 
