@@ -8,7 +8,7 @@ reads what a job has left.
 from typing import TYPE_CHECKING, Any
 
 from fisher_ray.architecture import ModelError
-from fisher_ray.estimators import Exact, Sampled
+from fisher_ray.estimators import Deflated, Exact, Sampled
 from fisher_ray.reference import (
     LowerLayersModel,
     UpperLayersModel,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Deflated",
     "Exact",
     "LowerLayersModel",
     "ModelError",

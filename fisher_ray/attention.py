@@ -399,6 +399,8 @@ class _OwnPosition(torch.autograd.Function):
         mean_rise = (grad * out).sum(-1, keepdim=True)
         dqueries, own_probs, own_dscores = [], [], []
         for i, (rows, keys) in enumerate(seen.blocks(_rows(scaled, key.shape[2]))):
+            probs: Tensor
+            slope: Tensor | None
             if kept:
                 probs, slope = (*kept[i * ctx.in_block : (i + 1) * ctx.in_block], None)[:2]
             else:

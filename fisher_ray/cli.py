@@ -252,8 +252,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--layers", help="all, 0-11 or 3,6; k is the stream entering block k (all)")
     what.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings by name; flags override them")
     how = parser.add_argument_group("estimator")
-    how.add_argument("--estimator", choices=("exact", "sampled"), help="(sampled)")
-    how.add_argument("--num-samples", type=int, help="scores a position (8)")
+    how.add_argument(
+        "--estimator",
+        choices=("sampled", "deflated", "exact"),
+        help="(sampled; deflated with --save factors or matrices)",
+    )
+    how.add_argument("--num-samples", type=int, help="scores a position; with deflated 0 gives a lower bound (8)")
+    how.add_argument("--rank", type=int, help="of the part of F that deflated takes without drawing (24)")
+    how.add_argument("--tolerance", type=float, metavar="EPS", help="share of the trace that exact may leave out (0)")
     how.add_argument("--top-p", type=float, help="nucleus of the sampled scores; below 1 is no longer F (1)")
     how.add_argument("--temperature", type=float, help="of the sampled scores; other than 1 is no longer F (1)")
     how.add_argument(

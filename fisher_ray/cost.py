@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fisher_ray.architecture import ModelError, meta_model
 from fisher_ray.draws import Draws
-from fisher_ray.estimators import Estimator
+from fisher_ray.estimators import Estimator, Exact
 from fisher_ray.scores import Pass, TokenSource
 from fisher_ray.sketch import sketch_flop
 from fisher_ray.spectrum import factor_eigenvalues
@@ -213,7 +213,7 @@ class Cost:
         float64."""
         d = self.model.d_model
         headers = (1750 if self.sketch is None else 4375) * len(self.layers)  # of an .npz each
-        counts = 8 * (3 if self.sketch is None else 12)  # of positions; of a sketch its rows, trace and loss as well
+        counts = 8 * (4 if self.sketch is None else 13)  # of positions; of a sketch its rows, trace and loss as well
         return self._streams * (4 * self._matrix_numbers + 8 * d + counts) + headers
 
     @property
@@ -409,8 +409,10 @@ class Cost:
         keys = torch.zeros(draws, 2, dtype=torch.int64, device="meta")
         z = torch.empty(draws, head.d_z, device="meta")
         factors = torch.empty(draws, self._pass(1).num_factors, d, device="meta")
+        # What a tolerance leaves out is known from values only: this is the most.
+        estimator = Exact() if isinstance(self.estimator, Exact) else self.estimator
         with _counted(self.model.name) as once, torch.no_grad():
-            self.estimator.cotangents(head.predict(z), Draws(keys, at, at, "score"))
+            estimator.cotangents(head.predict(z), Draws(keys, at, at, "score"))
             if self.token_source == "sampled":
                 head.predict(z[:1])
         with _counted(self.model.name) as each_layer, torch.no_grad():

@@ -232,7 +232,10 @@ def _description(plan: Plan, tasks: Tasks) -> dict[str, Any]:
 
 def _estimand(config: RunConfig) -> str:
     """What the mean matrix is an estimate of, in words."""
-    if config.estimator == "exact":
+    if config.is_lower_bound:
+        part = f"but for {config.tolerance:g} of tr M" if config.tolerance else f"of rank {config.rank}"
+        what = f"not the Fisher matrix: a lower bound of it, its leading part {part}, without sampling error"
+    elif config.estimator == "exact":
         what = "the Fisher matrix, without sampling error"
     elif config.top_p == 1.0 and config.temperature == 1.0:
         what = "the Fisher matrix, unbiased"

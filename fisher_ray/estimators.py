@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,21 +17,59 @@ from torch import Tensor
 
 from fisher_ray.draws import Draws
 from fisher_ray.head import Prediction
+from fisher_ray.spectrum import symmetric_eigh
 
 _ONE = 2.0**52  # in fixed point
+# Tokens whose part of M is deflated: so many times the rank, and at least. Measured (benchmarks/README.md): more leave less
+# error, and their eigenvectors, whose cost is cubic, stay below a twentieth of the backward passes through half of GPT-2.
+_DEFLATED, _LEAST_DEFLATED = 4, 128
+# Numbers of their rows that are worked on at once: 16 MiB in float32.
+_CHUNK = 1 << 22
+
+
+class Cotangents(NamedTuple):
+    """What an estimator gives of n positions.
+
+    Attributes:
+        rows: the cotangents at z.
+        kept_mass: probability of the tokens that they stand for.
+        captured_share: of ``tr M``, what is in rows that no draw decides: 1 for all of it, 0 where every row is drawn.
+    """
+
+    rows: Float[Tensor, "n R d_z"]
+    kept_mass: Float[Tensor, " n"]
+    captured_share: Float[Tensor, " n"]
 
 
 @dataclass(frozen=True)
 class Exact:
-    """No sampling error: the cotangents are a factor of M itself, min(vocab_size, d_z) of them."""
+    """No sampling error: the cotangents are a factor of M itself, min(vocab_size, d_z) of them.
+
+    With a ``tolerance`` they are as many leading eigenvectors as leave at most this share of ``tr M`` out, and rows of zeros
+    after them, which are not pulled back. The matrix is then a lower bound, ``F_r <= F``. What is left out of tr F depends
+    on the layer; ``captured_share`` is that of tr M.
+
+    Args:
+        tolerance: in [0, 1).
+    """
+
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be a share in [0, 1), got {self.tolerance}. 0 leaves nothing out.")
 
     def num_factors(self, vocab_size: int, d_z: int) -> int:
         """R, cotangents a position."""
         return min(vocab_size, d_z)
 
-    def cotangents(self, prediction: Prediction, draws: Draws) -> tuple[Float[Tensor, "n R d_z"], Float[Tensor, " n"]]:
-        """The cotangents and the probability mass they stand for, 1."""
-        return prediction.second_moment_factor(), torch.ones_like(prediction.entropy)
+    def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
+        """The leading part of M, or all of it."""
+        one = torch.ones_like(prediction.entropy)
+        if self.tolerance == 0:
+            return Cotangents(prediction.second_moment_factor(), one, one)
+        rows, captured = prediction.leading_factor(self.tolerance)
+        return Cotangents(rows, one, captured)
 
 
 @dataclass(frozen=True)
@@ -60,14 +99,91 @@ class Sampled:
         """R, cotangents a position."""
         return self.num_samples
 
-    def cotangents(self, prediction: Prediction, draws: Draws) -> tuple[Float[Tensor, "n R d_z"], Float[Tensor, " n"]]:
-        """The cotangents and the probability mass of the tokens that could be drawn."""
+    def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
+        """Scores of drawn tokens."""
         weights, kept = tempered(prediction, self.top_p, self.temperature)
         tokens = draws.tokens(weights, self.num_samples)
-        return prediction.scores(tokens).div_(math.sqrt(self.num_samples)), kept
+        rows = prediction.scores(tokens).div_(math.sqrt(self.num_samples))
+        return Cotangents(rows, kept, torch.zeros_like(kept))
 
 
-Estimator = Exact | Sampled
+@dataclass(frozen=True)
+class Deflated:
+    """The leading part of M as it is, and ``S`` terms of the rest drawn by their size: unbiased, with far less variance.
+
+    ``M = A^T A`` for the rows ``sqrt(p_y) c_y`` of ``A [vocab_size, d_z]``. Let C be the K = max(4 r, 128) longest of them and
+    ``U_r`` the leading left singular vectors of C. Then
+
+        M = B^T B + sum_a a a^T,    B = U_r^T C,    a in {rows of C - U_r B} and {the other rows of A}.
+
+    B is pulled back as it is, and S of the a, drawn with ``q ~ |a|^2``, as ``a / sqrt(S q)``. The sum holds for whatever
+    orthonormal ``U_r``, so rounding in the eigenvectors neither biases nor costs digits.
+
+    Without samples it is a lower bound, ``F_r <= F`` (no ``v^T F v`` is too large), and no longer the Fisher matrix; without
+    rank it is importance sampling alone.
+
+    Costs, beyond the scores of K + S tokens, ``2 vocab_size d_z + 2 K^2 d_z`` flop a position and the eigenvectors of a
+    [K, K] matrix.
+
+    Args:
+        rank: r, of the leading part; min(vocab_size, d_z) is all there is, and more asks for no more.
+        num_samples: S.
+    """
+
+    rank: int
+    num_samples: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.num_samples < 0 or self.rank + self.num_samples == 0:
+            raise ValueError(
+                f"rank and num_samples must be at least 0 and not both 0, got {self.rank} and {self.num_samples}."
+            )
+
+    def num_factors(self, vocab_size: int, d_z: int) -> int:
+        """R, cotangents a position."""
+        return min(self.rank, vocab_size, d_z) + self.num_samples
+
+    def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
+        """The leading part, then the drawn terms."""
+        n, vocab_size, d_z = prediction.n, prediction.head.vocab_size, prediction.head.d_z
+        rank = min(self.rank, vocab_size, d_z)
+        weights = prediction.energies()  # becomes |a|^2
+        _, longest = weights.topk(min(vocab_size, max(_DEFLATED * rank, _LEAST_DEFLATED)))
+        rows = weights.new_empty(n, rank + self.num_samples, d_z)
+        step = max(1, _CHUNK // (longest.shape[1] * max(d_z, self.num_samples)))
+        for some in (slice(start, min(start + step, n)) for start in range(0, n, step)):
+            tokens = longest[some]
+            leading, basis, rest = _deflated(prediction.weighted_scores(tokens, some), rank)
+            rows[some, :rank] = leading
+            weights[some].scatter_(1, tokens, rest.square().sum(-1))
+            if self.num_samples == 0:
+                continue
+            drawn = draws[some].tokens(weights[some], self.num_samples)
+            part = (drawn[..., None] == tokens[:, None]).to(basis.dtype) @ basis  # its row of U_r; none outside C
+            terms = prediction.weighted_scores(drawn, some) - part @ leading
+            chance = weights[some].gather(1, drawn) / weights[some].sum(-1, keepdim=True)
+            # Nothing is left where all of the weights are zero.
+            scale = (self.num_samples * chance).rsqrt().where(chance > 0, 0)
+            rows[some, rank:] = terms.mul_(scale[..., None])
+        captured = rows[:, :rank].square().sum((1, 2))
+        trace = captured + weights.sum(-1)
+        return Cotangents(rows, torch.ones_like(captured), (captured / trace).where(trace > 0, 1))
+
+
+def _deflated(
+    rows: Float[Tensor, "n K d_z"], rank: int
+) -> tuple[Float[Tensor, "n rank d_z"], Float[Tensor, "n K rank"], Float[Tensor, "n K d_z"]]:
+    """``B = U^T C``, U, and ``C - U B``, which takes the place of C."""
+    gram = rows @ rows.mT
+    # A matrix that is not finite has no eigenvectors; its rows, which are none either, show that it was not.
+    finite = gram.isfinite().flatten(1).all(1)[:, None, None]
+    _, vectors = symmetric_eigh(gram.where(finite, 0))
+    basis = vectors[..., :rank]
+    leading = basis.mT @ rows
+    return leading, basis, rows.sub_(basis @ leading)
+
+
+Estimator = Exact | Sampled | Deflated
 
 
 def check_tempering(top_p: float, temperature: float, prefix: str = "") -> None:

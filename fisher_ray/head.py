@@ -19,9 +19,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fisher_ray.spectrum import symmetric_eigh
+
 # Rows of W in one product of the exact second moment: large enough for the product to run at its peak, small enough
 # for the centred copy of the rows to stay in cache.
 _VOCAB_CHUNK = 2048
+_EVERY = slice(None)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class Head:
         if self.weight.dtype == z.dtype:
             return z @ self.weight.T
         return torch.cat([z @ rows.T for _, rows in self.row_chunks(z.dtype)], -1)
+
+    @cached_property
+    def squared_rows(self) -> Float[Tensor, " vocab_size"]:
+        """``|w_y|^2``, at least in float32."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.cat([rows.square().sum(-1) for _, rows in self.row_chunks(dtype)])
 
     def row_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "chunk d_z"]]]:
         """Slices of the vocabulary with their rows of W in ``dtype``."""
@@ -113,9 +122,9 @@ class Prediction:
             return self.head.scale
         return self.head.scale * (1 - (logits / self.head.softcap).square())
 
-    def _row(self, token: Int[Tensor, "n k"]) -> Float[Tensor, "n k d_z"]:
+    def _row(self, token: Int[Tensor, "some k"], rows: slice = _EVERY) -> Float[Tensor, "some k d_z"]:
         """Effective rows u_y."""
-        slope = self._slope(self.logits.gather(1, token))
+        slope = self._slope(self.logits[rows].gather(1, token))
         return self.head.weight[token].to(self.logits.dtype) * (
             slope[..., None] if isinstance(slope, Tensor) else slope
         )
@@ -142,9 +151,29 @@ class Prediction:
         self.prob.scatter_(1, top, likeliest)  # back: a copy of p would cost more than the entry
         return offset if self.head.softcap is not None else offset * self.head.scale
 
-    def scores(self, token: Int[Tensor, "n k"]) -> Float[Tensor, "n k d_z"]:
-        """``c_y = grad_z log p(y)`` for the given tokens."""
-        return (self._row(token) - self._top_row).sub_(self._offset[:, None])
+    def scores(self, token: Int[Tensor, "some k"], rows: slice = _EVERY) -> Float[Tensor, "some k d_z"]:
+        """``c_y = grad_z log p(y)`` for the given tokens, at some of the positions."""
+        return (self._row(token, rows) - self._top_row[rows]).sub_(self._offset[rows, None])
+
+    def weighted_scores(self, token: Int[Tensor, "some k"], rows: slice = _EVERY) -> Float[Tensor, "some k d_z"]:
+        """``sqrt(p(y)) c_y``, whose outer products over all tokens add up to M."""
+        return self.scores(token, rows).mul_(self.prob[rows].gather(1, token).sqrt()[..., None])
+
+    def energies(self) -> Float[Tensor, "n vocab_size"]:
+        """``p(y) |c_y|^2``, what each token gives to ``tr M``; one product of 2 vocab_size d_z flop a position.
+
+        ``|c_y|^2 = |u_y|^2 - 2 u_y . m + |m|^2`` cancels where ``u_y`` is near m, as the likeliest token's is where p is
+        peaked; that one is ``|m - u_*|^2``. Of the others rounding leaves an error of 1e-7 ``|u_y|^2`` in float32.
+        """
+        head, dtype = self.head, self.logits.dtype
+        slope = self._slope(self.logits)
+        mean = self._top_row[:, 0] + self._offset
+        size = mean.square().sum(-1, keepdim=True)
+        squared = head.products(mean).mul_(-2).mul_(slope).add_(head.squared_rows.to(dtype) * slope**2).add_(size)
+        # What is p times more than nothing can be drawn: rounding must not make it nothing.
+        squared.clamp_(min=size * torch.finfo(dtype).eps)
+        squared.scatter_(1, self.top[:, None], self._offset.square().sum(-1, keepdim=True))
+        return squared.mul_(self.prob)
 
     def variance(self, tangents: Float[Tensor, "n k d_z"]) -> Float[Tensor, "n k"]:
         """``u^T M u``, the variance under p of ``du_y = u . c_y`` over tokens y, for k directions u a position; nats^2.
@@ -165,10 +194,9 @@ class Prediction:
         Costs 2 vocab_size d_z^2 flop a position; memory beyond the result is one [d_z, d_z] matrix in float64.
         """
         head, dtype = self.head, self.logits.dtype
-        root = self.prob.sqrt()
         if head.vocab_size <= head.d_z:
-            everything = torch.arange(head.vocab_size, device=root.device).expand(self.n, -1)
-            return self.scores(everything).mul_(root[..., None])
+            return self.weighted_scores(torch.arange(head.vocab_size, device=self.prob.device).expand(self.n, -1))
+        root = self.prob.sqrt()
         mean = self._top_row[:, 0] + self._offset
         slope = self._slope(self.logits)
         factors = torch.empty(self.n, head.d_z, head.d_z, dtype=dtype, device=root.device)
@@ -181,6 +209,48 @@ class Prediction:
                 moment += centred.T @ centred
             factors[i] = psd_factor(moment)
         return factors
+
+    def leading_factor(self, tolerance: float) -> tuple[Float[Tensor, "n rank d_z"], Float[Tensor, " n"]]:
+        """``B`` with ``B^T B <= M`` and ``tr(M - B^T B) <= tolerance tr M``, then zero rows; and the share of tr M in it.
+
+        Of the tokens those that give most to ``tr M`` are taken, until at most a quarter of what may be left out is left;
+        of their part of M, the leading eigenvectors. The eigenproblem is of as many tokens, or of d_z where they are more.
+
+        Costs at most 2 vocab_size d_z^2 flop a position, ``4 k^2 d_z`` where k tokens are enough.
+        """
+        head, dtype = self.head, self.logits.dtype
+        ranked, order = self.energies().sort(dim=-1, descending=True, stable=True)
+        rest = _suffix_sums(ranked)
+        trace = rest[:, 0]
+        counts = (rest > tolerance / 4 * trace[:, None]).sum(-1).tolist()
+        factors = torch.zeros(self.n, min(head.vocab_size, head.d_z), head.d_z, dtype=dtype, device=ranked.device)
+        captured = torch.ones_like(trace)
+        for i, count in enumerate(counts):
+            if count == 0:  # no trace, or none that is finite
+                continue
+            here, tokens = slice(i, i + 1), order[i : i + 1, :count]
+            if count <= head.d_z:
+                rows = self.weighted_scores(tokens, here)[0]
+                values, vectors = symmetric_eigh(rows @ rows.mT)
+                rows = vectors.mT @ rows
+            else:
+                moment = torch.zeros(head.d_z, head.d_z, dtype=torch.float64, device=ranked.device)
+                for some in tokens.split(_VOCAB_CHUNK, 1):
+                    part = self.weighted_scores(some, here)[0]
+                    moment += part.mT @ part
+                values, vectors = symmetric_eigh(moment)
+                rows = (vectors * values.clamp_min(0).sqrt()).mT
+            tail = rest[i, count] if count < head.vocab_size else rest.new_zeros(())
+            left = _suffix_sums(values.clamp_min(0)) + tail
+            rank = int((left > tolerance * trace[i]).sum())
+            factors[i, :rank] = rows[:rank].to(dtype)
+            captured[i] = 1 - (left[rank] if rank < len(left) else tail) / trace[i]
+        return factors, captured.to(factors)
+
+
+def _suffix_sums(values: Float[Tensor, "*n k"]) -> Float[Tensor, "*n k"]:
+    """Sums over each entry and all after it, float64; on the CPU, since CUDA's prefix sums add in an order of their own."""
+    return values.double().cpu().flip(-1).cumsum(-1).flip(-1)
 
 
 def psd_factor(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:

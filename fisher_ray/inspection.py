@@ -56,7 +56,7 @@ def overview(run: Run) -> dict[str, Any]:
         "corpus": list(run.config.corpus),
         "estimand": run.estimand,
         "estimator": run.config.estimator,
-        "num_samples": run.config.num_samples if run.config.estimator == "sampled" else None,
+        "estimator_in_words": run.config.estimator_in_words,
         "d_model": run.d_model,
         "sketch": run.config.sketch,
         "counts": None if counts is None else asdict(counts),
@@ -276,12 +276,11 @@ def _means(run: Run, layer: int, group: str | None) -> dict[str, np.ndarray]:
 def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
     """Print what :func:`overview` found."""
     counts = facts["counts"]
-    samples = "" if facts["num_samples"] is None else f", {facts['num_samples']} samples a position"
     for line in (
         f"{facts['run']}: {facts['status']}",
         f"model:     {facts['model']}, d_model {facts['d_model']}",
         f"corpus:    {' '.join(facts['corpus'])}",
-        f"estimates: {facts['estimand']} ({facts['estimator']}{samples})",
+        f"estimates: {facts['estimand']} ({facts['estimator_in_words']})",
         "tokens:    unknown"
         if counts is None
         else f"tokens:    {counts['tokens']:,} in {counts['documents']:,} documents = {counts['scored']:,} scored + "

@@ -66,10 +66,11 @@ SUMMARY_SCHEMA = pa.schema(
         ("whitened_entropy_rank", pa.float64()),
         ("sketch_error", pa.float64()),
         ("captured_share", pa.float64()),
+        ("mean_captured_share", pa.float64()),
         ("raised", pa.list_(pa.string())),
         ("lowered", pa.list_(pa.string())),
     ],
-    metadata={"fisher_ray.schema": "summary.3"},
+    metadata={"fisher_ray.schema": "summary.4"},
 )
 
 
@@ -341,6 +342,7 @@ def _means(sums: GroupSums) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "whitened_entropy_rank": float(entropy_rank(whitened)),
         "sketch_error": sums.fisher.shrunk / sums.count,
         "captured_share": float(values.sum()) / trace if suffix and trace > 0 else 1.0,
+        "mean_captured_share": sums.captured / sums.count,
     }
     return row, {name: array.numpy() for name, array in arrays.items()}
 

@@ -92,8 +92,8 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
     for axes in (spectra, whitened, traces, ranks):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)
-    estimator = plan.config.estimator if plan.config.estimator == "exact" else f"{plan.config.num_samples} samples"
-    figure.suptitle(f"{plan.config.model.rstrip('/')}: {rows[0]['positions']:,} positions, {estimator}", fontsize=12)
+    words = plan.config.estimator_in_words
+    figure.suptitle(f"{plan.config.model.rstrip('/')}: {rows[0]['positions']:,} positions, {words}", fontsize=12)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

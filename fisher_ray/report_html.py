@@ -136,7 +136,7 @@ def _tiles(run: Run, counts: Any, layers: Sequence[_Layer]) -> list[tuple[str, s
         ("positions scored", f"{counts.scored:,}" if counts else "?"),
         ("layers", f"{len(run.layers)}"),
         ("width d", f"{run.d_model:,}"),
-        ("estimator", _estimator(run)),
+        ("estimator", run.config.estimator_in_words),
     ]
     errors = [each.convergence.error for each in layers if np.isfinite(each.convergence.error)]
     if errors:
@@ -146,13 +146,6 @@ def _tiles(run: Run, counts: Any, layers: Sequence[_Layer]) -> list[tuple[str, s
 
 def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-
-
-def _estimator(run: Run) -> str:
-    config = run.config
-    if config.estimator == "exact":
-        return "exact"
-    return f"{config.num_samples} sample{'s' if config.num_samples > 1 else ''}"
 
 
 def _shown(layers: Sequence[_Layer], lost: Sequence[str], *parts: str) -> str:
@@ -179,13 +172,12 @@ def _summary(run: Run, reading: Reading, counts: Any) -> Section:
     provenance = reading(lambda: run.provenance) or {}
     progress = reading(lambda: run.store.read_sealed("progress.json")) or {}
     check, versions = provenance.get("self_check"), provenance.get("versions", {})
-    estimator = "exact" if config.estimator == "exact" else f"{config.num_samples} sampled scores a position"
     facts = [
         ("status", run.status),
         ("model", f"{config.model}{f' at {config.revision}' if config.revision else ''}, {config.dtype}"),
         ("corpus", ", ".join(config.corpus)),
         ("estimand", run.estimand),
-        ("estimator", f"{estimator}; tokens {config.token_source}; seed {config.seed}"),
+        ("estimator", f"{config.estimator_in_words}; tokens {config.token_source}; seed {config.seed}"),
         ("layers", f"{', '.join(map(str, run.layers))}; the stream entering each block, and the one after the last"),
         ("positions", f"{config.positions} of each document"),
     ]

@@ -31,6 +31,7 @@ _COLUMNS = [
     ("entropy", "entropy of p", False),
     ("surprisal", "surprisal of the next token", False),
     ("kept_mass", "kept mass", False),
+    ("captured_share", "captured share", False),
     ("context", "context", False),
 ]
 # Where a run keeps factors or matrices: v^T F v along the first directions of each layer.
@@ -88,7 +89,10 @@ def _along(run: Run, task: int, layer: int, eigenvectors: np.ndarray) -> np.ndar
 
 def _text(run: Run, documents: list[_Document], lost: Sequence[str]) -> Section:
     documents = documents[:_DOCUMENTS]
-    columns = [c for c in _COLUMNS if c[0] != "kept_mass" or run.config.top_p < 1]
+    config = run.config
+    partial = config.is_lower_bound or config.estimator == "deflated"
+    unsaid = {"kept_mass": config.top_p == 1, "captured_share": not partial}  # the same number at every position
+    columns = [c for c in _COLUMNS if not unsaid.get(c[0])]
     if run.config.save != "summary":
         columns[2:2] = _ALONG[: run.d_model]
     numbers = sum(len(run.layers) if layered else 1 for _, _, layered in columns)
@@ -162,9 +166,16 @@ def _places(places: Mapping[int, Sequence[Mapping[str, Any]]], lost: Sequence[st
 def _capped(run: Run) -> str:
     """What ranks of single positions are bounded by."""
     config = run.config
+    if config.is_lower_bound:
+        return f"Traces and ranks of single positions are of lower bounds ({config.estimator_in_words}): they are too small."
     if config.estimator == "exact":
         return "Ranks of single positions are of exact matrices; they cannot exceed d or the number of tokens."
-    cap = config.num_samples * config.token_draws
+    cap = (config.num_samples + (config.rank or 0)) * config.token_draws
+    if config.estimator == "deflated":
+        return (
+            f"Ranks of single positions cannot exceed {cap}, the number of factors there, whatever the true rank; the share of "
+            "their traces that no draw decides is the captured share."
+        )
     return (
         f"Ranks of single positions cannot exceed {cap}, the number of sampled scores there, whatever the true rank; the "
         "traces of single positions are as noisy as so few samples are. For single positions take <code>--estimator "

@@ -43,6 +43,8 @@ class Scores:
         entropy: [N], of p(. | h_t, x_<t), nats; the mean over D.
         surprisal: [N], -log p of the observed next token, nats; the mean over D; NaN where there is none.
         kept_mass: [N], probability mass that the estimator's truncation kept; 1 without.
+        captured_share: [N], of ``tr M``, the trace of F at the final hidden state, what is in factors that no draw decides:
+            1 where they are exact, 0 where all are sampled; the mean over D.
         invalid: (sequence, position) of rows left out because activations, p or scores were not finite.
         halvings: how often memory ran out and a micro-batch was cut in two.
     """
@@ -56,6 +58,7 @@ class Scores:
     entropy: Float[Tensor, " N"]
     surprisal: Float[Tensor, " N"]
     kept_mass: Float[Tensor, " N"]
+    captured_share: Float[Tensor, " N"]
     invalid: list[tuple[int, int]] = field(default_factory=list)
     halvings: int = 0
 
@@ -95,7 +98,7 @@ def score_factors(
         input_ids: tokens; for an encoder-decoder those of the decoder.
         layers: any of 0..num_layers; ``k`` is the residual stream entering block ``k``, ``num_layers`` the stream after
             the last block, before the final norm.
-        estimator: ``Exact()`` or ``Sampled(num_samples)``.
+        estimator: ``Exact()``, ``Sampled(num_samples)`` or ``Deflated(rank, num_samples)``.
         attention_mask: true at real tokens, which must be contiguous in each row; padding left, right or both changes
             nothing. None: every token is real.
         positions: for all sequences, or a list for each; counted over a sequence's own tokens, negative from its end.
@@ -171,6 +174,7 @@ def _joined(chunks: list[Scores]) -> Scores:
         entropy=joined("entropy"),
         surprisal=joined("surprisal"),
         kept_mass=joined("kept_mass"),
+        captured_share=joined("captured_share"),
         invalid=[pair for chunk in chunks for pair in chunk.invalid],
         halvings=sum(chunk.halvings for chunk in chunks),
     )
@@ -468,15 +472,15 @@ class Pass:
             queried_next = next_token.clamp_min(0).repeat_interleave(num_draws)
             first_sample = (torch.arange(num_draws, device=device) * self.num_factors).repeat(len(row))
             draws = Draws(names.repeat_interleave(num_draws, 0), query_position, first_sample, "score")
-            cotangents, entropy, surprisal, kept = self._cotangents(tape.z[::copies], draws, queried_next)
+            cotangents, *per_query = self._cotangents(tape.z[::copies], draws, queried_next)
             factors = {
                 layer: self.averaged(g, num_draws) for layer, g in self._pulled(tape, cotangents, copies).items()
             }
+        entropy, surprisal, kept, captured = (value.view(-1, num_draws).mean(1) for value in per_query)
         activations = {
             layer: stream[::copies].to(entropy.dtype).unflatten(0, (-1, num_draws))
             for layer, stream in tape.streams.items()
         }
-        entropy, surprisal, kept = (value.view(-1, num_draws).mean(1) for value in (entropy, surprisal, kept))
         valid = entropy.isfinite()
         for tensors in (factors, activations):
             for tensor in tensors.values():
@@ -492,6 +496,7 @@ class Pass:
             entropy=entropy[valid],
             surprisal=surprisal.masked_fill(next_token < 0, torch.nan)[valid],
             kept_mass=kept[valid],
+            captured_share=captured[valid],
             invalid=list(zip(sequence[~valid].tolist(), position[~valid].tolist(), strict=True)),
         )
 
@@ -561,25 +566,30 @@ class Pass:
             drawn.append(draws[rows].tokens(weights, self.num_token_draws))
         return torch.cat(drawn)
 
-    def _cotangents(
-        self, z: Float[Tensor, "n d_z"], draws: Draws, next_token: Int[Tensor, " n"]
-    ) -> tuple[Float[Tensor, "n R d_z"], Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """The estimator's cotangents, and entropy, surprisal of the next token and kept mass."""
+    def _cotangents(self, z: Float[Tensor, "n d_z"], draws: Draws, next_token: Int[Tensor, " n"]) -> list[Tensor]:
+        """The estimator's cotangents [n, R, d_z]; entropy, surprisal of the next token, kept mass and captured share [n]."""
         parts = []
         for rows in _slices(len(z), self.model.head.rows()):
             prediction = self.model.head.predict(z[rows])
-            cotangents, kept = self.estimator.cotangents(prediction, draws[rows])
-            parts.append((cotangents, prediction.entropy, -prediction.log_prob(next_token[rows]), kept))
-        cotangents, entropy, surprisal, kept = (torch.cat(column) for column in zip(*parts, strict=True))
-        return cotangents, entropy, surprisal, kept
+            cotangents, kept, captured = self.estimator.cotangents(prediction, draws[rows])
+            surprisal = -prediction.log_prob(next_token[rows])
+            parts.append((cotangents, prediction.entropy, surprisal, kept, captured))
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def _pulled(self, tape: Tape, cotangents: Float[Tensor, "n R d_z"], copies: int) -> dict[int, Tensor]:
-        """Score factors [n, R, d_model] a layer: one backward pass for every ``copies`` cotangents."""
+        """Score factors [n, R, d_model] a layer: one backward pass for every ``copies`` cotangents that are not all zero."""
         n, num_factors, d_z = cotangents.shape
-        factors = {layer: cotangents.new_empty(n, num_factors, self.model.d_model) for layer in self.layers}
-        together = list(_slices(num_factors, copies))
-        groups = [torch.nn.functional.pad(cotangents[:, some], (0, 0, 0, copies))[:, :copies] for some in together]
-        for layer, i, pulled in tape.pull_each([group.reshape(n * copies, d_z) for group in groups]):
+        factors = {layer: cotangents.new_zeros(n, num_factors, self.model.d_model) for layer in self.layers}
+        together = [some for some in _slices(num_factors, copies) if cotangents[:, some].any()]
+
+        def group(some: slice) -> Float[Tensor, "m d_z"]:
+            missing = copies - (some.stop - some.start)
+            taken = (
+                cotangents[:, some] if not missing else torch.nn.functional.pad(cotangents[:, some], (0, 0, 0, missing))
+            )
+            return taken.reshape(n * copies, d_z)
+
+        for layer, i, pulled in tape.pull_each(map(group, together)):
             some = together[i]
             factors[layer][:, some] = pulled.unflatten(0, (n, copies))[:, : some.stop - some.start]
         return factors

@@ -40,8 +40,8 @@ from fisher_ray.storage import DamagedError, Storage, StorageError, StoredFile, 
 
 TOP_EIGENVALUES = 4
 
-RUN_VERSION = "run.3"
-POSITIONS_VERSION = "positions.1"
+RUN_VERSION = "run.4"
+POSITIONS_VERSION = "positions.2"
 POSITION_FIELDS: list[tuple[str, pa.DataType]] = [
     ("document", pa.string()),
     ("position", pa.int32()),
@@ -52,6 +52,7 @@ POSITION_FIELDS: list[tuple[str, pa.DataType]] = [
     ("entropy", pa.float32()),
     ("surprisal", pa.float32()),
     ("kept_mass", pa.float32()),
+    ("captured_share", pa.float32()),
     ("trace", pa.float32()),
     ("top_eigenvalues", pa.list_(pa.float32())),
     ("participation_ratio", pa.float32()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -24,7 +24,7 @@ def entropy_rank(eigenvalues: Float[Tensor, "*n rank"]) -> Float[Tensor, "*n"]:
     return torch.special.entr(share).sum(-1).exp()
 
 
-def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> Float[Tensor, "*n"]:
+def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> Int[Tensor, "*n"]:
     """How many of the largest (descending) eigenvalues hold ``share`` of the trace."""
     # A product and no cumsum: CUDA's prefix sums of floats add in an order of their own.
     largest = eigenvalues @ torch.ones(eigenvalues.shape[-1:] * 2).triu().to(eigenvalues)
@@ -32,7 +32,7 @@ def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> Fl
     return reached.sum(-1) + 1
 
 
-def symmetric_eigh(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+def symmetric_eigh(matrix: Float[Tensor, "*n d d"]) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d d"]]:
     """Eigenvalues, descending, and the eigenvectors as columns, each with its largest entry positive."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(-1), _oriented(vectors.flip(-1))
@@ -45,7 +45,7 @@ def factor_eigh(factors: Float[Tensor, "R d"]) -> tuple[Float[Tensor, " rank"], 
 
 
 def _oriented(vectors: Tensor) -> Tensor:
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     return vectors * largest.sign()
 
 

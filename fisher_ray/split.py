@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -94,7 +94,7 @@ class Tape:
         return {layer: pulled for layer, _, pulled in self.pull_each([cotangents])}
 
     def pull_each(
-        self, cotangents: Sequence[Float[Tensor, "n d_z"]]
+        self, cotangents: Iterable[Float[Tensor, "n d_z"]]
     ) -> Iterator[tuple[int, int, Float[Tensor, "n d_model"]]]:
         """The same for several: (layer, which of them, pulled) in any order."""
         for i, each in enumerate(cotangents):
@@ -161,7 +161,7 @@ class Walk(Tape):
         self._inputs, self._calls, self._attending = dict(inputs), calls, attending
 
     def pull_each(
-        self, cotangents: Sequence[Float[Tensor, "n d_z"]]
+        self, cotangents: Iterable[Float[Tensor, "n d_z"]]
     ) -> Iterator[tuple[int, int, Float[Tensor, "n d_model"]]]:
         pulled = list(cotangents)
         for layer in sorted(self._inputs, reverse=True):

@@ -24,6 +24,7 @@ ALL = ""
 _ROWS = 4096
 
 MATRICES = ("fisher", "normalised", "second_moment")
+_PLAIN = ("count", "traced", "captured", "activation")
 
 
 def sums_memory(d_model: int, sketch: int | None = None) -> int:
@@ -80,13 +81,21 @@ class Sums:
         factors: Float[Tensor, "N R d"],
         activations: Float[Tensor, "N D d"],
         group: Int[Tensor, " N"] | None = None,
+        captured: Float[Tensor, " N"] | None = None,
     ) -> None:
-        """Add N positions of one layer, each to the group of the given index."""
+        """Add N positions of one layer, each to the group of the given index.
+
+        Args:
+            captured: see :attr:`fisher_ray.Scores.captured_share`; None: 1.
+        """
+        if captured is None:
+            captured = factors.new_ones(len(factors))
         if group is None:
-            self._sums[0, layer].add(factors, activations)
+            self._sums[0, layer].add(factors, activations, captured)
             return
         for i in group.unique().tolist():
-            self._sums[i, layer].add(factors[group == i], activations[group == i])
+            here = group == i
+            self._sums[i, layer].add(factors[here], activations[here], captured[here])
 
     def packed(self, layer: int) -> LayerSums:
         """One layer's sums, without groups that have no position."""
@@ -99,10 +108,12 @@ class _Adding:
 
     def __init__(self, kept: partial[_Square] | partial[FrequentDirections], d_model: int, device: torch.device | str):
         self.count = self.traced = 0
+        self.captured = 0.0
         self.fisher, self.normalised, self.second_moment = (kept() for _ in MATRICES)
         self.activation = torch.zeros(d_model, dtype=torch.float64, device=device)
 
-    def add(self, factors: Tensor, activations: Tensor) -> None:
+    def add(self, factors: Tensor, activations: Tensor, captured: Tensor) -> None:
+        self.captured += float(captured.double().sum())
         step = max(1, _ROWS // max(factors.shape[1], activations.shape[1]))
         for start in range(0, len(factors), step):
             g, h = factors[start : start + step], activations[start : start + step]
@@ -117,7 +128,7 @@ class _Adding:
 
     def packed(self) -> GroupSums:
         matrices = (getattr(self, name).finished() for name in MATRICES)
-        return GroupSums(self.count, self.traced, self.activation.cpu().numpy(), *matrices)
+        return GroupSums(self.count, self.traced, self.captured, self.activation.cpu().numpy(), *matrices)
 
 
 class _Square:
@@ -187,11 +198,13 @@ class GroupSums:
     Attributes:
         count: positions.
         traced: positions with a trace above zero, over which F / tr F is summed.
+        captured: sum of the positions' captured shares.
         activation: [d].
     """
 
     count: int
     traced: int
+    captured: float
     activation: np.ndarray
     fisher: Matrix
     normalised: Matrix
@@ -203,6 +216,7 @@ class GroupSums:
             raise ValueError(f"sums of width {len(self.activation)} and {len(other.activation)} cannot be added.")
         self.count += other.count
         self.traced += other.traced
+        self.captured += other.captured
         self.activation = np.add(self.activation, other.activation, dtype=np.float64)
         for name in MATRICES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -245,7 +259,7 @@ class LayerSums:
         """
         names = sorted(self.groups)
         arrays: dict[str, np.ndarray] = {"groups": np.array(names, dtype=np.str_)}
-        for field in ("count", "traced", "activation"):
+        for field in _PLAIN:
             arrays[field] = _stacked([getattr(self.groups[name], field) for name in names])
         for field in MATRICES:
             matrices: list[Matrix] = [getattr(self.groups[name], field) for name in names]
@@ -268,12 +282,12 @@ class LayerSums:
         """The inverse of :meth:`to_bytes`."""
         with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
             names = arrays["groups"].tolist()
-            plain = [arrays[field] for field in ("count", "traced", "activation")]
+            plain = [arrays[field] for field in _PLAIN]
             matrices = [_matrices(arrays, field) for field in MATRICES]
         return cls(
             {
-                name: GroupSums(int(c), int(t), h, *rest)
-                for name, c, t, h, *rest in zip(names, *plain, *matrices, strict=True)
+                name: GroupSums(int(c), int(t), float(s), h, *rest)
+                for name, c, t, s, h, *rest in zip(names, *plain, *matrices, strict=True)
             }
         )
 

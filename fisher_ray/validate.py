@@ -410,7 +410,8 @@ def _places(worker: Worker, task: Task, table: pa.Table, chosen: list[int]) -> I
 
 def _stored(run: Run, layer: int, task: int) -> np.ndarray:
     """What the run has stored of a task's F: matrices, else traces; nothing where they are not exact ones."""
-    if run.config.estimator != "exact" or run.config.token_source != "observed":
+    config = run.config
+    if config.estimator != "exact" or config.is_lower_bound or config.token_source != "observed":
         return np.empty(0)
     if run.config.save == "summary":
         rows = run.table(task).filter(pc.field("layer") == layer)

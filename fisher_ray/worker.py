@@ -183,7 +183,7 @@ class Worker:
                 result.halvings += scores.halvings
                 for layer in self.layers:
                     factors = scores.factors[layer]
-                    sums.add(layer, factors, scores.activations[layer], group)
+                    sums.add(layer, factors, scores.activations[layer], group, scores.captured_share)
                     result.columns[layer].append(_statistics(factors))
                     if self.config.save != "summary":
                         kept = factors if self.config.save == "factors" else scores.matrices(layer)
@@ -408,7 +408,7 @@ class Worker:
             values = np.concatenate([part[name] for part in columns[layer]])[ranked]
             return values if values.ndim == 1 else list(values)
 
-        for name in ("entropy", "surprisal", "kept_mass"):
+        for name in _PER_POSITION:
             shared[name] = pa.array(joined(self.layers[0], name), pa.float32(), from_pandas=True)  # NaN becomes null
         schema = positions_schema(
             tuple(self.config.columns),
@@ -422,6 +422,7 @@ class Worker:
         return pa.concat_tables(tables)
 
 
+_PER_POSITION = ("entropy", "surprisal", "kept_mass", "captured_share")
 _STATISTICS = ("trace", "top_eigenvalues", "participation_ratio", "entropy_rank", "trace_rank_99")
 
 
@@ -439,7 +440,7 @@ def _statistics(factors: Tensor) -> dict[str, np.ndarray]:
 
 
 def _per_position(scores: Scores) -> dict[str, np.ndarray]:
-    return {name: getattr(scores, name).float().cpu().numpy() for name in ("entropy", "surprisal", "kept_mass")}
+    return {name: getattr(scores, name).float().cpu().numpy() for name in _PER_POSITION}
 
 
 def _sink(model: SplitModel) -> int | None:

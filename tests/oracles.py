@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fisher_ray.draws import Draws
-from fisher_ray.estimators import Exact
+from fisher_ray.estimators import Cotangents, Exact
 from fisher_ray.head import Prediction
 from fisher_ray.split import SplitModel
 
@@ -43,9 +43,10 @@ class EveryToken(Exact):
     def num_factors(self, vocab_size: int, d_z: int) -> int:
         return vocab_size
 
-    def cotangents(self, prediction: Prediction, draws: Draws) -> tuple[Tensor, Tensor]:
+    def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         everything = torch.arange(prediction.head.vocab_size).expand(prediction.n, -1)
-        return prediction.scores(everything), torch.ones_like(prediction.entropy)
+        one = torch.ones_like(prediction.entropy)
+        return Cotangents(prediction.scores(everything), one, one)
 
 
 @dataclass(frozen=True)

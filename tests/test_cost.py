@@ -20,7 +20,7 @@ from families import FAMILIES, VOCAB, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jobs
-from fisher_ray import Exact, Sampled, SplitModel, cost
+from fisher_ray import Deflated, Exact, Sampled, SplitModel, cost
 from fisher_ray import corpus as corpus_module
 from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import read_documents
@@ -67,6 +67,8 @@ CASES: dict[str, dict[str, Any]] = {
     "all layers": {"layers": (0, 1, 2, 3)},
     "top": {"layers": (3,)},
     "exact": {"layers": (1, 2), "estimator": Exact()},
+    "deflated": {"layers": (1, 2), "estimator": Deflated(4, 2)},
+    "leading part": {"layers": (1,), "estimator": Deflated(4, 0)},
     "few positions": {"layers": (0, 2), "share": 0.1},
     "one sample": {"layers": (0, 2), "share": 0.4, "estimator": Sampled(1)},
     "drawn tokens": {"layers": (1,), "token_source": "sampled", "token_draws": 2, "share": 0.5},
@@ -140,7 +142,7 @@ def counted(name: str, expected: Cost, gradients: Any = "own_position") -> float
 
 
 def test_flop_of_gpt2_in_closed_form(gpt2: SplitModel) -> None:
-    """By hand: 12 d^2 weights a block, attention over all keys, logits, mean row, entropy, three sums in strips of 192 columns."""
+    """By hand: 12 d^2 weights a block, attention over all keys, logits, mean row, entropy, sums in strips of 192 columns."""
     d, vocab, blocks, seq, samples = 768, 50257, 12, 128, 8
     block = 2 * 12 * d * d + 4 * seq * d
     sums = d * (d + 192) * (2 * samples + 1) + 2 * samples * samples * d  # the last: the Gram matrix of eigenvalues

@@ -46,7 +46,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(gpt2: str, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Stored, Outcome]:  # noqa: F811
     """A run that never gets as far as asked, with factors: all there is to know about each checkpoint."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    config = jobs.settings(gpt2, corpus, output, until_relative_error=1e-6, save="factors", num_samples=2)
+    given: dict[str, Any] = {"estimator": "sampled", "num_samples": 2, "save": "factors"}
+    config = jobs.settings(gpt2, corpus, output, until_relative_error=1e-6, **given)
     return jobs.run_here(config)
 
 
@@ -291,7 +292,8 @@ def flags(config: RunConfig) -> list[str]:
     assert config.until_relative_error is not None
     return [
         "run", "--model", config.model, "--corpus", *config.corpus, "--output", config.output, "--save", "factors",
-        "--num-samples", "2", "--executor", "local", "--until-relative-error", repr(config.until_relative_error),
+        "--estimator", "sampled", "--num-samples", "2", "--executor", "local",
+        "--until-relative-error", repr(config.until_relative_error),
     ]  # fmt: skip
 
 

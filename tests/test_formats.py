@@ -64,7 +64,7 @@ def runs(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # 
         patch.setattr(cost, "_BLOCKS", 40)  # as of a large corpus, whose tasks are more than its blocks
         made = []
         for name, settings in {
-            "factors": {"group_by": "position", "save": "factors"},
+            "factors": {"group_by": "position", "save": "factors", "estimator": "sampled"},
             "matrices": {"positions": "::4", "save": "matrices"},
             "sketch": {"group_by": "position", "sketch": SKETCH, "layers": "1"},
             "early": {"layers": "0,2", "until_relative_change": 0.9},

@@ -184,7 +184,7 @@ def test_of_no_run(command: str, made: Path, tmp_path: Path, capsys: pytest.Capt
 def test_of_a_newer_format(command: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is said of what is not understood, least of all that it is sound."""
     rewrite(copied / "run.json", schema="run.99")
-    assert "this version reads 'run.3'" in refused(capsys, command, copied)
+    assert "this version reads 'run.4'" in refused(capsys, command, copied)
 
 
 # ---- diff --------------------------------------------------------------------------------------------------------------

@@ -473,7 +473,10 @@ def test_a_hundred_long_documents_at_thirteen_layers_stay_below_ten_megabytes(ma
     def columns(task: int) -> dict[str, Any]:
         rows = len(layers) * length
         fixed = {"document": [f"long {task}"] * rows, "position": list(range(length)) * 13, "token": [7] * rows}
-        names = ("trace", "participation_ratio", "entropy_rank", "trace_rank_99", "entropy", "surprisal", "kept_mass")
+        names = (
+            "trace", "participation_ratio", "entropy_rank", "trace_rank_99", "entropy", "surprisal", "kept_mass",
+            "captured_share",
+        )  # fmt: skip
         random_columns = {name: np.exp(5 * random_.standard_normal(rows)).astype(np.float32) for name in names}
         top = [[float(value)] for value in random_columns["trace"]]
         return {

@@ -12,7 +12,7 @@ from conftest import Models
 from families import FAMILIES, build
 from torch import Tensor
 
-from fisher_ray import Exact, Sampled, Scores, SplitModel, iter_scores, score_factors
+from fisher_ray import Deflated, Exact, Sampled, Scores, SplitModel, iter_scores, score_factors
 from fisher_ray.split import Tape
 
 # Against brute force. With the observed token's key in the query's gradient .03 to .4, with its value in the scores'
@@ -142,17 +142,20 @@ def assert_same(got: Scores, expected: Scores, rounding: float = ROUNDING) -> No
         # Factors themselves, so that one other token drawn would show as an error of order one.
         assert oracles.error(got.factors[layer], expected.factors[layer]) < rounding
         assert oracles.error(got.activations[layer], expected.activations[layer]) < rounding
-    for name in ("entropy", "surprisal", "kept_mass"):
+    for name in ("entropy", "surprisal", "kept_mass", "captured_share"):
         torch.testing.assert_close(
             getattr(got, name), getattr(expected, name), rtol=rounding, atol=rounding, equal_nan=True
         )
 
 
-PER_POSITION = ("position", "token", "fed", "entropy", "surprisal", "kept_mass")
+PER_POSITION = ("position", "token", "fed", "entropy", "surprisal", "kept_mass", "captured_share")
 CASES = {
     "observed": {"estimator": Sampled(3, top_p=0.9)},
     "drawn": {"estimator": Sampled(3), "token_source": "sampled", "num_token_draws": 2},
     "exact": {"estimator": Exact(), "positions": [1, -2, -1]},
+    "deflated": {"estimator": Deflated(3, 5)},
+    "drawn, deflated": {"estimator": Deflated(2, 2), "token_source": "sampled", "num_token_draws": 2},
+    "lower bound": {"estimator": Exact(0.2), "positions": [1, -2, -1]},
 }
 LENGTHS = [12, 4, 7]
 

@@ -69,9 +69,11 @@ def test_batches_hold_little_padding(count: int) -> None:
 
 def test_saved_factors_and_matrices_stand_as_the_table_does(gpt2: str, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     runs = {
-        save: jobs.run_here(jobs.settings(gpt2, corpus, tmp_path / save, save=save, num_samples=3, positions="1:40:3"))[
-            0
-        ]
+        save: jobs.run_here(
+            jobs.settings(
+                gpt2, corpus, tmp_path / save, save=save, estimator="sampled", num_samples=3, positions="1:40:3"
+            )
+        )[0]
         for save in ("factors", "matrices", "summary")
     }
     factors, matrices, summary = runs["factors"], runs["matrices"], runs["summary"]
@@ -162,7 +164,7 @@ def test_drawn_tokens(gpt2: str, corpus: Path, documents: Any, tmp_path: Path) -
 
 def test_sampled_scores_estimate_the_exact_matrix(gpt2: str, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     """The mean over some 1,800 positions of 64 scores each, every entry within 6 of its standard errors."""
-    given: dict[str, Any] = {"layers": "1", "save": "factors"}
+    given: dict[str, Any] = {"layers": "1", "estimator": "sampled", "save": "factors"}
     exact, _ = jobs.run_here(jobs.settings(gpt2, corpus, tmp_path / "exact", estimator="exact", layers="1"))
     sampled, _ = jobs.run_here(jobs.settings(gpt2, corpus, tmp_path / "sampled", num_samples=64, seed=3, **given))
     g = sampled.saved("factors", 1).astype(float) * 8  # unscaled scores

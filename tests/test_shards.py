@@ -38,9 +38,11 @@ CHANGES: dict[str, Any] = {
     "positions": "last", "max_docs": 1, "column": "other", "unit": "file", "columns": ("other",), "save": "factors",
     "seed": 1, "dtype": "bfloat16", "gradients": "per_position", "revision": "main", "trust_remote_code": True,
     "memory_budget": 1 << 20, "cpus_per_actor": 2, "device": "cuda", "group_by": "position", "num_groups": 4,
-    "sketch": 5,
+    "sketch": 5, "rank": 3, "tolerance": 0.1,
 }  # fmt: skip
-NEEDS = {"token_draws": {"token_source": "sampled"}}
+NEEDS = {
+    "token_draws": {"token_source": "sampled"}, "rank": {"estimator": "deflated"}, "tolerance": {"estimator": "exact"},
+}  # fmt: skip
 ELSEWHERE = {"model", "corpus", "encoder_column", "until_relative_error", "until_relative_change"}
 EXECUTION: dict[str, Any] = {
     "output": "elsewhere", "executor": "local", "min_actors": 2, "max_actors": 3, "gpus_per_actor": 0.5,
@@ -134,8 +136,9 @@ def test_layers() -> None:
 
 
 def test_settings_come_back_from_a_file() -> None:
+    changes = {name: value for name, value in CHANGES.items() if name != "rank"}  # of another estimator
     config = RunConfig(
-        model="m", corpus=("a", "b"), output="o", encoder_column="x", max_actors=3, gpus_per_actor=0.5, **CHANGES
+        model="m", corpus=("a", "b"), output="o", encoder_column="x", max_actors=3, gpus_per_actor=0.5, **changes
     )
     for dumped in (
         config.asdict(),
