@@ -117,7 +117,7 @@ QUICK = Scale(
     lengths=(256, 512),
     families=("gpt2", "gemma2"),
     documents=1,
-    max_docs=40,
+    max_docs=24,
     tests=("tests/test_head.py",),
     repeats=1,
 )
@@ -408,9 +408,9 @@ def _quiet(_: object) -> AbstractContextManager[Callable[[object], None]]:
 
 
 class _Mortal(LocalPool):
-    """Its process is killed after three calls."""
+    """Its process is killed after two calls."""
 
-    _left = 3
+    _left = 2
 
     def wait(self, timeout: float) -> list[tuple[Any, Any]]:
         ended = super().wait(timeout)
