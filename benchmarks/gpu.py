@@ -45,10 +45,10 @@ import torch
 import transformers
 from engine import measure, product
 from families import FAMILIES, build
-from peers import gpt2, hardware, in_own_process, interleaved, peak_memory, sweep
+from peers import Workload, chosen, gpt2, hardware, in_own_process, interleaved, peak_memory, sweep, table
 from precision import errors, read_sequences, scored
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from fisher_ray import Exact, Sampled, SplitModel, iter_scores, open_run, score_factors
 from fisher_ray.dispatch import LocalPool
@@ -76,6 +76,7 @@ class Scale:
 
     Attributes:
         gpt2: settings of GPT2Config.
+        peers: the model they run on; None: GPT2Config() and random weights.
         engine: (batch, seq_len) of the engine's cases; the first with the exact estimator.
         llama: settings of the LlamaConfig whose share of the peak is measured, and (batch, seq_len).
         lengths: tokens of the sequences whose memory is measured, each twice the one before.
@@ -86,6 +87,7 @@ class Scale:
     """
 
     gpt2: dict[str, int]
+    peers: str | None
     engine: tuple[tuple[int, int], ...]
     llama: dict[str, int]
     llama_tokens: tuple[int, int]
@@ -99,25 +101,27 @@ class Scale:
 
 FULL = Scale(
     gpt2={},
+    peers=None,
     engine=((4, 128), (4, 512)),
     llama=_1B,
     llama_tokens=(16, 512),
     lengths=(1024, 2048, 4096, 8192),
     families=("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "mixtral", "deepseek_v3", "t5"),
     documents=8,
-    max_docs=400,
+    max_docs=100,
     tests=("tests/test_scores.py", "tests/test_devices.py"),
     repeats=5,
 )
 QUICK = Scale(
     gpt2={"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 256},
-    engine=((2, 32), (2, 64)),
+    peers=DEMO["model"],
+    engine=((2, 32),),
     llama=_TINY,
     llama_tokens=(2, 32),
     lengths=(256, 512),
     families=("gpt2", "gemma2"),
     documents=1,
-    max_docs=24,
+    max_docs=16,
     tests=("tests/test_head.py",),
     repeats=1,
 )
@@ -206,6 +210,18 @@ def engine(device: torch.device, scale: Scale) -> Iterator[Row]:
             }  # fmt: skip
         for what, times, flop in measured.ratios():
             yield {"tokens": f"{batch} x {seq_len}", "what": what, "times": round(times, 2), "flop": round(flop, 2)}
+
+
+def peers(device: torch.device, scale: Scale) -> Iterator[Row]:
+    """The table of benchmarks/peers.py: times ours, in time and in flop, memory, and the error of F against float64."""
+    workload = Workload(scale.peers, device.type, batch=4, seq_len=scale.engine[0][1], num_samples=8)
+    rows = table(workload, chosen(exact=True), scale.repeats)
+    for name, row in rows.items():
+        ours = rows["ours, exact" if row.exact else "ours, sampled"].taken
+        yield {
+            "what": name, "ms a position": 1e3 * row.taken.seconds, "times": row.taken.seconds / ours.seconds,
+            "flop": row.taken.flop / ours.flop, "MiB": row.memory / 2**20, "error of F": row.error,
+        }  # fmt: skip
 
 
 def llama(device: torch.device, scale: Scale) -> Iterator[Row]:
@@ -332,7 +348,8 @@ def actors(device: torch.device, scale: Scale) -> Iterator[Row]:
 
 Section = Callable[[torch.device, Scale], Iterator[Row]]
 SECTIONS: dict[str, Section] = {
-    section.__name__: section for section in (peaks, correctness, precision, bits, actors, memory, llama, engine, tests)
+    section.__name__: section
+    for section in (peaks, correctness, precision, bits, actors, memory, llama, engine, peers, tests)
 }
 
 
@@ -354,11 +371,11 @@ def _tf32() -> AbstractContextManager[None]:
     return _products("high")
 
 
-def _llama(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+def _llama(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
+    config = LlamaConfig(**sizes, max_position_embeddings=8192, attn_implementation="sdpa")
     with device:
-        model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=8192, attn_implementation="sdpa"))
-    return model.to(dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def _exact(split: SplitModel, ids: Tensor) -> Tensor:

@@ -360,7 +360,7 @@ class Workload:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(split.head.vocab_size, (self.batch, self.seq_len), generator=generator)
         if split.max_positions is not None and self.seq_len > split.max_positions:
-            raise SystemExit(f"error: --seq-len must be at most {split.max_positions}, got {self.seq_len}.")
+            raise ValueError(f"--seq-len must be at most {split.max_positions}, got {self.seq_len}.")
         return Problem(split, ids.to(split.device), split.num_layers // 2, self.num_samples)
 
     def _split(self, dtype: torch.dtype) -> SplitModel:
@@ -389,7 +389,11 @@ def main() -> None:
     print(f"{hardware(device)}; torch {torch.__version__}; {args.model or 'GPT2Config()'}; S = {args.num_samples}")
     for i, seq_len in enumerate(args.seq_len):
         workload = Workload(args.model, args.device, args.batch, seq_len, args.num_samples)
-        report(workload, table(workload, chosen(exact=i == 0), args.repeats))
+        try:
+            rows = table(workload, chosen(exact=i == 0), args.repeats)
+        except ValueError as error:  # a ModelError too
+            parser.error(str(error))
+        report(workload, rows)
 
 
 def chosen(exact: bool) -> dict[str, Case]:
@@ -409,6 +413,7 @@ class Row:
     taken: Taken
     memory: int
     error: float
+    exact: bool
 
 
 def table(workload: Workload, cases: Mapping[str, Case], repeats: int = 3) -> dict[str, Row]:
@@ -424,7 +429,9 @@ def table(workload: Workload, cases: Mapping[str, Case], repeats: int = 3) -> di
         memory, matrices = apart[name]
         got, expected = matrices.double(), truth[-len(matrices) :]
         errors = (got - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))
-        rows[name] = Row(taken[name] * (1 / case.count(problem)), memory, statistics.median(errors.tolist()))
+        rows[name] = Row(
+            taken[name] * (1 / case.count(problem)), memory, statistics.median(errors.tolist()), case.exact
+        )
     return rows
 
 
@@ -438,7 +445,7 @@ def report(workload: Workload, rows: Mapping[str, Row]) -> None:
     print(f"\n{workload.batch} x {workload.seq_len} tokens")
     print(f"{'':40s} {'ms a position':>13s} {'x ours':>8s} {'flop, x ours':>12s} {'MiB':>7s} {'error of F':>10s}")
     for name, row in rows.items():
-        a, b = row.taken, rows["ours, exact" if CASES[name].exact else "ours, sampled"].taken
+        a, b = row.taken, rows["ours, exact" if row.exact else "ours, sampled"].taken
         print(
             f"{name:40s} {1e3 * a.seconds:13.1f} {a.seconds / b.seconds:8.1f} {a.flop / b.flop:12.1f} "
             f"{row.memory / 2**20:7.0f} {row.error:10.2g}",
@@ -464,23 +471,30 @@ class Taken:
 
 
 def interleaved(cases: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Taken]:
-    """Each case over rounds in which they take turns: median seconds, and the flop of its warm-up.
+    """Each case over rounds in which they take turns: median seconds, and the flop of a run before.
 
-    The warm-up of a long one is its only run; counting costs some microseconds an operation.
+    Two runs come first, and flop are those of the second, without what is set up once. A long case has one run, in which they
+    are counted too; that costs some microseconds an operation.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     flop = {}
     for name, case in cases.items():
-        with _Counter() as counter:
-            took = timed(case, device)
-        flop[name] = counter.flop
+        took, flop[name] = _counted(case, device)
         if took > _LONG:
             seconds[name].append(took)
+        else:
+            _, flop[name] = _counted(case, device)
     short = {name: case for name, case in cases.items() if not seconds[name]}
     for _ in range(repeats):
         for name, case in short.items():
             seconds[name].append(timed(case, device))
     return {name: Taken(statistics.median(seconds[name]), flop[name]) for name in cases}
+
+
+def _counted(case: Callable[[], object], device: torch.device) -> tuple[float, int]:
+    with _Counter() as counter:
+        seconds = timed(case, device)
+    return seconds, counter.flop
 
 
 def timed(case: Callable[[], object], device: torch.device) -> float:

@@ -41,8 +41,8 @@ def test_sections_end_well_and_tell_what_they_found(gpu: Any, tmp_path: Path) ->
     assert [row["result"] for row in rows["bits"][1:]] == ["the same bits"] * 2
 
     # Two layers: a run from the first block and one from the second, against one pass over both.
-    engine = {row["what"]: row for row in rows["engine"] if row["tokens"] == "2 x 32"}
-    assert engine["one layer, S=8: recomputed"]["flop"] > 10
+    engine = {row["what"]: row for row in rows["engine"]}
+    assert engine["one layer, S=8: recomputed"]["flop"] > 5
     assert 1.5 < engine["all layers, S=1, in plain forward passes"]["flop"] < 4
     assert "| one layer, exact: the reference's way |" in text
 
@@ -62,15 +62,16 @@ def test_one_that_fails_stops_no_other(gpu: Any, tmp_path: Path, monkeypatch: py
 
 
 def test_other_bits_fail(gpu: Any, tmp_path: Path) -> None:
-    """Another seed is another run."""
-    config = gpu._demo(torch.device("cpu"), gpu.changed(gpu.QUICK, max_docs=4), tmp_path / "run")
+    config = gpu._demo(torch.device("cpu"), gpu.changed(gpu.QUICK, max_docs=2), tmp_path)
     gpu._run(config, mortal=False)
     truth = gpu._fingerprint(config)
     assert list(gpu._same("itself", config, truth)) == [{"run": "itself", "result": "the same bits"}]
-    other = gpu.changed(config, seed=1, output=str(tmp_path / "other"))
-    gpu._run(other, mortal=False)
-    with pytest.raises(AssertionError, match=r"other: \d+ of \d+ arrays and tables have other bits"):
-        list(gpu._same("other", other, truth))
+    array = tmp_path / "reduced/layer_003/fisher.npy"
+    raw = bytearray(array.read_bytes())
+    raw[-8] ^= 1  # the last bit of the last number
+    array.write_bytes(raw)
+    with pytest.raises(AssertionError, match=rf"other: 1 of {len(truth)} arrays and tables have other bits"):
+        list(gpu._same("other", config, truth))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
