@@ -291,7 +291,7 @@ def tests(device: torch.device, scale: Scale) -> Iterator[Row]:
     if missing:
         yield {"tests": " ".join(scale.tests), "result": f"not run: {missing[0]} is not installed"}
         return
-    argv = [sys.executable, "-m", "pytest", "-q", "-x", *scale.tests]
+    argv = [sys.executable, "-m", "pytest", "-x", *scale.tests]
     ended = subprocess.run(argv, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     yield {"tests": " ".join(scale.tests), "result": (ended.stdout.strip().splitlines() or [""])[-1]}
     if ended.returncode:
@@ -488,7 +488,9 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -385,6 +385,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     device = torch.device(args.device)
     print(f"{hardware(device)}; torch {torch.__version__}; {args.model or 'GPT2Config()'}; S = {args.num_samples}")
     for i, seq_len in enumerate(args.seq_len):
@@ -580,6 +581,7 @@ def in_own_process(function: Callable[..., Any], device: torch.device, *args: An
 
 def _memory_and_matrices(workload: Workload, name: str) -> tuple[int, Tensor]:
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     problem, case = workload.problem(), CASES[name]
     return peak_memory(lambda: case.run(problem, case.positions(problem)).cpu(), problem.ids.device)
 
