@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers import logging as transformers_logging
 
@@ -530,21 +530,21 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[2] * (width + value.shape[3])
 
 
-def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     # The scores again, and a product for the gradient of each of p, v, q and k.
-    return sdpa_flop_count(query.shape, key.shape, value.shape) * 5 // 2
+    return _attention(query, key, value) * 5 // 2
 
 
-# torch counts fused attention on GPUs alone.
-_FLOP = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
-}
+# torch itself counts fused attention on GPUs alone, and not in every version where keys have fewer heads than queries.
+_FLOP = dict(flop_registry)
+for _kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+    _FLOP[getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}")] = _attention
+    _FLOP[getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}_backward")] = _attention_backward
 
 
 def peak_memory(case: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
