@@ -2,232 +2,137 @@
 
     python benchmarks/engine.py --device cpu
 
-A model of GPT-2's size (``GPT2Config()``, random weights) scores ``--batch`` sequences of ``--seq-len`` tokens. Beside it,
-in the same process:
+A model of GPT-2's size (``GPT2Config()``, random weights) scores ``--batch`` sequences of each of ``--seq-len`` tokens. Beside
+it, in the same process, take turns with it: peers, which ``benchmarks/peers.py`` describes, at four positions spread over the
+sequence; a plain forward pass of the same tokens with all logits; and a matrix product. Times are medians over ``--repeats``
+rounds; what takes longer than 100 s runs once. The exact estimator runs on one sequence, at the first length alone.
 
-* ``recomputed``: one position at a time, the context's forward pass anew for each, S backward passes (SDPA);
-* ``cached``: one position at a time, the context's keys and values cached, the S cotangents as a batch (SDPA);
-* ``reference``: exact, one position: d_model backward passes, the [V, d] chain, the outer product;
-* ``forward``: a plain forward pass of the same tokens with all logits (SDPA).
-
-The alternatives are timed on a few positions spread evenly over the sequence, and scaled up. Each figure is a median over
-``--repeats`` rounds in which everything takes its turn.
+Flop are those of matrix products, counted as they run, attention over all keys. Beside each ratio of times is the ratio of
+flop: what lies between the two is how well the products run. Shares are of the peak measured in the run.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import resource
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+from peers import Problem, Taken, cached, gpt2, hardware, interleaved, recomputed, reference, sweep
 from torch import Tensor
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 
-from fisher_ray import Exact, Sampled, SplitModel, score_factors
-from fisher_ray.estimators import Estimator
-from fisher_ray.shards import Sums
+from fisher_ray import Exact, Sampled, SplitModel
 
-LAYER = 6
+# (what, the alternative, its runs, ours)
+_RATIOS = (
+    ("one layer, S=8: recomputed", "recomputed", "one layer, S=8"),
+    ("one layer, S=8: cached and batched", "cached and batched", "one layer, S=8"),
+    ("all layers, S=8: one recomputed run for each block", "recomputed, every block", "all layers, S=8"),
+    ("one layer, exact: the reference's way", "reference", "one layer, exact"),
+    ("all layers, exact: the reference's way for each block", "reference, every block", "all layers, exact"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip-exact", action="store_true", help="the exact estimator takes minutes on a CPU")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     device = torch.device(args.device)
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa")).to(device).eval().requires_grad_(False)
-    split = SplitModel(model)
-    ids = torch.randint(50257, (args.batch, args.seq_len), device=device)
-    few = torch.linspace(1, args.seq_len - 1, 4).long().tolist()
-    everything = list(range(model.config.n_layer + 1))
-    print(
-        f"{_hardware(device)}; torch {torch.__version__}; {args.batch} x {args.seq_len} tokens, median of {args.repeats}"
-    )
-
-    def engine(layers: list[int], estimator: Estimator, rows: Tensor = ids) -> Callable[[], None]:
-        def sweep() -> None:
-            scores = score_factors(split, rows, layers=layers, estimator=estimator)
-            sums = Sums(layers, split.d_model, device)
-            for layer in layers:
-                sums.add(layer, scores.factors[layer], scores.activations[layer])
-
-        return sweep
-
-    tokens = ids.numel()
-    cases: dict[str, tuple[Callable[[], None], float]] = {  # what runs, and how many positions it covers
-        "peak": (_product(device), 1),
-        "forward": (lambda: _forward(model, ids), tokens),
-        "S=8, layer 6": (engine([LAYER], Sampled(8)), tokens),
-        "S=8, all layers": (engine(everything, Sampled(8)), tokens),
-        "S=1, layer 6": (engine([LAYER], Sampled(1)), tokens),
-        "S=1, all layers": (engine(everything, Sampled(1)), tokens),
-        "recomputed, layer 6": (lambda: [_recomputed(model, ids, t, LAYER, 8) for t in few], len(few)),
-        "recomputed, layer 0": (lambda: [_recomputed(model, ids, t, 0, 8) for t in few], len(few)),
-        "cached, layer 6": (lambda: [_cached(model, ids, t, LAYER, 8) for t in few], len(few)),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for case, _ in cases.values():
-        case()
-    for _ in range(args.repeats):
-        for name, (case, _) in cases.items():
-            seconds[name].append(_timed(case, device))
-    each = {name: statistics.median(taken) / cases[name][1] for name, taken in seconds.items()}
-    peak = _PRODUCT_FLOP / each.pop("peak")
-    print(f"matrix-multiply peak: {peak / 1e9:.0f} GFLOP/s\n")
-    counted = {
-        "forward": _flop(args.seq_len, [], 0),
-        "S=8, layer 6": _flop(args.seq_len, [LAYER], 8),
-        "S=8, all layers": _flop(args.seq_len, everything, 8),
-        "S=1, layer 6": _flop(args.seq_len, [LAYER], 1),
-        "S=1, all layers": _flop(args.seq_len, everything, 1),
-    }
-    for name, taken in each.items():
-        share = f"  {counted[name] / taken / peak:5.0%} of the peak" if name in counted else ""
-        print(f"{name:22s} {1 / taken:9.2f} positions/s{share}")
-
-    print()
-    one, all_layers = each["S=8, layer 6"], each["S=8, all layers"]
-    print(f"one layer, S=8, against recomputed:         {each['recomputed, layer 6'] / one:6.1f}")
-    print(f"one layer, S=8, against cached and batched: {each['cached, layer 6'] / one:6.1f}")
-    recomputed_all = 12 * (each["recomputed, layer 6"] + each["recomputed, layer 0"]) / 2
-    print(f"all layers, S=8, against 12 recomputed:     {recomputed_all / all_layers:6.1f}   (mean of layers 0 and 6)")
-    print(f"all layers, S=1, in plain forward passes:   {each['S=1, all layers'] / each['forward']:6.2f}")
-    if not args.skip_exact:
-        print()
-        reference = _timed(lambda: _reference_exact(model, ids, args.seq_len - 1, LAYER), device)
-        print(f"{'reference, layer 6':22s} {1 / reference:9.3f} positions/s")
-        for name, layers, runs in (("layer 6", [LAYER], 1), ("all layers", everything, 12)):
-            taken = _timed(engine(layers, Exact(), ids[:1]), device) / args.seq_len
-            share = _flop(args.seq_len, layers, 768, exact=True) / taken / peak
-            print(f"{'exact, ' + name:22s} {1 / taken:9.3f} positions/s  {share:5.0%} of the peak", end="")
-            print(f"   {runs * reference / taken:6.1f} times {runs} x reference")
-    if device.type == "cuda":
-        print(f"\npeak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    else:
-        print(f"\npeak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    print(f"{hardware(device)}; torch {torch.__version__}; batch {args.batch}, median of {args.repeats}")
+    for i, seq_len in enumerate(args.seq_len):
+        exact = i == 0 and not args.skip_exact
+        report(measure(gpt2().to(device), args.batch, seq_len, args.repeats, exact))
 
 
-def _flop(seq_len: int, layers: list[int], num_factors: int, exact: bool = False) -> float:
-    """Multiply-adds, two flop each, of matrix products a position: GPT-2 small, attention over all keys."""
-    d, vocab, blocks = 768, 50257, 12
-    block = 2 * 12 * d * d + 4 * seq_len * d
-    total = blocks * block + 2 * vocab * d
-    if layers:
-        total += 2 * vocab * d + num_factors * (blocks - min(layers)) * block
-        total += len(layers) * 2 * d * d * (2 * num_factors + 1)  # F, F / tr F and h h^T
-    if exact:
-        total += 2 * vocab * d * d
-    return total
+@dataclass(frozen=True)
+class Measured:
+    """What cases took a position, and flop/s of a large matrix product beside them."""
 
+    batch: int
+    seq_len: int
+    peak: float
+    cases: dict[str, Taken]
 
-_PRODUCT_FLOP = 2.0 * 4096 * 3072 * 768 * 4
+    def share(self, name: str) -> float:
+        """Of the peak."""
+        return self.cases[name].flop / self.cases[name].seconds / self.peak
 
-
-def _product(device: torch.device) -> Callable[[], None]:
-    left, right = torch.randn(4096, 768, device=device), torch.randn(768, 3072, device=device)
-    out = torch.empty(4096, 3072, device=device)
-
-    def multiply() -> None:
-        for _ in range(4):
-            torch.mm(left, right, out=out)
-
-    return multiply
+    def ratios(self) -> Iterator[tuple[str, float, float]]:
+        """(ours and the alternative, how many times ours that takes, how many times the flop)."""
+        for what, other, ours in _RATIOS:
+            if other in self.cases:
+                a, b = self.cases[other], self.cases[ours]
+                yield what, a.seconds / b.seconds, a.flop / b.flop
+        sweep_, forward = self.cases["all layers, S=1"], self.cases["forward"]
+        yield "all layers, S=1, in plain forward passes", sweep_.seconds / forward.seconds, sweep_.flop / forward.flop
 
 
 @torch.no_grad()
-def _forward(model: GPT2LMHeadModel, ids: Tensor) -> None:
-    model(input_ids=ids, use_cache=False)
+def measure(model: PreTrainedModel, batch: int, seq_len: int, repeats: int, exact: bool) -> Measured:
+    """Everything at one length; the model is any with a plain head."""
+    split = SplitModel(model)
+    device = split.device
+    ids = torch.randint(split.head.vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
+    middle, last = split.num_layers // 2, split.num_layers - 1
+    everything = list(range(split.num_layers + 1))
+    few = torch.linspace(1, seq_len - 1, 4).long().tolist()
+
+    def peer(run: Callable[[Problem, list[int]], Tensor], layer: int, positions: list[int]) -> Callable[[], object]:
+        problem = Problem(split, ids, layer)
+        return torch.enable_grad()(lambda: run(problem, positions))
+
+    cases: dict[str, tuple[Callable[[], object], int]] = {  # what runs, and how many positions it covers
+        "matrix product": (product(device, model.dtype), 1),
+        "forward": (lambda: model(input_ids=ids, use_cache=False), ids.numel()),
+        "one layer, S=8": (lambda: sweep(split, ids, [middle], Sampled(8)), ids.numel()),
+        "all layers, S=8": (lambda: sweep(split, ids, everything, Sampled(8)), ids.numel()),
+        "one layer, S=1": (lambda: sweep(split, ids, [middle], Sampled(1)), ids.numel()),
+        "all layers, S=1": (lambda: sweep(split, ids, everything, Sampled(1)), ids.numel()),
+        "recomputed": (peer(recomputed, middle, few), len(few)),
+        "recomputed, first block": (peer(recomputed, 0, few), len(few)),
+        "recomputed, last block": (peer(recomputed, last, few), len(few)),
+        "cached and batched": (peer(cached, middle, few), len(few)),
+    }
+    if exact:
+        cases |= {
+            "one layer, exact": (lambda: sweep(split, ids[:1], [middle], Exact()), seq_len),
+            "all layers, exact": (lambda: sweep(split, ids[:1], everything, Exact()), seq_len),
+            "reference": (peer(reference, middle, few[-1:]), 1),
+        }
+    taken = interleaved({name: case for name, (case, _) in cases.items()}, repeats, device)
+    each = {name: taken[name] * (1 / count) for name, (_, count) in cases.items()}
+    multiplied = each.pop("matrix product")
+    # Linear in the number of blocks above the layer: the mean of the first and the last is that of all.
+    ends = each.pop("recomputed, first block") + each.pop("recomputed, last block")
+    each["recomputed, every block"] = ends * (split.num_layers / 2)
+    if exact:
+        each["reference, every block"] = each["reference"] * split.num_layers
+    return Measured(batch, seq_len, multiplied.flop / multiplied.seconds, each)
 
 
-class _Leaf:
-    """Makes the stream entering a block a leaf of the graph while it is in force."""
-
-    def __init__(self, model: GPT2LMHeadModel, layer: int):
-        self.handle = model.transformer.h[layer].register_forward_pre_hook(self._hook)
-
-    def _hook(self, _: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self.stream = args[0].detach().requires_grad_()
-        return (self.stream, *args[1:])
-
-    def __enter__(self) -> _Leaf:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
+def product(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """Matrix products as large as those of GPT-2's widest layer; on a GPU larger, which alone reach its peak."""
+    rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (16384, 768, 3072)
+    left = torch.randn(rows, inner, device=device, dtype=dtype)
+    right = torch.randn(inner, columns, device=device, dtype=dtype)
+    out = torch.empty(rows, columns, device=device, dtype=dtype)
+    return lambda: torch.mm(left, right, out=out)
 
 
-def _recomputed(model: GPT2LMHeadModel, ids: Tensor, t: int, layer: int, num_samples: int) -> None:
-    """Scores at one position: forward over its context, S backward passes."""
-    with _Leaf(model, layer) as leaf:
-        logits = model(input_ids=ids[:1, : t + 1], use_cache=False, logits_to_keep=1).logits[0, -1]
-    log_p = logits.log_softmax(-1)
-    for y in torch.multinomial(log_p.exp(), num_samples, replacement=True):
-        torch.autograd.grad(log_p[y], leaf.stream, retain_graph=True)
-
-
-def _cached(model: GPT2LMHeadModel, ids: Tensor, t: int, layer: int, num_samples: int) -> None:
-    """Scores at one position: keys and values of its context cached once a sequence, S copies of its token as a batch."""
-    cache = _CACHES.get(id(ids))
-    if cache is None:
-        with torch.no_grad():
-            cache = _CACHES[id(ids)] = model(input_ids=ids[:1], use_cache=True).past_key_values
-    own = DynamicCache()
-    for i, kept in enumerate(cache.layers):
-        own.update(
-            kept.keys[:, :, :t].expand(num_samples, -1, -1, -1),
-            kept.values[:, :, :t].expand(num_samples, -1, -1, -1),
-            i,
-        )
-    with _Leaf(model, layer) as leaf:
-        at = torch.full((num_samples, 1), t, device=ids.device)
-        logits = model(
-            input_ids=ids[:1, t : t + 1].expand(num_samples, -1), position_ids=at, past_key_values=own, use_cache=True
-        ).logits[:, -1]
-    log_p = logits.log_softmax(-1)
-    drawn = torch.multinomial(log_p[0].exp(), num_samples, replacement=True)
-    torch.autograd.grad(log_p.gather(1, drawn[:, None]).sum(), leaf.stream)
-
-
-_CACHES: dict[int, DynamicCache] = {}
-
-
-def _reference_exact(model: GPT2LMHeadModel, ids: Tensor, t: int, layer: int) -> Tensor:
-    """The exact matrix at one position as the published toolkit computes it, from its description."""
-    with _Leaf(model, layer) as leaf:
-        z = model.transformer(input_ids=ids[:1, : t + 1], use_cache=False).last_hidden_state[0, -1]
-    rows = [torch.autograd.grad(z[i], leaf.stream, retain_graph=True)[0][0, -1] for i in range(len(z))]
-    weight = model.lm_head.weight
-    p = (weight @ z.detach()).softmax(-1)
-    jacobian = weight @ torch.stack(rows)
-    scores = jacobian - p @ jacobian
-    return scores.T @ (p[:, None] * scores)
-
-
-def _timed(case: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    case()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+def report(measured: Measured) -> None:
+    print(f"\n{measured.batch} x {measured.seq_len} tokens; matrix-multiply peak {measured.peak / 1e9:.0f} GFLOP/s")
+    for name, taken in measured.cases.items():
+        print(f"{name:26s} {1 / taken.seconds:9.2f} positions/s  {measured.share(name):5.0%} of the peak")
+    print(f"\n{'':56s} {'time':>7s} {'flop':>7s}")
+    for what, times, flop in measured.ratios():
+        print(f"{what:56s} {times:7.2f} {flop:7.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,37 +30,20 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
 
     reference = SplitModel.from_pretrained(args.model, dtype="float64")
-    longest = min(reference.max_positions or 256, 256)
-    source = next(find_ranges(find_sources([args.corpus]), Layout(), 1 << 30))
-    texts = [document.content for document in read_documents(source, Layout()) if isinstance(document.content, str)]
-    sequences = [
-        [reference.tokenizer.bos_token_id, *reference.tokenizer(text)["input_ids"]][:longest] for text in texts
-    ]
-    ids, mask = _padded(sequences[: args.documents])
-    everything = list(range(reference.num_layers + 1))
-
-    def scored(model: SplitModel, estimator: Exact | Sampled) -> Scores:
-        return score_factors(model, ids, layers=everything, estimator=estimator, attention_mask=mask)
-
-    truth = {layer: scored(reference, Exact()).matrices(layer) for layer in everything}
-    print(f"{args.model}: {len(truth[0])} positions, {len(everything)} layers\n")
+    sequences = read_sequences(reference, args.corpus)
+    truth = scored(reference, sequences[: args.documents], Exact())
+    print(f"{args.model}: {len(truth)} positions, {len(truth.factors)} layers\n")
     print("relative error of F        median      99 %       worst     of the mean F (worst layer)")
     cases = {f"exact, {dtype}": (dtype, Exact()) for dtype in ("float32", "bfloat16", "float16")}
     cases |= {f"sampled({n}), float32": ("float32", Sampled(n)) for n in (1, 8, 64)}
     for name, (dtype, estimator) in cases.items():
-        got = scored(SplitModel.from_pretrained(args.model, dtype=dtype), estimator)
-        errors, of_mean = [], []
-        for layer in everything:
-            matrices = got.matrices(layer).double()
-            errors.append((matrices - truth[layer]).norm(dim=(1, 2)) / truth[layer].norm(dim=(1, 2)))
-            mean = truth[layer].mean(0)
-            of_mean.append(float((matrices.mean(0) - mean).norm() / mean.norm()))
-        each = torch.cat(errors)
-        quantiles = (float(each.quantile(q)) for q in (0.5, 0.99, 1.0))
-        print(f"{name:22s} " + "  ".join(f"{q:10.2g}" for q in quantiles) + f"  {max(of_mean):10.2g}")
+        model = SplitModel.from_pretrained(args.model, dtype=dtype)
+        found = errors(scored(model, sequences[: args.documents], estimator), truth)
+        print(f"{name:22s} " + "  ".join(f"{value:10.2g}" for value in found.values()))
 
     model = SplitModel.from_pretrained(args.model)
     flips = total = 0
+    longest = max(map(len, sequences))
     for sequence in sequences:
         if total >= args.draws:
             break
@@ -72,6 +55,34 @@ def main() -> None:
         flips += int((tokens[0] != tokens[1]).sum())
         total += tokens[0].numel()
     print(f"\ndrawn tokens that another batch and its padding changed: {flips} of {total:,}")
+
+
+def read_sequences(model: SplitModel, corpus: str) -> list[list[int]]:
+    """Token ids of a corpus's first documents, each with a BOS token before it and cut at 256."""
+    source = next(find_ranges(find_sources([corpus]), Layout(), 1 << 30))
+    texts = [document.content for document in read_documents(source, Layout()) if isinstance(document.content, str)]
+    longest = min(model.max_positions or 256, 256)
+    return [[model.tokenizer.bos_token_id, *model.tokenizer(text)["input_ids"]][:longest] for text in texts]
+
+
+def scored(model: SplitModel, sequences: list[list[int]], estimator: Exact | Sampled) -> Scores:
+    """Every position at every layer."""
+    ids, mask = _padded(sequences)
+    layers = list(range(model.num_layers + 1))
+    return score_factors(model, ids, layers=layers, estimator=estimator, attention_mask=mask)
+
+
+def errors(got: Scores, truth: Scores) -> dict[str, float]:
+    """Relative Frobenius errors of each position's F over all layers, and of the mean F at the worst layer."""
+    each, of_mean = [], []
+    for layer in truth.factors:
+        matrices, expected = got.matrices(layer).to("cpu", torch.float64), truth.matrices(layer).cpu()
+        each.append((matrices - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2)))
+        mean = expected.mean(0)
+        of_mean.append(float((matrices.mean(0) - mean).norm() / mean.norm()))
+    all_layers = torch.cat(each)
+    quantiles = {"median": 0.5, "99 %": 0.99, "worst": 1.0}
+    return {name: float(all_layers.quantile(q)) for name, q in quantiles.items()} | {"of the mean F": max(of_mean)}
 
 
 def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
