@@ -58,7 +58,7 @@ class _Node:
     name: str
     free: int
     alive: bool = True
-    actors: set[_Actor] = field(default_factory=set)
+    actors: dict[_Actor, None] = field(default_factory=dict)  # in an order that does not hang on addresses
 
 
 @dataclass(eq=False)
@@ -202,7 +202,7 @@ class StandIn:
             if actor.dead:
                 continue
             node.free -= 1
-            node.actors.add(actor)
+            node.actors[actor] = None
             actor.node = node
             self._at(self.now + self._weather.load * self._random.uniform(0.8, 1.2), lambda a=actor: self._load(a))
         places = self._weather.actors_per_node
@@ -253,7 +253,7 @@ class StandIn:
         for start, seconds, _ in actor.calls.values():
             self.lost += min(max(self.now - start, 0.0), seconds)
         if actor.node is not None:
-            actor.node.actors.discard(actor)
+            actor.node.actors.pop(actor, None)
             actor.node.free += 1
             if actor.node.alive:
                 self._places.append(actor.node)
