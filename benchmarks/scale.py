@@ -258,11 +258,15 @@ def limits_of(one: Cost, gpus: int, hardware: Any, tokens: float = 1e12) -> list
     doubled = (1 << i for i in range(22))
     slow_tree = next((n for n in doubled if tree_seconds(one, tasks, n) > 0.1 * compute_all / n), math.inf)
     found_limits = [
-        Limit("tasks: fewer than actors", tasks, "a larger corpus; smaller tasks are a matter of the plan"),
-        Limit("driver: handing out", each / SERVICES.driver, "larger tasks; several runs over parts of the corpus"),
-        Limit("storage: PUT of sums/", SERVICES.puts * each / layers, "fewer layers; larger tasks"),
-        Limit("storage: PUT of done/", SERVICES.puts * each, "larger tasks"),
-        Limit("reduction above 10 % of the time", slow_tree, "sketches, fewer layers: a child is smaller"),
+        Limit("tasks: fewer than actors", tasks, "more text a run"),
+        Limit(
+            "driver: handing out", each / SERVICES.driver, "more samples a position; a run for each part of the corpus"
+        ),
+        Limit(
+            "storage: PUT of sums/", SERVICES.puts * each / layers, "fewer layers; the service splits prefixes in time"
+        ),
+        Limit("storage: PUT of done/", SERVICES.puts * each, "more samples a position; a run for each part"),
+        Limit("reduction above 10 % of the time", slow_tree, "tasks that are planned for the GPU's real speed"),
         Limit(
             "loading: longer than a node boots",
             SERVICES.boot * SERVICES.shared / one.weight_bytes,
@@ -285,9 +289,8 @@ def limits(hardware: Any) -> None:
             found = estimate(one, 1e12, 64, gpus, hardware, Prices())
             again = found.tasks / 1000 * SERVICES.listing
             print(f"  a resumed run lists receipts for {again:,.0f} s in one request after the other, and reads back")
-            print(
-                f"  {_bytes(found.stored)} on its actors, {found.stored / SERVICES.storage / 3600 / 64:,.1f} h on 64 (--no-verify: none)"
-            )
+            hours = found.stored / SERVICES.storage / 3600 / 64
+            print(f"  {_bytes(found.stored)} on its actors, {hours:,.1f} h on 64 (--no-verify: none)")
             nodes = 32 * one.reduction(1024).read / 1024
             print(
                 f"  a checkpoint of an early end reads up to {_bytes(3 * nodes)}: its blocks twice, and those before once"
@@ -340,13 +343,10 @@ class Ran:
 
 # (width, samples, bytes of a task, tasks, layers): fitted on, and predicted.
 FITTED = [
-    (128, 1, 2_000, 4, "all"), (128, 4, 2_000, 36, "0,6"), (128, 8, 6_000, 3, "3"), (256, 1, 2_000, 36, "6"),
-    (256, 2, 4_000, 3, "all"), (192, 1, 6_000, 3, "0,6"), (192, 4, 2_000, 5, "all"),
+    (128, 1, 1_000, 4, "all"), (128, 4, 1_000, 34, "6"), (256, 1, 3_000, 3, "0,6"), (192, 2, 1_000, 5, "all"),
+    (128, 2, 4_000, 2, "3"),
 ]  # fmt: skip
-HELD_OUT = [
-    (128, 2, 4_000, 6, "all"), (192, 2, 4_000, 6, "all"), (192, 2, 2_000, 36, "3,6"), (256, 4, 4_000, 4, "3,6"),
-    (256, 1, 8_000, 3, "all"), (320, 2, 3_000, 4, "all"),
-]  # fmt: skip
+HELD_OUT = [(192, 1, 2_000, 6, "0,6"), (256, 2, 1_000, 5, "all"), (128, 1, 1_000, 36, "3,6"), (320, 1, 2_000, 4, "6")]
 
 
 def check() -> None:
@@ -357,16 +357,11 @@ def check() -> None:
             for kind, cases in (("fitted", FITTED), ("held-out", HELD_OUT))
         )
     rates = Rates.fit(fitted)
+    rates.show()
     print(
-        f"fitted: computing {rates.compute[0]:.3g} s a task, {1e-9 / rates.compute[1]:.3g} GFLOP/s, "
-        f"{1e6 * rates.compute[2]:.3g} us a row; writing {rates.write[0]:.3g} s a task, {1e3 * rates.write[1]:.3g} ms a file, "
-        f"{1e9 * rates.write[2]:.3g} s a GB; reading {1e6 * rates.read:.3g} us a token; reducing {1e3 * rates.tree[0]:.3g} ms a "
-        f"file, {1e9 * rates.tree[1]:.3g} s a GB, {1e9 * rates.tree[2]:.3g} s a 1e9 of L d^3; {rates.start:.3g} s around it all"
+        "| run | | tasks | computing, predicted | writing, predicted | reducing, predicted | in all | predicted | error |"
     )
-    print(
-        "| run | | tasks | computing | predicted | writing | predicted | reducing | predicted | in all | predicted | error |"
-    )
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for kind, runs in (("fitted", fitted), ("held out", held_out)):
         errors = []
         for ran in runs:
