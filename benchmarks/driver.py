@@ -8,7 +8,8 @@
 * ``resume``: the listing of all done markers, and what follows from it, with everything done.
 * ``simulated``: the real ``_Run``, ``Dispatch`` and ``RayPool`` over a stand-in for ``ray`` whose actors answer at once; and
   over a pool that does nothing, which leaves what does not depend on Ray.
-* ``ray``: the same over real actors on logical CPUs that answer with a receipt at once, and what ``ray.wait`` itself takes.
+* ``failures``: the same over a simulated cluster of 10,000 actors, whose machines come on demand, die and dawdle.
+* ``ray``: the same over real actors on logical CPUs that answer with a receipt at once.
 
 Every case runs in a process of its own. Memory is by how much its resident size grew.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import math
 import multiprocessing
 import os
 import pstats
@@ -24,23 +26,24 @@ import resource
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # the cluster here is this machine's own
 
 from fsspec.implementations.memory import MemoryFileSystem
+from standin import StandIn, Weather
 
 from fisher_ray import cluster
 from fisher_ray.dispatch import Call, LocalPool
 from fisher_ray.driver import _for_workers, _Run, _Stop
-from fisher_ray.plan import Plan, RunConfig, make_plan
+from fisher_ray.plan import Plan, RunConfig, Task, make_plan
 from fisher_ray.reduce import levels, roots
 from fisher_ray.shards import Counts, Lease, Receipt, RunStore, task_name
 from fisher_ray.storage import StoredFile
@@ -57,10 +60,12 @@ _ENTRY = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", nargs="+", choices=("plan", "resume", "simulated", "ray"))
+    parser.add_argument("what", nargs="+", choices=("plan", "resume", "simulated", "failures", "ray"))
     parser.add_argument("--tasks", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=1_000, help="simulated ones")
     parser.add_argument("--actors", type=int, default=50, help="real ones")
+    parser.add_argument("--failing", type=int, default=10_000, help="actors of the cluster that fails")
+    parser.add_argument("--failing-tasks", type=int, default=200_000)
     parser.add_argument("--ray-tasks", type=int, default=20_000)
     parser.add_argument(
         "--profile", action="store_true", help="print where a simulated run's time goes; it takes longer"
@@ -80,9 +85,10 @@ def main() -> None:
             _apart(simulated, "no pool", args.tasks, args.workers, 1, args.profile)
             for burst in (1, 32):
                 _apart(simulated, "RayPool", args.tasks, args.workers, burst, args.profile)
+        elif what == "failures":
+            _apart(failures, args.failing_tasks, args.failing)
         else:
             _apart(on_ray, args.actors, args.ray_tasks, args.profile)
-            _apart(waiting)
 
 
 def _apart(case: Callable[..., None], *args: Any) -> None:
@@ -123,8 +129,8 @@ def _say(name: str, measured: _Measured, more: str = "") -> None:
 # ---- planning ------------------------------------------------------------------------------------------------------------
 
 
-def _config(corpus: str | Path, output: str = "memory://run") -> RunConfig:
-    return RunConfig(MODEL, (str(corpus),), output)
+def _config(corpus: str | Path, output: str = "memory://run", **settings: Any) -> RunConfig:
+    return RunConfig(MODEL, (str(corpus),), output, **settings)
 
 
 def _start_of_text() -> bytes:
@@ -265,7 +271,7 @@ def resume(tasks: int) -> None:
                 assert run._take_stock() == tasks
             _say("  taken stock of, the listing apart", measured)
             with _Measured() as measured:
-                run._map(check=True)
+                run._map(len(run.tasks), check=True)
             _say("  checks handed out to a pool that does nothing", measured)
             with _Measured() as measured:
                 list(run._reduced_before(roots(run.plan, tasks, [])) or [])
@@ -308,76 +314,131 @@ class _Echo(LocalPool):
         return [(key, _receipt(self.plan, call.args[0].id))]
 
 
-class _StandIn:
-    """As much of ``ray`` as the pool uses: calls end at once, the oldest first, ``burst`` of them until the pool waits."""
-
-    def __init__(self, plan: Plan, workers: int, burst: int):
-        self.plan, self.workers, self.burst = plan, workers, burst
-        self.asked = 0
-
-    def remote(self, **options: Any) -> Callable[[type], Any]:
-        def answer(call: Call) -> Any:
-            return _Ref(call.args[0].id)
-
-        def ready() -> Any:
-            return _Ref(None)
-
-        actor = SimpleNamespace(answer=SimpleNamespace(remote=answer), ready=SimpleNamespace(remote=ready))
-        return lambda cls: SimpleNamespace(remote=lambda plan: actor)
-
-    def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
-        self.asked += len(refs)
-        count = 1 if num_returns == 1 else self.burst - 1
-        return refs[:count], refs[count:]
-
-    def get(self, ref: Any) -> Any:
-        return "node" if ref.task is None else _receipt(self.plan, ref.task)
-
-    def put(self, value: Any) -> Any:
-        return value
-
-    def kill(self, actor: Any) -> None:
-        pass
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": self.workers}
-
-
-class _Ref:
-    """An object of its own for every call, hashed by identity as Ray's are by id."""
-
-    __slots__ = ("task",)
-
-    def __init__(self, task: int | None):
-        self.task = task
-
-
 def simulated(over: str, tasks: int, workers: int, burst: int, profile: bool) -> None:
-    pool: Any = _Echo(workers) if over == "no pool" else cluster.RayPool(_config("none"))
+    pool: Any = _Echo(workers) if over == "no pool" else cluster.RayPool(_config("none", max_actors=workers))
     with _a_run(tasks, pool) as run:
         pool.plan = run.plan
-        stand_in = _StandIn(run.plan, workers, burst)
-        gauges = SimpleNamespace(Gauge=mock.Mock())
-        with mock.patch.multiple(cluster, ray=stand_in, metrics=gauges):
+        stand_in = StandIn(lambda call: _receipt(run.plan, call.args[0].id), Weather(), burst=burst)
+        with stand_in.in_place(pool) if over == "RayPool" else nullcontext():
             if over == "RayPool":
-                pool._gpus = 0.0
-                pool.open(_for_workers(run.plan))
-                pool.resize(2 * tasks, 2 * tasks)
-                while pool.pending:
-                    pool.wait(1.0)
-                stand_in.asked = 0
+                _staffed(pool, run, workers)
             start = time.perf_counter()
             for _ in range(100):
                 _receipt(run.plan, 0)
             own = (time.perf_counter() - start) / 100
             with _Measured() as measured, _profiled(profile):
                 assert run._take_stock() == 0
-                run._map(check=False)
+                run._map(len(run.tasks), check=False)
         assert run.computed == tasks
         name = f"{over}, {workers:,} workers" + (f", {burst} ended at a time" if over == "RayPool" else "")
         each = measured.seconds / tasks - own
-        asked = f", {stand_in.asked / tasks:,.0f} references to ray.wait" if over == "RayPool" else ""
-        _say(f"{tasks:,} tasks, {name}", measured, f"; {1e6 * each:.1f} us a task without making its receipt{asked}")
+        _say(f"{tasks:,} tasks, {name}", measured, f"; {1e6 * each:.1f} us a task without making its receipt")
+
+
+def _staffed(pool: cluster.RayPool, run: _Run, workers: int) -> None:
+    """Open a pool over the stand-in, and wait until all workers are there."""
+    pool._gpus = 0.0
+    pool.open(_for_workers(run.plan))
+    while pool.alive < workers:
+        pool.resize(workers, workers)
+        pool.wait(1.0)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What became of a simulated run.
+
+    Attributes:
+        wall: seconds until the last task was done.
+        ideal: seconds that all actors would take from the first moment on, with nothing failing and nothing uneven.
+        useful, lost, held: actor-seconds: of attempts that counted, of those that did not, and of actors with their model.
+        driver: seconds of the driver's own.
+    """
+
+    tasks: int
+    wall: float
+    ideal: float
+    useful: float
+    lost: float
+    held: float
+    driver: float
+    deaths: int
+    losses: int
+    peak: int
+    retried: int
+    quarantined: int
+
+
+def schedule(tasks: int, actors: int, weather: Weather, seed: int = 0, charged: bool = True) -> Simulated:
+    """The real driver, dispatch and pool over a simulated cluster, from no node at all to the last task.
+
+    Every task ends exactly once, or this raises.
+    """
+    pool = cluster.RayPool(_config("none", max_actors=actors, task_timeout=None))
+    with _a_run(tasks, pool) as run:
+        receipts: Counter[str] = Counter()
+        stand_in = StandIn(lambda call: _receipt(run.plan, call.args[0].id), weather, seed, charged=charged)
+        computed = run._computed
+
+        def ended(task: Task, receipt: Receipt) -> None:
+            receipts[receipt.name] += 1
+            computed(task, receipt)
+
+        with stand_in.in_place(pool), mock.patch.object(run, "_computed", ended):
+            pool._gpus = 0.0
+            pool.open(_for_workers(run.plan))
+            run._map(len(run.tasks), check=False)
+            wall = stand_in.now
+            for member in list(pool._members):
+                pool._drop(member)
+        assert set(receipts.values()) == {1} and len(receipts) + len(run.quarantined) == tasks
+        return Simulated(
+            tasks,
+            wall,
+            stand_in.work / actors,
+            stand_in.useful,
+            stand_in.lost,
+            stand_in.held,
+            stand_in.driver_seconds,
+            stand_in.deaths,
+            stand_in.losses,
+            stand_in.peak,
+            run.dispatch.retried,
+            len(run.quarantined),
+        )
+
+
+# Spot machines on a bad day; a task as the plan cuts them, of some minutes.
+BAD_DAY = Weather(
+    compute=200.0, spread=0.3, stragglers=0.001, straggling=10.0, io=4.0, boot=180.0, load=60.0, nodes_per_second=2.0,
+    actor_lives=48 * 3600.0, node_lives=24 * 3600.0,
+)  # fmt: skip
+
+
+def failures(tasks: int, actors: int) -> None:
+    """The same work on the same cluster, with what goes wrong coming in one by one."""
+    calm = Weather(compute=BAD_DAY.compute, spread=BAD_DAY.spread, io=BAD_DAY.io)
+    slow = replace(BAD_DAY, actor_lives=math.inf, node_lives=math.inf, stragglers=0.0)
+    cases = {
+        "nothing fails, all nodes there": calm,
+        "nodes come on demand": slow,
+        "and stragglers": replace(slow, stragglers=BAD_DAY.stragglers),
+        "and processes and nodes die": BAD_DAY,
+        "ten times as often": replace(
+            BAD_DAY, actor_lives=BAD_DAY.actor_lives / 10, node_lives=BAD_DAY.node_lives / 10
+        ),
+    }
+    for name, weather in cases.items():
+        with _Measured() as measured:
+            found = schedule(tasks, actors, weather)
+        print(
+            f"{name:32s} wall {found.wall / 3600:.2f} h, {found.wall / found.ideal:.3f} of the ideal; actors useful "
+            f"{found.useful / found.held:.1%} of their time, work lost {found.lost / found.useful:.2%}; {found.deaths} "
+            f"processes and {found.losses} nodes died, {found.retried} attempts more, {found.quarantined} given up; driver "
+            f"{found.driver:.0f} s of CPU, {1e6 * found.driver / tasks:.0f} us a task, {found.driver / found.wall:.1%} of "
+            f"the time, memory +{measured.grown:.0f} MiB with the simulation's own",
+            flush=True,
+        )
 
 
 @contextmanager
@@ -421,34 +482,10 @@ def on_ray(actors: int, tasks: int, profile: bool) -> None:
                 pool.wait(1.0)
         _say(f"{actors} actors started, with torch imported", measured)
         with _Measured() as measured, _profiled(profile):
-            run._map(check=False)
+            run._map(len(run.tasks), check=False)
         assert run.computed == tasks
         _say(f"{tasks:,} tasks on {actors} actors", measured, f"; {tasks / measured.seconds:,.0f} tasks/s")
     cluster.ray.shutdown()
-
-
-def waiting() -> None:
-    """What one event costs in ``ray.wait`` alone when many calls run: the pool asks twice an event."""
-    ray = cluster.ray
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    sleeper = ray.remote(num_cpus=0)(_Sleeper).remote()
-    done = ray.put(0)
-    for count in (100, 2_000):
-        pending = [sleeper.sleep.remote() for _ in range(count)]
-        for timed in (False, True):
-            start = time.perf_counter()
-            for _ in range(20):
-                ray.wait([*pending, done], num_returns=1, timeout=1.0)
-                ray.wait(pending, num_returns=len(pending), timeout=0)
-            if timed:
-                taken = (time.perf_counter() - start) / 20
-                print(f"ray.wait over {count:,} running calls, twice: {1e3 * taken:.2f} ms an event", flush=True)
-    ray.shutdown()
-
-
-class _Sleeper:
-    def sleep(self) -> None:
-        time.sleep(3600)
 
 
 if __name__ == "__main__":

@@ -218,13 +218,14 @@ def job(config: RunConfig) -> dict[str, float]:
 # ---- what it is run on ---------------------------------------------------------------------------------------------------
 
 
-def save_model(folder: Path, kind: str) -> None:
+def save_model(folder: Path, kind: str, width: int = 256) -> None:
+    """``mid`` of another width has heads of the same size."""
     torch.manual_seed(0)
     if kind == "gpt2":
         model = GPT2LMHeadModel(GPT2Config())
     else:
         tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-        sizes = {"n_layer": 6, "n_embd": 256, "n_head": 8, "n_positions": 512, "vocab_size": len(tokenizer)}
+        sizes = {"n_layer": 6, "n_embd": width, "n_head": width // 32, "n_positions": 512, "vocab_size": len(tokenizer)}
         model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
         tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

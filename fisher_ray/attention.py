@@ -367,6 +367,7 @@ class _OwnPosition(torch.autograd.Function):
         moved = _each_head(own_value - seen.take(value), group) if replayed else None
         log_total = scaled.new_empty(batch, heads, queries, 1, dtype=torch.promote_types(query.dtype, torch.float32))
         kept: list[Tensor] = []
+        slopes: list[Tensor] = []
         for rows, keys in seen.blocks(_rows(query, key.shape[2])):
             scores, slope = block(scaled, key, rows, keys)
             highest = scores.amax(-1, keepdim=True)
@@ -383,9 +384,11 @@ class _OwnPosition(torch.autograd.Function):
             if moved is not None:  # the context's value at the query's own position belongs to the observed token
                 out[:, :, rows] += seen.own(probs, rows, keys)[..., None] * moved[:, :, rows]
             if key.shape[2] <= _KEPT:
-                kept += [probs] if slope is None else [probs, slope]
-        ctx.save_for_backward(scaled, own_key, own_value, key, value, out, log_total, *kept)
-        ctx.block, ctx.scale, ctx.in_block = block, scale, 1 if softcap is None else 2
+                kept.append(probs)
+                if slope is not None:
+                    slopes.append(slope)
+        ctx.save_for_backward(scaled, own_key, own_value, key, value, out, log_total, *kept, *slopes)
+        ctx.block, ctx.scale, ctx.num_kept = block, scale, len(kept)
         return out
 
     @staticmethod
@@ -399,10 +402,8 @@ class _OwnPosition(torch.autograd.Function):
         mean_rise = (grad * out).sum(-1, keepdim=True)
         dqueries, own_probs, own_dscores = [], [], []
         for i, (rows, keys) in enumerate(seen.blocks(_rows(scaled, key.shape[2]))):
-            probs: Tensor
-            slope: Tensor | None
             if kept:
-                probs, slope = (*kept[i * ctx.in_block : (i + 1) * ctx.in_block], None)[:2]
+                probs, slope = kept[i], kept[ctx.num_kept + i] if ctx.num_kept < len(kept) else None
             else:
                 scores, slope = block(scaled, key, rows, keys)
                 probs = scores.sub_(log_total[:, :, rows]).exp_().to(scaled.dtype)

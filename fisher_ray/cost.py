@@ -49,8 +49,10 @@ _ROW_BYTES = 40.0
 _EIGENVALUE_FLOP = 5.0
 # Measured: the interpreter with torch and transformers; a GPU's context takes about as much there.
 _PROCESS_BYTES = 450 << 20
-# Inputs of a node of the reduction tree.
+# Inputs of a node of the reduction tree, bytes of packed sums that one call adds up a child, and arrays of a mean.
 _FAN_IN = 32
+_CALL_BYTES = 1 << 28
+_ARRAYS = 7
 
 
 def least_task_bytes(total_bytes: int) -> int:
@@ -147,6 +149,15 @@ def outline(
     return _Outline(meta_model(name, dtype, revision, trust_remote_code), gradients=gradients, check=False)
 
 
+class Traffic(NamedTuple):
+    """Requests to storage, and the bytes that they read and write."""
+
+    gets: int
+    puts: int
+    read: float
+    written: float
+
+
 class _Work(NamedTuple):
     """Matrix-product flop: in the model, at its dtype's speed, and in float32 whatever the weights are."""
 
@@ -227,15 +238,31 @@ class Cost:
         A node holds the packed float64 sums of up to 32 tasks or nodes; that of all tasks is not stored.
         """
         d = self.model.d_model
-        nodes = _inner_nodes(num_tasks)
         rank = d if self.sketch is None else self.sketch
-        arrays = 8 * (4 * rank * d + 2 * rank + d) + 7 * 128  # an .npy's header
-        return self._streams * (arrays + nodes * 8 * (self._matrix_numbers + d))
+        arrays = 8 * (4 * rank * d + 2 * rank + d) + _ARRAYS * 128  # an .npy's header
+        return self._streams * arrays + _inner_nodes(num_tasks) * self._node_bytes
 
     @property
     def requests(self) -> int:
         """Files written a task: table and receipt, and for each layer the sums and the arrays asked for."""
         return 2 + len(self.layers) * (1 if self.save == "summary" else 2)
+
+    @property
+    def layers_per_call(self) -> int:
+        """Layers that one call of the reduction adds up."""
+        return max(1, _CALL_BYTES // max(1, self.sums_bytes // len(self.layers)))
+
+    def reduction(self, num_tasks: int) -> Traffic:
+        """Of the tree of sums: every task's and every node's are read once, with their receipts, by the node above.
+
+        With n inner nodes, L layers and c calls for them, (tasks + n) (L + c) reads, and n (L + c) writes beside the means;
+        bytes are without receipts.
+        """
+        layers, nodes = len(self.layers), _inner_nodes(num_tasks)
+        files = layers - (-layers // self.layers_per_call)  # of a node: sums, and a receipt a call
+        read = num_tasks * self.sums_bytes + nodes * self._node_bytes
+        means = _ARRAYS * (self._streams if self.sketch is None else layers)
+        return Traffic((num_tasks + nodes) * files, nodes * files + means, read, self.reduced_bytes(num_tasks))
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -330,6 +357,11 @@ class Cost:
         """Of the three matrices of a layer and group."""
         d = self.model.d_model
         return 3 * d * (d + 1) // 2 if self.sketch is None else 3 * self.sketch * d
+
+    @property
+    def _node_bytes(self) -> int:
+        """Of an inner node of the tree: packed float64 sums."""
+        return self._streams * 8 * (self._matrix_numbers + self.model.d_model)
 
     @property
     def _windows(self) -> int:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, Literal, Protocol
 
 import torch
@@ -351,7 +352,11 @@ class Dispatch:
         """End what hangs, and start second attempts of what is slow when nothing else waits."""
         pace = statistics.median(self._pace) if len(self._pace) >= 3 else None
         waiting = self._next is not None or self._later
-        for key, running in list(self._running.items()):
+        least = _SLOW_AT_LEAST if may_start and not waiting else _HUNG_AT_LEAST
+        if self._timeout is not None:
+            least = min(least, self._timeout)
+        # They lie in the order in which they were started, so behind the first that is young enough all are.
+        for key, running in list(takewhile(lambda item: now - item[1].since > least, self._running.items())):
             taken, call = now - running.since, running.call
             if self._timeout is not None:
                 limit = self._timeout

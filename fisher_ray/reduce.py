@@ -48,8 +48,6 @@ from fisher_ray.sums import MATRICES, GroupSums, LayerSums
 
 # Children of a node: also the number of blocks that standard errors can be computed from.
 FAN_IN = 32
-# Bytes of packed sums that one call adds up a child; layers beyond go to other calls.
-_CALL_BYTES = 1 << 28
 
 SUMMARY_SCHEMA = pa.schema(
     [
@@ -130,8 +128,7 @@ class Node:
 
 def roots(plan: Plan, num_tasks: int, missing: Sequence[int]) -> list[Node]:
     """The trees of a run: one for as many layers as one call adds up."""
-    layers = plan.layers
-    size = max(1, _CALL_BYTES // max(1, plan.cost.sums_bytes // len(layers)))
+    layers, size = plan.layers, plan.cost.layers_per_call
     chunks = [tuple(layers[i : i + size]) for i in range(0, len(layers), size)]
     return [Node(0, num_tasks, chunk, tuple(sorted(missing))) for chunk in chunks]
 

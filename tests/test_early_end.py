@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jobs
-from fisher_ray import cost, open_run, reduce
+from fisher_ray import cost, open_run
 from fisher_ray.cli import main
 from fisher_ray.cluster import RayPool
 from fisher_ray.dispatch import LocalPool
@@ -142,7 +142,7 @@ def test_it_ends_at_the_first_checkpoint_that_is_good_enough(
 def test_layers_that_are_added_up_apart_are_judged_together(
     whole: tuple[Stored, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reduce, "_CALL_BYTES", 1)  # a tree a layer
+    monkeypatch.setattr(cost, "_CALL_BYTES", 1)  # a tree a layer
     assert stopped_at(whole, 1, tmp_path / "run")[1].checkpoints == whole[1].checkpoints[:2]
     parts = [Checkpoint(8, 5, 0.1, None), Checkpoint(8, 5, 0.3, 0.2), Checkpoint(8, 5, None, 0.4)]
     assert worst(parts) == worst(parts[::-1]) == Checkpoint(8, 5, 0.3, 0.4)

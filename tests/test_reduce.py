@@ -66,7 +66,7 @@ def test_a_name_says_what_is_covered_and_what_is_missing() -> None:
 def make_small(patch: pytest.MonkeyPatch) -> None:
     """Three levels of what would be one, a layer a call, and tasks of a kilobyte."""
     patch.setattr(reduce, "FAN_IN", 3)
-    patch.setattr(reduce, "_CALL_BYTES", 1)
+    patch.setattr(cost, "_CALL_BYTES", 1)
     patch.setattr(cost, "MIN_TASK_BYTES", TASK_BYTES)
 
 
