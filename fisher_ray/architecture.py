@@ -107,8 +107,10 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """A transformers model and its tokenizer (None where there is none), weights from safetensors only.
 
+    Where ``device_map`` leaves weights to main memory or disk, accelerate's hooks fetch a module's for each of its passes.
+
     Raises:
-        ModelError: not found, not readable, not a language model, or larger than the devices of ``device_map``.
+        ModelError: not found, not readable, or not a language model.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -136,14 +138,33 @@ def load_pretrained(
             f"{name} holds no weights for {missing[0]}{others}; they would be random numbers. "
             "Check that the files are complete and are those of a language model."
         )
-    # Offloaded weights come and go with each forward pass, and backward passes would find them gone.
-    offloaded = [parameter for parameter, tensor in model.named_parameters() if tensor.is_meta]
-    if offloaded:
-        raise ModelError(
-            f"{name} does not fit: device_map {device_map!r} leaves {len(offloaded)} of its weights, {offloaded[0]} the "
-            "first, to main memory or disk. Give it more GPUs (--gpus-per-actor), or half-precision weights (--dtype)."
-        )
     return model, tokenizer
+
+
+def offloaded_blocks(
+    name: str, device: torch.device, revision: str | None, trust_remote_code: bool
+) -> dict[str, int | str | torch.device]:
+    """A device map that leaves the weights of the blocks where they are stored, and has everything else on one device."""
+    model = meta_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    blocks = find_blocks(model.get_decoder(), ModelFacts.of(model.config).num_layers, name)
+    left = {id(block) for block in blocks}
+    around = {id(blocks)}  # modules that hold the blocks are gone through, all others stay whole
+    for _, module in reversed(list(model.named_modules())):
+        if any(id(child) in around for child in module.children()):
+            around.add(id(module))
+    placed: dict[str, int | str | torch.device] = {}
+
+    def place(path: str, module: nn.Module) -> None:
+        if id(module) in around:
+            for child, inner in module.named_children():
+                place(f"{path}.{child}" if path else child, inner)
+            for parameter, _ in module.named_parameters(recurse=False):
+                placed[f"{path}.{parameter}" if path else parameter] = str(device)
+        else:
+            placed[path] = "disk" if id(module) in left else str(device)
+
+    place("", model)
+    return placed
 
 
 def meta_model(name: str, dtype: str = "float32", revision: str | None = None, trust_remote_code: bool = False) -> Any:

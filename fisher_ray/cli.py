@@ -314,6 +314,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--gradients", choices=("own_position", "per_position"), help="per_position: any causal model, slower"
     )
+    out.add_argument(
+        "--stream-weights",
+        action="store_true",
+        default=None,
+        help="read one block's weights at a time from disk: for models larger than memory",
+    )
     out.add_argument("--batch-tokens", type=int, help="tokens that go through the model together (4096)")
     out.add_argument("--memory-budget", type=int, help="bytes of a micro-batch (2 GiB, or half of the GPU)")
     out.add_argument("--revision", help="of the model on the hub")

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -144,9 +144,12 @@ def outline(
     revision: str | None = None,
     trust_remote_code: bool = False,
     gradients: Gradients = "own_position",
+    stream_weights: bool = False,
 ) -> SplitModel:
     """A model's shapes, read from its configuration: what :class:`Cost` counts on. It cannot compute."""
-    return _Outline(meta_model(name, dtype, revision, trust_remote_code), gradients=gradients, check=False)
+    model = _Outline(meta_model(name, dtype, revision, trust_remote_code), gradients=gradients, check=False)
+    model.streamed = stream_weights
+    return model
 
 
 class Traffic(NamedTuple):
@@ -223,7 +226,7 @@ class Cost:
         """Written once a task: packed float32 triangles of three matrices, or sketches that are full, and the sum of h in
         float64."""
         d = self.model.d_model
-        headers = (1750 if self.sketch is None else 4375) * len(self.layers)  # of an .npz each
+        headers = (2000 if self.sketch is None else 4625) * len(self.layers)  # of an .npz each
         counts = 8 * (4 if self.sketch is None else 13)  # of positions; of a sketch its rows, trace and loss as well
         return self._streams * (4 * self._matrix_numbers + 8 * d + counts) + headers
 
@@ -268,9 +271,12 @@ class Cost:
 
     @property
     def weight_bytes(self) -> int:
-        """The model's parameters and buffers, tied ones once."""
-        tensors = [*self.model.model.parameters(), *self.model.model.buffers()]
-        return sum(tensor.nbytes for tensor in tensors)
+        """The model's parameters and buffers, tied ones once; of streamed blocks the largest."""
+        whole = _weights(self.model.model)
+        if not self.model.streamed:
+            return whole
+        blocks = [_weights(block) for block in self.model.blocks]
+        return whole - sum(blocks) + max(blocks)
 
     @property
     def sums_memory(self) -> int:
@@ -427,10 +433,14 @@ class Cost:
                 else:
                     context, _ = model.record(ids, encoded)
                     tape = model.replay_tape(zeros[None], zeros[None], context, encoded, self.layers, (zeros, zeros))
-        with _counted(model.name) as backward:
-            tape.pull(tape.z)
+        # A walk runs the blocks again, once for all that is pulled.
+        with _counted(model.name) as once:
+            list(tape.pull_each([tape.z]))
+        with _counted(model.name) as twice:
+            list(tape.pull_each([tape.z] * 2))
         pulls = -(-pass_.num_factors // copies)
-        window = forward.get_total_flops() + pulls * backward.get_total_flops()
+        backward = twice.get_total_flops() - once.get_total_flops()
+        window = forward.get_total_flops() + once.get_total_flops() + (pulls - 1) * backward
         return _Work(window / seq_len, len(scored) / seq_len * self._float32_flop)
 
     @cached_property
@@ -473,6 +483,10 @@ class Cost:
             yield f"sketches (--sketch {rows})"
         if self.model.dtype == torch.float32 and self.memory(1) - self.weight_bytes // 2 <= room:
             yield "half-precision weights (--dtype bfloat16)"
+        if not self.model.streamed and self.model.gradients == "own_position":
+            blocks = [_weights(block) for block in self.model.blocks]
+            if self.memory(1) - sum(blocks) + max(blocks) <= room:
+                yield "weights read block by block (--stream-weights)"
         if hardware.name != "cpu":
             enough = -(-self.memory(1) // hardware.memory)
             yield f"{enough} GPUs an actor (--gpus-per-actor {enough})"
@@ -490,6 +504,10 @@ def _counted(name: str) -> Iterator[FlopCounterMode]:
     except (RuntimeError, NotImplementedError) as error:
         first = " ".join(str(error).split())
         raise ModelError(f"what {name} costs cannot be counted without its weights: {first}") from error
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 @cache

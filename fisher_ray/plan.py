@@ -43,7 +43,7 @@ from fisher_ray.shards import POSITION_FIELDS
 from fisher_ray.split import Gradients
 
 # Raised whenever the same configuration would give other numbers.
-RESULT_VERSION = 3
+RESULT_VERSION = 4
 
 Device = Literal["cpu", "cuda"]
 Executor = Literal["ray", "local"]
@@ -135,6 +135,8 @@ class RunConfig:
         group_by: ``position`` (buckets 0, 1, 2-3, 4-7, ...), ``token`` (the ``num_groups`` most frequent ones) or a column
             of the corpus; each group has a mean and a count of its own.
         sketch: rows of the sketch (:mod:`fisher_ray.sketch`) that is kept of every sum of matrices; None: the sums in full.
+        stream_weights: read the weights of one block at a time from disk, for models larger than an actor's memory; part of
+            the result, since micro-batches are others.
         device: None: ``cuda`` where an actor has a GPU, else ``cpu``; decided when the run starts.
         cpus_per_actor: cores and threads of an actor; part of the result, since threads change the order of sums.
         until_relative_error, until_relative_change: end the run at the first checkpoint at which the mean F of every layer is
@@ -180,6 +182,7 @@ class RunConfig:
     gradients: Gradients = "own_position"
     revision: str | None = None
     trust_remote_code: bool = False
+    stream_weights: bool | None = None
     memory_budget: int | None = None
     device: Device | None = None
     cpus_per_actor: int = 1
@@ -242,6 +245,10 @@ class RunConfig:
         gpus = self.gpus_per_actor or 0.0
         if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
             raise ConfigError(f"gpus_per_actor must be a fraction of one GPU or a whole number, got {gpus:g}.")
+        if self.stream_weights and gpus > 1:
+            raise ConfigError(
+                f"stream_weights is for one GPU an actor, got gpus_per_actor {gpus:g}. Leave one of them out."
+            )
         if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ConfigError(f"max_actors must be at least min_actors, got {self.max_actors} and {self.min_actors}.")
         taken = {name for name, _ in POSITION_FIELDS} & set(self.columns)
@@ -522,6 +529,7 @@ class Plan:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             gradients=config.gradients,
+            stream_weights=bool(config.stream_weights),
         )
         length, _ = config.window(self.facts)
         return Cost(

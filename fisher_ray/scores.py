@@ -408,9 +408,11 @@ class Pass:
     def walks(self) -> bool:
         """Whether blocks are run again from the top down, one graph at a time, in place of one graph of them all.
 
-        That is one more forward pass, and is done where the budget holds no graph of the longest sequence, or of tokens
-        enough for matrix products to be full.
+        That is one more forward pass, and is done where weights are streamed, and where the budget holds no graph of the
+        longest sequence, or of tokens enough for matrix products to be full.
         """
+        if self.model.streamed:
+            return True
         if self.model.gradients == "per_position" or self.model.num_layers - self.layers[0] < 2:
             return False
         longest = max(map(len, self.rows))

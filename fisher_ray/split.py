@@ -30,6 +30,7 @@ from fisher_ray.architecture import (
     find_head,
     fuse_activations,
     load_pretrained,
+    offloaded_blocks,
     on_stream,
 )
 from fisher_ray.attention import Context, attention_mode, kept_keys
@@ -109,16 +110,20 @@ class Tape:
         A backward pass is linear in its cotangent, with the matrix ``J_z^T``; so its own backward pass multiplies by ``J_z``.
         Costs one backward pass, and one of that pass, about twice as much, a direction.
         """
-        stream = self._streams[layer]
-        cotangent = torch.zeros_like(self._z).requires_grad_()
+        n = len(self.z)
+        return torch.stack(self._moved(self._z, self._streams[layer], [v.expand(n, -1) for v in directions]), 1)
+
+    def _moved(
+        self, above: Tensor, below: Tensor, tangents: Sequence[Float[Tensor, "n a"]]
+    ) -> list[Float[Tensor, "n b"]]:
+        """How fast the queries' rows of ``above`` move as those of ``below`` move along each tangent."""
+        cotangent = torch.zeros_like(above).requires_grad_()
         with torch.enable_grad():
-            (pulled,) = torch.autograd.grad(self._z, stream, cotangent, create_graph=True)
-        moved = []
-        for direction in directions.to(stream):
-            tangent = self._padded(direction, pulled)
-            (pushed,) = torch.autograd.grad(pulled, cotangent, tangent, retain_graph=True)
-            moved.append(pushed[self._where])
-        return torch.stack(moved, 1)
+            (pulled,) = torch.autograd.grad(above, below, cotangent, create_graph=True)
+        return [
+            self._gathered(torch.autograd.grad(pulled, cotangent, self._padded(tangent, pulled), retain_graph=True)[0])
+            for tangent in tangents
+        ]
 
     def _padded(self, rows: Tensor, like: Tensor) -> Tensor:
         """Zero but for the queries' rows."""
@@ -165,17 +170,29 @@ class Walk(Tape):
     ) -> Iterator[tuple[int, int, Float[Tensor, "n d_model"]]]:
         pulled = list(cotangents)
         for layer in sorted(self._inputs, reverse=True):
-            entering, above = self._inputs[layer], self._z
-            if layer < len(self._calls):
-                entering = entering.detach().requires_grad_()
-                with torch.enable_grad(), self._attending():
-                    above = self._calls[layer](entering)
+            above, entering = self._block(layer)
             for i, each in enumerate(pulled):
                 (grad,) = torch.autograd.grad(above, entering, self._padded(each, above), retain_graph=True)
                 pulled[i] = self._gathered(grad)
                 if layer in self._streams:
                     yield layer, i, pulled[i]
-            del entering, above, grad  # this block's graph, before the next one's grows
+            del above, entering, grad  # this block's graph, before the next one's grows
+
+    def push(self, layer: int, directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "n k d_z"]:
+        """As :meth:`Tape.push`, from the bottom up."""
+        moved = [direction.expand(len(self.z), -1) for direction in directions]
+        for k in range(layer, len(self._calls) + 1):
+            moved = self._moved(*self._block(k), moved)
+        return torch.stack(moved, 1)
+
+    def _block(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What leaves a block, with its graph, and the leaf that enters it; above the last one, z."""
+        if layer == len(self._calls):
+            return self._z, self._inputs[layer]
+        entering = self._inputs[layer].detach().requires_grad_()
+        with torch.enable_grad(), self._attending():
+            # Not the leaf itself: torch's flop counter takes none that enters a module.
+            return self._calls[layer](entering.view_as(entering)), entering
 
 
 _SLOW_PATH = "Pass gradients='per_position' (--gradients per_position): slower, right for any causal model."
@@ -217,6 +234,9 @@ class SplitModel:
         self.blocks = find_blocks(self.decoder, self.num_layers, self.name)
         self.head = find_head(model)
         self.sliding_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+        # Weights that accelerate's hooks fetch for each pass of a block and drop behind it. A graph keeps those it needs, so
+        # that of all blocks would keep all of them.
+        self.streamed = not self.head.weight.is_meta and any(p.is_meta for p in self.blocks.parameters())
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         fuse_activations(model)
         self.self_check: SelfCheck | None = _self_check(self) if check else None
@@ -228,6 +248,7 @@ class SplitModel:
         *,
         device: str | torch.device | None = None,
         device_map: str | Mapping[str, int | str | torch.device] | None = None,
+        stream_weights: bool = False,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -240,7 +261,9 @@ class SplitModel:
             name_or_path: hub name or directory.
             device: default: the GPU when there is one.
             device_map: in place of ``device``, for a model larger than one GPU: ``auto``, or the device of each module
-                by name, as transformers takes it. All weights must fit on those devices: none is offloaded.
+                by name, as transformers takes it. Blocks that it leaves to main memory or disk are streamed.
+            stream_weights: leave the weights of the blocks on disk and read one block's at a time, for a model larger than
+                ``device``; embeddings and head stay. Each pass of the blocks reads all of them, so batches should be large.
             dtype: of the weights, ``float32`` unless given; scores are float32 in any case.
             revision: branch, tag or commit on the hub.
             trust_remote_code: run code that comes with the model; off unless asked for.
@@ -253,9 +276,19 @@ class SplitModel:
         """
         if device is not None and device_map is not None:
             raise ValueError(f"give device or device_map, not both; got {device!r} and {device_map!r}.")
+        if stream_weights and device_map is not None:
+            raise ValueError(f"give stream_weights or device_map, not both; got {device_map!r}.")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if stream_weights:
+            device_map = offloaded_blocks(str(name_or_path), device, revision, trust_remote_code)
         model, tokenizer = load_pretrained(str(name_or_path), dtype, revision, trust_remote_code, device_map)
         if device_map is None:
-            model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+            model.to(device)
+        elif model.get_output_embeddings().weight.is_meta or model.get_input_embeddings().weight.is_meta:
+            raise ModelError(
+                f"device_map {device_map!r} leaves the embeddings or the head of {name_or_path} to main memory or disk; only "
+                "blocks can be streamed. Give those a device."
+            )
         return cls(model, tokenizer, gradients=gradients, check=check)
 
     @property
@@ -359,7 +392,7 @@ class SplitModel:
         hidden: tuple[int, Tensor] | None = None,
     ) -> Tape:
         lowest = min(layers)
-        if not walk:
+        if not walk and not self.streamed:
             with torch.enable_grad(), attending():
                 streams, z = self._run(input_ids, encoded, layers, positions, hidden, leaf=lowest)
             return Tape(z, streams, where)
@@ -539,11 +572,12 @@ class SplitModel:
 
     def _count_saved(self, seq_len: int) -> int:
         own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        fetched = {frozenset(p.shape) for p in self.model.parameters() if p.is_meta}
         seen: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in own and frozenset(tensor.shape) not in fetched:
                 seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 

@@ -62,6 +62,7 @@ def load_model(config: RunConfig) -> SplitModel:
         config.model,
         device=None if several else config.device,
         device_map="auto" if several else None,
+        stream_weights=bool(config.stream_weights),
         dtype=config.dtype,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,

@@ -120,6 +120,7 @@ def counted(name: str, expected: Cost, gradients: Any = "own_position") -> float
     ids = torch.randint(3, VOCAB, (windows, SEQ), generator=torch.Generator().manual_seed(0))
     first = 1 if expected.token_source == "sampled" else 0
     model.graph_bytes(SEQ, 0)  # measured once a model: passes of their own
+    model.streamed = expected.model.streamed
     layers = list(expected.layers)
     sums = Sums(layers, model.d_model)
     with Products() as products:
@@ -290,6 +291,7 @@ def _arrays(raw: bytes) -> list[np.ndarray]:
 def test_files_of_a_run(save: cost.Save, sketch: int | None, tmp_path: Path) -> None:
     """Against a real task and reduction of the demo: bytes, and how many files."""
     settings: dict[str, Any] = {"save": save, "sketch": sketch, "layers": "0,3,6", "num_samples": 4, "max_docs": 20}
+    settings["estimator"] = "sampled"
     corpus = (str(DEMO / "corpus.jsonl"),)
     config = RunConfig(model=str(DEMO / "model"), corpus=corpus, output=str(tmp_path), **settings)
     stored, outcome = jobs.run_here(config)
@@ -448,13 +450,15 @@ def test_what_does_not_fit_and_what_would(llama_8b: SplitModel, gpt2: SplitModel
         assert words in refusal
     count = int(refusal.split("at most ")[1].split()[0])
     assert (
-        f"at most {count} layers (--layers); sketches (--sketch 256); 2 GPUs an actor (--gpus-per-actor 2); the GPU a100."
-        in refusal
+        f"at most {count} layers (--layers); sketches (--sketch 256); weights read block by block (--stream-weights); 2 GPUs "
+        "an actor (--gpus-per-actor 2); the GPU a100." in refusal
     )
     assert "dtype" not in refusal and "groups" not in refusal
     assert replace(everything, layers=tuple(range(count))).fits(HARDWARE["l4"]) is None
     assert replace(everything, layers=tuple(range(count + 1))).fits(HARDWARE["l4"]) is not None
     assert replace(everything, sketch=256).fits(HARDWARE["l4"]) is None
+    streamed = replace(everything, model=outline(everything.model.name, dtype="bfloat16", stream_weights=True))
+    assert streamed.fits(HARDWARE["l4"]) is None
     assert everything.fits(HARDWARE["l4"], 2) is None
     assert everything.fits(HARDWARE["a100"]) is None
 
@@ -469,9 +473,24 @@ def test_fewer_groups_or_half_precision_would_fit(gpt2: SplitModel) -> None:
 
     small = Cost(gpt2, (6,), Sampled(8))
     tight = replace(HARDWARE["cpu"], memory=small.memory(1) - (100 << 20))
-    assert "What would fit: half-precision weights (--dtype bfloat16); the GPU l4." in str(small.fits(tight))
+    assert (
+        "fit: half-precision weights (--dtype bfloat16); weights read block by block (--stream-weights); the GPU l4."
+        in str(small.fits(tight))
+    )
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no-such-model"):
         outline(str(tmp_path / "no-such-model"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_streamed_weights_cost_a_walk_and_one_block(name: str, tmp_path: Path) -> None:
+    """flop are those of the engine with its blocks run again; memory has the weights of one block in place of three."""
+    settings: dict[str, Any] = {"max_seq_len": SEQ, "batch_tokens": 3 * SEQ}
+    whole = Cost(shapes(name, tmp_path), (1, 3), Sampled(3), **settings)
+    streamed = Cost(shapes(name, tmp_path, stream_weights=True), (1, 3), Sampled(3), **settings)
+    assert streamed.flop_per_token == pytest.approx(counted(name, streamed), rel=1e-6)
+    assert streamed.flop_per_token > whole.flop_per_token
+    block = sum(parameter.nbytes for parameter in whole.model.blocks[1].parameters())
+    assert whole.weight_bytes - streamed.weight_bytes == pytest.approx(2 * block, rel=0.05)
