@@ -215,26 +215,25 @@ class Pointwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            return _WithSlope.apply(x, self.activation)
+            return _WithSlope.apply(x, self.activation)[0]
         return self.activation(x)
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class _WithSlope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: nn.Module) -> Tensor:
-        # This graph is gone at once: hooks on modules, and on what graphs keep, are not to see it.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            leaf = x.detach().requires_grad_()
-            y = activation.forward(leaf)
-            ctx.save_for_backward(*torch.autograd.grad(y, leaf, torch.ones_like(y)))
-        return y.detach()
+    generate_vmap_rule = True  # the model is its owner's too, who may want torch.func
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def forward(x: Tensor, activation: nn.Module) -> tuple[Tensor, Tensor]:
+        y, slope = torch.func.jvp(activation.forward, (x,), (torch.ones_like(x),))[:2]
+        return y, slope
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, nn.Module], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
         return grad * slope, None
 

@@ -121,7 +121,7 @@ def test_the_sign_of_a_row_is_that_of_the_largest_entry_of_u(estimator: Any):
     rows = estimator.cotangents(head_.predict(states(12)), draws(3)).rows[:, :4]
     along = (log_prob.exp().sqrt()[..., None] * scores) @ rows.mT  # U times the squares of the singular values
     largest = along.gather(1, along.abs().argmax(1, keepdim=True))
-    assert (largest >= 0).all() and (largest > 0).sum() >= 6  # a tolerance ends with rows of zeros
+    assert (largest >= 0).all() and (largest > 0).any(2).all()  # a tolerance ends with rows of zeros
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -239,8 +239,14 @@ def test_only_the_largest_rank_of_a_micro_batch_is_pulled_back(models: Models, m
     batch = oracles.inputs(split, [40] * 8)  # more positions than fill a product: one cotangent a pass
     pulled: list[int] = []
     tape = type(split.own_tape(batch.rows[0][None], {}, [1], (torch.zeros(1).long(), torch.zeros(1).long())))
-    pull = tape.pull
-    monkeypatch.setattr(tape, "pull", lambda self, group: pulled.append(1) or pull(self, group))
+    pull = tape.pull_each
+
+    def noted(self: Any, groups: Any) -> Any:
+        every = list(groups)
+        pulled.extend([1] * len(every))
+        return pull(self, every)
+
+    monkeypatch.setattr(tape, "pull_each", noted)
     scores = score_factors(split, **batch.padded(["right"], 40), layers=[1], estimator=Exact(0.2))
     ranks = (scores.factors[1] != 0).any(-1).sum(-1)
     assert ranks.min() < ranks.max() < 24
