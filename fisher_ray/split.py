@@ -572,20 +572,21 @@ class SplitModel:
 
     def _count_saved(self, seq_len: int) -> int:
         own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        fetched = {frozenset(p.shape) for p in self.model.parameters() if p.is_meta}
-        seen: dict[int, int] = {}
+        # Of weights that are fetched a pass only the shapes are known.
+        fetched = {shape for p in self.model.parameters() if p.is_meta for shape in (p.shape, p.shape[::-1])}
+        seen: dict[int, torch.UntypedStorage] = {}  # and held, so that no other comes to lie where one was
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own and frozenset(tensor.shape) not in fetched:
-                seen[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in own and tensor.shape not in fetched:
+                seen[storage.data_ptr()] = storage
             return tensor
 
         ids = torch.zeros(1, seq_len, dtype=torch.long, device=self.device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             tape = self._whole_tape(ids)
-        del tape
-        return sum(seen.values())
+            list(tape.pull_each([tape.z]))  # a walk's graphs are built as it goes
+        return sum(storage.nbytes() for storage in seen.values())
 
     def _whole_tape(self, ids: Tensor) -> Tape:
         encoded = self.encode(ids[:, :4]) if self.is_encoder_decoder else {}

@@ -13,6 +13,7 @@ from families import FAMILIES, build
 
 import jobs
 from fisher_ray import Sampled, open_run, score_factors
+from fisher_ray.cost import outline
 from fisher_ray.plan import RunConfig
 from fisher_ray.scores import Pass
 from fisher_ray.split import SplitModel, Walk
@@ -129,6 +130,8 @@ def test_streamed_weights_change_nothing(name: str, tmp_path: Path):
         for layer in (0, 2):
             assert oracles.error(got.factors[layer].double(), expected.factors[layer].double()) < 1e-5
     assert all(parameter.is_meta for parameter in streamed.blocks.parameters())
+    assert streamed.graph_bytes(48, 0) == pytest.approx(whole.graph_bytes(48, 0), rel=0.05)
+    assert outline(folder, stream_weights=True).graph_bytes(48, 0) == pytest.approx(whole.graph_bytes(48, 0), rel=0.05)
 
 
 def test_pushing_through_a_walk_is_pushing_through_the_whole(models: Models):
