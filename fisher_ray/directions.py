@@ -32,8 +32,9 @@ from fisher_ray.plan import ConfigError, make_plan
 from fisher_ray.run import Run
 from fisher_ray.scores import iter_scores, score_factors
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
-from fisher_ray.split import SplitModel, Tape, full_precision
+from fisher_ray.split import SplitModel, full_precision
 from fisher_ray.statistics import Estimate, jackknife, quadratic_form
+from fisher_ray.tape import Tape
 from fisher_ray.worker import Worker, load_model
 
 # Share of the mean eigenvalue that is added to every one before F is inverted: directions along which F is next to nothing

@@ -20,7 +20,8 @@ from torch import Tensor
 from fisher_ray.draws import Draws, sequence_key
 from fisher_ray.estimators import Estimator, check_tempering, tempered
 from fisher_ray.head import psd_factor
-from fisher_ray.split import SplitModel, Tape, full_precision
+from fisher_ray.split import SplitModel, full_precision
+from fisher_ray.tape import Tape
 
 TokenSource = Literal["observed", "sampled"]
 

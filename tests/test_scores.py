@@ -13,7 +13,7 @@ from families import FAMILIES, build
 from torch import Tensor
 
 from fisher_ray import Deflated, Exact, Sampled, Scores, SplitModel, iter_scores, score_factors
-from fisher_ray.split import Tape
+from fisher_ray.tape import Tape
 
 # Against brute force. With the observed token's key in the query's gradient .03 to .4, with its value in the scores'
 # gradient .04 to 5, with it fed in place of the drawn one .5 to 7.

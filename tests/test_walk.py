@@ -16,7 +16,8 @@ from fisher_ray import Sampled, open_run, score_factors
 from fisher_ray.cost import outline
 from fisher_ray.plan import RunConfig
 from fisher_ray.scores import Pass
-from fisher_ray.split import SplitModel, Walk
+from fisher_ray.split import SplitModel
+from fisher_ray.tape import Walk
 
 DEMO = Path(__file__).parents[1] / "demo"
 
