@@ -18,6 +18,7 @@ from fisher_ray.plan import RunConfig
 from fisher_ray.scores import Pass
 from fisher_ray.split import SplitModel
 from fisher_ray.tape import Walk
+from fisher_ray.worker import load_model
 
 DEMO = Path(__file__).parents[1] / "demo"
 
@@ -161,6 +162,7 @@ def test_a_run_streams_weights(tmp_path: Path):
             max_docs=3,
             stream_weights=streams,
         )
+        assert load_model(config).streamed is bool(streams)
         jobs.run_here(config)
         found[streams] = open_run(config.output)
     for layer in (2, 5):
