@@ -154,7 +154,7 @@ def _mask(
 ) -> _Window | Tensor | None:
     """The mask that transformers asks for: None, a window where it is given by positions alone, else a tensor."""
     plain = allow_is_causal_skip and attention_mask is None and q_length == kv_length and q_offset == kv_offset == 0
-    if plain and local_size is not None and kv_length > local_size:
+    if plain and local_size is not None and kv_length >= local_size:
         return _Window(mask_function, batch_size, local_size)
     made: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,

@@ -63,10 +63,12 @@ def test_no_mask_of_a_long_sequence_is_made(name: str, models: Models, monkeypat
         mask(self, where, mask_, queries, keys)
 
     monkeypatch.setattr(attention._Seen, "__init__", noted)
-    split.record(torch.zeros(1, 40, dtype=torch.long), {})
-    assert len(seen) == split.num_layers
-    assert any(isinstance(each, attention._Window) for each in seen)
-    assert not any(isinstance(each, torch.Tensor) for each in seen)
+    for seq_len in (5, 40):  # the window's own length, and more
+        seen.clear()
+        split.record(torch.zeros(1, seq_len, dtype=torch.long), {})
+        assert len(seen) == split.num_layers
+        assert any(isinstance(each, attention._Window) for each in seen)
+        assert not any(isinstance(each, torch.Tensor) for each in seen)
 
 
 @pytest.mark.parametrize(("seq_len", "mean"), [(100, 100.0), (128, 128.0), (256, 192.0), (1024, 576.0), (1025, 0.0)])
