@@ -25,6 +25,7 @@ from fisher_ray.sketch import sketch_flop
 from fisher_ray.spectrum import factor_eigenvalues
 from fisher_ray.split import Gradients, SplitModel
 from fisher_ray.sums import square_flop, sums_memory
+from fisher_ray.tape import Walk
 
 Save = Literal["summary", "factors", "matrices"]
 
@@ -433,14 +434,15 @@ class Cost:
                 else:
                     context, _ = model.record(ids, encoded)
                     tape = model.replay_tape(zeros[None], zeros[None], context, encoded, self.layers, (zeros, zeros))
-        # A walk runs the blocks again, once for all that is pulled.
         with _counted(model.name) as once:
             list(tape.pull_each([tape.z]))
-        with _counted(model.name) as twice:
-            list(tape.pull_each([tape.z] * 2))
+        first = backward = once.get_total_flops()
+        if isinstance(tape, Walk):  # which runs the blocks again, once for all that is pulled
+            with _counted(model.name) as twice:
+                list(tape.pull_each([tape.z] * 2))
+            backward = twice.get_total_flops() - first
         pulls = -(-pass_.num_factors // copies)
-        backward = twice.get_total_flops() - once.get_total_flops()
-        window = forward.get_total_flops() + once.get_total_flops() + (pulls - 1) * backward
+        window = forward.get_total_flops() + first + (pulls - 1) * backward
         return _Work(window / seq_len, len(scored) / seq_len * self._float32_flop)
 
     @cached_property

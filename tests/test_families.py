@@ -25,8 +25,7 @@ POSITIONS = (1, 6, 11)  # early, middle, late
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize("attended", ["kept", "anew"])
-@pytest.mark.parametrize("path", ["whole", "replayed"])
+@pytest.mark.parametrize(("path", "attended"), [("whole", "kept"), ("replayed", "kept"), ("whole", "anew")])
 def test_scores_equal_one_position_autograd(
     family: SplitModel, path: str, attended: str, monkeypatch: pytest.MonkeyPatch
 ):
