@@ -243,7 +243,8 @@ def test_only_the_largest_rank_of_a_micro_batch_is_pulled_back(models: Models, m
 
     def noted(self: Any, groups: Any) -> Any:
         every = list(groups)
-        pulled.extend([1] * len(every))
+        if len(self.z) == 8 * 40:  # and none of the small passes that measure what a graph keeps
+            pulled.extend([1] * len(every))
         return pull(self, every)
 
     monkeypatch.setattr(tape, "pull_each", noted)
