@@ -552,17 +552,22 @@ def peak_memory(case: Callable[[], Any], device: torch.device) -> tuple[int, Any
 
     On a CPU resident memory, which keeps what was freed: for a process of its own.
     """
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else _resident("VmRSS")
+    highest, result = highest_memory(case, device)
+    return highest - before, result
+
+
+def highest_memory(case: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
+    """Bytes that this process, or the GPU's allocator, held at most during a call, and what it gave."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         result = case()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, result
+        return torch.cuda.max_memory_allocated(), result
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
-    before = _resident("VmRSS")
     result = case()
-    return _resident("VmHWM") - before, result
+    return _resident("VmHWM"), result
 
 
 def _resident(name: str) -> int:

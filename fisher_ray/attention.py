@@ -400,7 +400,9 @@ class _OwnPosition(torch.autograd.Function):
         replayed = seen.where is not None
         own_rise = (grad * _each_head(own_value, group)).sum(-1) if replayed else None
         mean_rise = (grad * out).sum(-1, keepdim=True)
-        dqueries, own_probs, own_dscores = [], [], []
+        dquery = torch.empty_like(scaled)
+        # Copies: views of the diagonals would keep every block.
+        own_prob, own_dscore = (scaled.new_empty(scaled.shape[:3]) for _ in range(2))
         for i, (rows, keys) in enumerate(seen.blocks(_rows(scaled, key.shape[2]))):
             if kept:
                 probs, slope = kept[i], kept[ctx.num_kept + i] if ctx.num_kept < len(kept) else None
@@ -413,12 +415,9 @@ class _OwnPosition(torch.autograd.Function):
             dscores.sub_(mean_rise[:, :, rows]).mul_(probs)
             if slope is not None:
                 dscores.mul_(slope)
-            dqueries.append(_product(dscores, key[:, :, keys]))
-            own_probs.append(seen.own(probs, rows, keys))
-            own_dscores.append(seen.own(dscores, rows, keys))
-        dquery, own_prob, own_dscore = (
-            parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (dqueries, own_probs, own_dscores)
-        )
+            dquery[:, :, rows] = _product(dscores, key[:, :, keys])
+            own_prob[:, :, rows] = seen.own(probs, rows, keys)
+            own_dscore[:, :, rows] = seen.own(dscores, rows, keys)
         if replayed:
             dquery += own_dscore[..., None] * _each_head(own_key - seen.take(key), group)
         dkey = _each_group(own_dscore[..., None] * scaled, group)

@@ -185,7 +185,7 @@ class Worker:
                 for layer in self.layers:
                     factors = scores.factors[layer]
                     sums.add(layer, factors, scores.activations[layer], group, scores.captured_share)
-                    result.columns[layer].append(_statistics(factors))
+                    result.columns[layer].append(statistics(factors))
                     if self.config.save != "summary":
                         kept = factors if self.config.save == "factors" else scores.matrices(layer)
                         result.arrays[layer].append(kept.float().cpu().numpy())
@@ -427,7 +427,7 @@ _PER_POSITION = ("entropy", "surprisal", "kept_mass", "captured_share")
 _STATISTICS = ("trace", "top_eigenvalues", "participation_ratio", "entropy_rank", "trace_rank_99")
 
 
-def _statistics(factors: Tensor) -> dict[str, np.ndarray]:
+def statistics(factors: Tensor) -> dict[str, np.ndarray]:
     """Trace, top eigenvalues and effective ranks of each position's F."""
     eigenvalues = factor_eigenvalues(factors)
     values = {
