@@ -4,13 +4,14 @@
     python benchmarks/memory.py --cases long    # one sequence of 1,024 to 8,192 tokens
 
 Each case is a process of its own that does what a worker does with one micro-batch: scores, sums, statistics. Measured is the
-highest resident memory of that process, on a GPU of its allocator; planned is :meth:`fisher_ray.cost.Cost.memory`, which reads
-a configuration and computes nothing. Weights are random.
+highest resident memory of that process, twice: with the C library told to give back what is freed, and as it is, keeping some
+of it. Planned is :meth:`fisher_ray.cost.Cost.memory`, which reads a configuration and computes nothing. Weights are random.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from fisher_ray.estimators import Estimator
 from fisher_ray.scores import iter_scores
 from fisher_ray.sums import Sums
 from fisher_ray.worker import statistics
+
+_ONE = Sampled(1)
+_BUDGET = 1 << 50  # one micro-batch, the graph of all blocks at once
 
 # Shapes of Llama 3: 8B and 70B; blocks are alike, and a few of them do.
 _8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -46,7 +50,7 @@ class Case:
     config: PretrainedConfig
     batch: int
     seq_len: int
-    estimator: Estimator = Sampled(1)
+    estimator: Estimator = _ONE
     lowest: int = 0
     dtype: str = "float32"
     sketch: int | None = None
@@ -69,7 +73,11 @@ def cases() -> Iterator[tuple[str, str, Case]]:
         yield "long", "the same, windows of 1,024", Case(window, 1, seq_len)
     yield "8b", "8B, 2 of 32 blocks, bfloat16", Case(_llama(_8B, 2), 4, 512, dtype="bfloat16")
     yield "8b", "8B, 4 of 32 blocks, bfloat16, --sketch 256", Case(_llama(_8B, 4), 2, 512, dtype="bfloat16", sketch=256)
-    yield "70b", "70B, 1 of 80 blocks, bfloat16, --sketch 512", Case(_llama(_70B, 1), 2, 256, dtype="bfloat16", sketch=512)
+    yield (
+        "70b",
+        "70B, 1 of 80 blocks, bfloat16, --sketch 512",
+        Case(_llama(_70B, 1), 2, 256, dtype="bfloat16", sketch=512),
+    )
     yield "70b", "70B, 1 of 80 blocks, bfloat16", Case(_llama(_70B, 1), 2, 256, dtype="bfloat16")
 
 
@@ -85,7 +93,7 @@ def planned(case: Case) -> int:
             batch_tokens=case.batch * case.seq_len,
             sketch=case.sketch,
         )
-        return cost.memory(case.batch * case.seq_len)
+        return cost.memory(case.batch * case.seq_len, _BUDGET)
 
 
 def measured(case: Case, device: str = "cpu") -> int:
@@ -100,7 +108,7 @@ def measured(case: Case, device: str = "cpu") -> int:
 
     def score(ids: Any) -> None:
         sums = Sums(_layers(case), split.d_model, device=device, sketch=case.sketch)
-        for scores in iter_scores(split, ids, layers=_layers(case), estimator=case.estimator, memory_budget=1 << 50):
+        for scores in iter_scores(split, ids, layers=_layers(case), estimator=case.estimator, memory_budget=_BUDGET):
             for layer in _layers(case):
                 sums.add(layer, scores.factors[layer], scores.activations[layer])
                 statistics(scores.factors[layer])
@@ -119,12 +127,20 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=("gpt2", "long", "8b", "70b"))
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    print(f"{'':46s} {'tokens':>10s} {'planned':>9s} {'measured':>9s}  MiB")
+    print(
+        f"MiB; planned over measured in brackets\n{'':46s} {'tokens':>9s} {'planned':>8s} {'measured':>16s} {'as it is':>16s}"
+    )
     for group, name, case in cases():
         if args.cases is None or group in args.cases:
-            expected, taken = planned(case), in_own_process(measured, torch.device("cpu"), case)
-            tokens = f"{case.batch} x {case.seq_len}"
-            print(f"{name:46s} {tokens:>10s} {expected / 2**20:9.0f} {taken / 2**20:9.0f}  {expected / taken:.2f}", flush=True)
+            expected = planned(case)
+            line = f"{name:46s} {f'{case.batch} x {case.seq_len}':>9s} {expected / 2**20:8.0f}"
+            for threshold in ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, {}):  # read when a process starts
+                os.environ.update(threshold)
+                taken = in_own_process(measured, torch.device("cpu"), case)
+                for variable in threshold:
+                    del os.environ[variable]
+                line += f" {taken / 2**20:9.0f} ({expected / taken:.2f})"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ def kept_keys(seq_len: int) -> float:
     return float(stops.clamp_max(seq_len).double().mean())
 
 
+def held_keys(seq_len: int) -> int:
+    """Attention scores that a pass holds at once a query and head: those of one block, spread over all queries."""
+    return min(seq_len, _BLOCK)
+
+
 @dataclass(frozen=True)
 class _Window:
     """A mask by positions: made for a block of queries at a time, so that no [seq, seq] tensor ever is.
@@ -387,6 +392,7 @@ class _OwnPosition(torch.autograd.Function):
                 kept.append(probs)
                 if slope is not None:
                     slopes.append(slope)
+            del scores, weights, probs  # this block's memory, before the next one takes its own
         ctx.save_for_backward(scaled, own_key, own_value, key, value, out, log_total, *kept, *slopes)
         ctx.block, ctx.scale, ctx.num_kept = block, scale, len(kept)
         return out
@@ -409,6 +415,7 @@ class _OwnPosition(torch.autograd.Function):
             else:
                 scores, slope = block(scaled, key, rows, keys)
                 probs = scores.sub_(log_total[:, :, rows]).exp_().to(scaled.dtype)
+                del scores
             dscores = _product(grad[:, :, rows], value[:, :, keys].mT)
             if own_rise is not None:
                 seen.set_own(dscores, rows, own_rise[:, :, rows])
@@ -418,6 +425,7 @@ class _OwnPosition(torch.autograd.Function):
             dquery[:, :, rows] = _product(dscores, key[:, :, keys])
             own_prob[:, :, rows] = seen.own(probs, rows, keys)
             own_dscore[:, :, rows] = seen.own(dscores, rows, keys)
+            del probs, dscores
         if replayed:
             dquery += own_dscore[..., None] * _each_head(own_key - seen.take(key), group)
         dkey = _each_group(own_dscore[..., None] * scaled, group)

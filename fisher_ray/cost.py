@@ -13,13 +13,14 @@ from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fisher_ray.architecture import ModelError, meta_model
 from fisher_ray.draws import Draws
 from fisher_ray.estimators import Estimator, Exact
+from fisher_ray.footprint import Footprint, LiveBytes
 from fisher_ray.scores import Pass, TokenSource
 from fisher_ray.sketch import sketch_flop
 from fisher_ray.spectrum import factor_eigenvalues
@@ -118,24 +119,16 @@ class _NoValues(TorchDispatchMode):
 class _Outline(SplitModel):
     """A split model on the meta device: its passes have shapes, graphs and flop, but no values."""
 
-    def _count_saved(self, seq_len: int) -> int:
-        # As for a loaded model, but for two things: storages have no addresses here, and batched products gather the
-        # weights of each token's experts, which the grouped products of a real run do not keep.
-        own = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
+    @cached_property
+    def footprint(self) -> Footprint:
+        with _NoValues():
+            return super().footprint
+
+    def _live_bytes(self) -> LiveBytes:
+        # Batched products gather the weights of each token's experts, which the grouped products of a real run do not.
         experts = {frozenset(p.shape[1:]) for p in self.blocks.parameters() if p.ndim == 3}
-        seen: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own and not (tensor.ndim == 3 and frozenset(tensor.shape[1:]) in experts):
-                seen[storage._cdata] = storage
-            return tensor
-
-        ids = torch.zeros(1, seq_len, dtype=torch.long, device=self.device)
-        with _NoValues(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            tape = self._whole_tape(ids)
-            list(tape.pull_each([tape.z]))
-        return sum(storage.nbytes() for storage in seen.values())
+        own = (*self.model.parameters(), *self.model.buffers())
+        return LiveBytes(own, lambda tensor: tensor.ndim == 3 and frozenset(tensor.shape[1:]) in experts)
 
 
 def outline(
@@ -291,18 +284,18 @@ class Cost:
 
     @property
     def resident_bytes(self) -> int:
-        """What a worker holds beside a micro-batch: libraries, weights, sums, and the predictions of one chunk."""
-        return self._resident(self.model.head.rows())
+        """What a worker holds beside a micro-batch: libraries, weights, sums."""
+        return _PROCESS_BYTES + self.weight_bytes + self.sums_memory
 
-    def memory(self, positions: int) -> int:
+    def memory(self, positions: int, budget: int = 0) -> int:
         """Bytes that a worker takes with micro-batches of so many scored positions.
 
-        Fewer than a window has are a block of one window's; more are whole windows.
+        Fewer than a window has are a block of one window's; more are whole windows. A ``budget`` for micro-batches that holds
+        the graph of a whole model has the engine keep it; by default it keeps one block's at a time, the least there is.
         """
         wanted = self._scored[:positions]
         windows = max(1, -(-positions // len(self._scored)))
-        graph = int(self._pass(1).memory([0] * windows, [wanted] * windows))
-        return self._resident(min(windows * len(wanted) * self.token_draws, self.model.head.rows())) + graph
+        return self.resident_bytes + int(self._pass(1, budget).memory([0] * windows, [wanted] * windows))
 
     def micro_batch(self, memory_bytes: int) -> int:
         """Scored positions in one micro-batch of a worker with so much memory; 0 where not even one fits."""
@@ -320,7 +313,7 @@ class Cost:
         room = gpus * hardware.memory
         if self.memory(1) <= room:
             return None
-        graph = self.memory(1) - self._resident(1)
+        graph = self.memory(1) - self.resident_bytes
         parts = {"weights": self.weight_bytes, "sums": self.sums_memory, "the graph of one position": graph}
         named = ", ".join(f"{_gib(size)} for {part}" for part, size in parts.items())
         device = hardware.name if gpus == 1 else f"{gpus} x {hardware.name}"
@@ -388,10 +381,6 @@ class Cost:
     @property
     def _saved_rows(self) -> int:
         return {"summary": 0, "factors": self._rows, "matrices": self.model.d_model}[self.save]
-
-    def _resident(self, predicted: int) -> int:
-        """Measured: a prediction and the draw from it hold six [positions, vocab_size] tensors at their peak."""
-        return _PROCESS_BYTES + self.weight_bytes + self.sums_memory + 6 * 4 * predicted * self.model.head.vocab_size
 
     def _pass(self, windows: int, budget: int = 0) -> Pass:
         """The engine's own reckoning for so many full windows."""

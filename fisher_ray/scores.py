@@ -382,28 +382,48 @@ class Pass:
             yield _Batch(rows, [chosen[r] for r in rows])
 
     def memory(self, rows: list[int], positions: list[list[int]]) -> float:
-        """Memory of a micro-batch: the graph, the factors of every layer, and what recording keeps."""
-        model, queries = self.model, sum(map(len, positions)) * self.num_token_draws
+        """Bytes that a micro-batch takes, at most: while cotangents are pulled, or while statistics are made of its scores."""
+        model, draws, num_layers = self.model, self.num_token_draws, len(self.layers)
+        scored = sum(map(len, positions))
+        queries = scored * draws
         longest = max(len(self.rows[i]) for i in rows)
-        itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
-        draws = self.num_token_draws if self.draws_tokens else 1
-        factors = queries / draws * (min(draws * self.num_factors, model.d_model) + draws * self.num_factors)
-        kept = (
-            factors * model.d_model * itemsize * len(self.layers)
-            + queries * self.num_factors * model.head.d_z * itemsize
-        )
-        if model.gradients == "per_position":
-            return kept + queries * self.copies(queries) * longest * model.graph_bytes(longest, self.layers[0])
-        token = model.graph_bytes(longest, self.layers[0])
+        number = torch.promote_types(model.dtype, torch.float32).itemsize
+        stream = model.d_model * model.dtype.itemsize
+
+        # Of every query: its streams, its cotangents, and what they are pulled back to.
+        pulled = self.num_factors * (model.head.d_z + num_layers * model.d_model) * number + num_layers * stream
         if self.walks:
+            pulled += self.num_factors * stream
+        tokens, kept = self._taped(rows, positions, longest)
+        # A backward pass holds the gradients of all streams; a prediction and the draw from it, six rows of the vocabulary.
+        held = tokens * (model.working_bytes(longest) + num_layers * stream)
+        predicting = 6 * number * model.head.vocab_size * min(queries, model.head.rows())
+        pulling = kept + max(held, predicting) + queries * pulled
+
+        finished = min(draws * self.num_factors, model.d_model) if draws > 1 else self.num_factors
+        scores = num_layers * (finished * number + draws * number) * model.d_model
+        if draws > 1:  # both what is averaged and the mean
+            scores += num_layers * draws * self.num_factors * model.d_model * number
+        gram = 2 * min(finished, model.d_model) ** 2 * number
+        return max(pulling, scored * (scores + gram))
+
+    def _taped(self, rows: list[int], positions: list[list[int]], longest: int) -> tuple[int, float]:
+        """Tokens of the tape, padding and copies included, and the bytes that it keeps."""
+        model, queries = self.model, sum(map(len, positions)) * self.num_token_draws
+        token = model.graph_bytes(longest, self.layers[0])
+        if model.gradients == "per_position":
+            tokens = queries * self.copies(queries) * longest
+            return tokens, tokens * token
+        if self.walks:  # the graph of one block, and what enters each
             blocks = model.num_layers - self.layers[0]
             token = model.graph_bytes(longest, model.num_layers - 1) + blocks * model.d_model * model.dtype.itemsize
-            kept += queries * self.num_factors * model.d_model * model.dtype.itemsize
         if self.whole(rows, positions):
-            return kept + len(rows) * longest * token
+            tokens = len(rows) * longest
+            return tokens, tokens * token
+        draws = self.num_token_draws if self.draws_tokens else 1
         context = len(rows) * longest * 2 * model.d_model * model.num_layers * model.dtype.itemsize
-        widest = len(rows) * max(map(len, positions)) * draws
-        return kept + context + widest * self.copies(queries) * token
+        tokens = len(rows) * max(map(len, positions)) * draws * self.copies(queries)
+        return tokens, context + tokens * token
 
     @cached_property
     def walks(self) -> bool:
@@ -479,10 +499,11 @@ class Pass:
             factors = {
                 layer: self.averaged(g, num_draws) for layer, g in self._pulled(tape, cotangents, copies).items()
             }
+            streams = tape.streams
+            del tape, cotangents  # the graph, before what is made of the scores
         entropy, surprisal, kept, captured = (value.view(-1, num_draws).mean(1) for value in per_query)
         activations = {
-            layer: stream[::copies].to(entropy.dtype).unflatten(0, (-1, num_draws))
-            for layer, stream in tape.streams.items()
+            layer: stream[::copies].to(entropy.dtype).unflatten(0, (-1, num_draws)) for layer, stream in streams.items()
         }
         valid = entropy.isfinite()
         for tensors in (factors, activations):

@@ -33,7 +33,8 @@ from fisher_ray.architecture import (
     offloaded_blocks,
     on_stream,
 )
-from fisher_ray.attention import Context, attention_mode, kept_keys
+from fisher_ray.attention import Context, attention_mode, held_keys, kept_keys
+from fisher_ray.footprint import Footprint, LiveBytes
 from fisher_ray.tape import Tape, Walk
 
 Gradients = Literal["own_position", "per_position"]
@@ -442,47 +443,35 @@ class SplitModel:
     # ---- what a pass costs -------------------------------------------------------------------------------------------
 
     @cached_property
-    def _saved_bytes(self) -> tuple[float, float]:
-        """(a, b): the graph over all blocks keeps a + b k bytes a token that attends to k keys; counted, not modelled."""
-        short, long = (min(n, self.max_positions or n) for n in (16, 48))
-        if long == short:
-            return self._count_saved(short) / short, 0.0
-        low, high = self._count_saved(short) / short, self._count_saved(long) / long
-        slope = max(0.0, (high - low) / (long - short))
-        return max(0.0, low - slope * short), slope
+    def footprint(self) -> Footprint:
+        """What passes over all blocks keep and hold."""
+        step = max(1, min(48, self.max_positions or 48) // 3)
+        return Footprint.count(step, self._whole_tape, self._live_bytes)
 
-    def _count_saved(self, seq_len: int) -> int:
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        # Of weights that are fetched a pass only the shapes are known.
+    def _live_bytes(self) -> LiveBytes:
+        """A counter without the weights; of those that are fetched for a pass only the shapes are known."""
         fetched = {shape for p in self.model.parameters() if p.is_meta for shape in (p.shape, p.shape[::-1])}
-        seen: dict[int, torch.UntypedStorage] = {}  # and held, so that no other comes to lie where one was
+        own = [tensor for tensor in (*self.model.parameters(), *self.model.buffers()) if tensor.device == self.device]
+        return LiveBytes(own, lambda tensor: tensor.shape in fetched)
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own and tensor.shape not in fetched:
-                seen[storage.data_ptr()] = storage
-            return tensor
-
-        ids = torch.zeros(1, seq_len, dtype=torch.long, device=self.device)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            tape = self._whole_tape(ids)
-            list(tape.pull_each([tape.z]))  # a walk's graphs are built as it goes
-        return sum(storage.nbytes() for storage in seen.values())
-
-    def _whole_tape(self, ids: Tensor) -> Tape:
+    def _whole_tape(self, tokens: int) -> Tape:
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=self.device)
         encoded = self.encode(ids[:, :4]) if self.is_encoder_decoder else {}
-        everything = torch.arange(ids.shape[1], device=ids.device)
+        everything = torch.arange(tokens, device=ids.device)
         if self.gradients == "per_position":
             return self.alone_tape(ids, encoded, [0], everything[-1:])
         return self.own_tape(ids, encoded, [0], (torch.zeros_like(everything), everything))
 
     def graph_bytes(self, seq_len: int, lowest_layer: int) -> float:
         """Bytes that the graph of one token keeps, in a pass over ``seq_len`` tokens from ``lowest_layer`` up."""
-        per_token, per_key = self._saved_bytes
+        per_token, per_key = self.footprint.kept
         keys = kept_keys(seq_len) if self.gradients == "own_position" else seq_len
-        share = (self.num_layers - lowest_layer) / self.num_layers
-        # A quarter more for what the backward pass holds at once; never less than a few residual streams.
-        return max(1.25 * share * (per_token + per_key * keys), 8.0 * self.d_model * self.dtype.itemsize)
+        return (self.num_layers - lowest_layer) / self.num_layers * (per_token + per_key * keys)
+
+    def working_bytes(self, seq_len: int) -> float:
+        """Bytes that a backward pass holds a token beside the graph, at most; its block's, whatever the layer."""
+        per_token, per_key = self.footprint.held
+        return per_token + per_key * (held_keys(seq_len) if self.gradients == "own_position" else seq_len)
 
     @property
     def label(self) -> str:

@@ -87,6 +87,9 @@ class Walk(Tape):
         calls: of the blocks.
         layers: those of ``streams``.
         attending: the attention mode of a pass.
+
+    Attributes:
+        num_blocks: of the model.
     """
 
     def __init__(
@@ -100,13 +103,14 @@ class Walk(Tape):
     ):
         super().__init__(z, {layer: inputs[layer] for layer in layers}, where)
         self._inputs, self._calls, self._attending = dict(inputs), calls, attending
+        self.num_blocks = len(calls)
 
     def pull_each(
         self, cotangents: Iterable[Float[Tensor, "n d_z"]]
     ) -> Iterator[tuple[int, int, Float[Tensor, "n d_model"]]]:
         pulled = list(cotangents)
         for layer in sorted(self._inputs, reverse=True):
-            above, entering = self._block(layer)
+            above, entering = self.block(layer)
             for i, each in enumerate(pulled):
                 (grad,) = torch.autograd.grad(above, entering, self._padded(each, above), retain_graph=True)
                 pulled[i] = self._gathered(grad)
@@ -117,13 +121,13 @@ class Walk(Tape):
     def push(self, layer: int, directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "n k d_z"]:
         """As :meth:`Tape.push`, from the bottom up."""
         moved = [direction.expand(len(self.z), -1) for direction in directions]
-        for k in range(layer, len(self._calls) + 1):
-            moved = self._moved(*self._block(k), moved)
+        for k in range(layer, self.num_blocks + 1):
+            moved = self._moved(*self.block(k), moved)
         return torch.stack(moved, 1)
 
-    def _block(self, layer: int) -> tuple[Tensor, Tensor]:
+    def block(self, layer: int) -> tuple[Tensor, Tensor]:
         """What leaves a block, with its graph, and the leaf that enters it; above the last one, z."""
-        if layer == len(self._calls):
+        if layer == self.num_blocks:
             return self._z, self._inputs[layer]
         entering = self._inputs[layer].detach().requires_grad_()
         with torch.enable_grad(), self._attending():

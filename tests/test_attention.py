@@ -36,19 +36,26 @@ def test_blocks_of_any_size_give_the_same(
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2", "gpt_oss"])
-def test_long_sequences_keep_no_square(name: str, models: Models, monkeypatch: pytest.MonkeyPatch):
+def test_memory_of_long_sequences_is_no_square(name: str, models: Models, monkeypatch: pytest.MonkeyPatch):
+    """Neither what the graph keeps, nor what a backward pass holds at once."""
     split = models(name)
     monkeypatch.setattr(attention, "_BLOCK", 4)
-    counted = {}
-    for kept in (0, 1024):
-        monkeypatch.setattr(attention, "_KEPT", kept)
-        counted[kept] = [split._count_saved(seq_len) for seq_len in (16, 32, 64)]
-    short, middle, long = counted[0]
-    # Weights, norms and what is kept of a position are the same for each: the second step is twice the first.
-    assert long - middle == pytest.approx(2 * (middle - short), rel=0.02)
+    kept, most = [], []
+    for weights_kept in (0, 1024):
+        monkeypatch.setattr(attention, "_KEPT", weights_kept)
+        for seq_len in (16, 32, 64):
+            with split._live_bytes() as live:
+                tape = split._whole_tape(seq_len)
+                kept.append(live.now)
+                tape.pull(tape.z)
+            most.append(live.most)
+            del tape
+    for short, middle, long in (kept[:3], most[:3]):
+        # What is the same for each length cancels: the second step is twice the first.
+        assert long - middle == pytest.approx(2 * (middle - short), rel=0.02)
     if name == "gpt2":  # a window leaves no square to keep
-        short, middle, long = counted[1024]
-        assert long - middle > 2.1 * (middle - short)
+        for short, middle, long in (kept[3:], most[3:]):
+            assert long - middle > 2.1 * (middle - short)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "cohere2"])
@@ -74,3 +81,7 @@ def test_no_mask_of_a_long_sequence_is_made(name: str, models: Models, monkeypat
 @pytest.mark.parametrize(("seq_len", "mean"), [(100, 100.0), (128, 128.0), (256, 192.0), (1024, 576.0), (1025, 0.0)])
 def test_kept_keys(seq_len: int, mean: float):
     assert attention.kept_keys(seq_len) == mean
+
+
+def test_held_keys():
+    assert [attention.held_keys(seq_len) for seq_len in (16, 128, 4096)] == [16, 128, 128]

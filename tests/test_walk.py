@@ -132,8 +132,9 @@ def test_streamed_weights_change_nothing(name: str, tmp_path: Path):
         for layer in (0, 2):
             assert oracles.error(got.factors[layer].double(), expected.factors[layer].double()) < 1e-5
     assert all(parameter.is_meta for parameter in streamed.blocks.parameters())
-    assert streamed.graph_bytes(48, 0) == pytest.approx(whole.graph_bytes(48, 0), rel=0.05)
-    assert outline(folder, stream_weights=True).graph_bytes(48, 0) == pytest.approx(whole.graph_bytes(48, 0), rel=0.05)
+    # But for z, the final norm and T5's position biases, which are much of so small a model.
+    assert streamed.graph_bytes(48, 0) == pytest.approx(whole.graph_bytes(48, 0), rel=0.2)
+    assert outline(folder, stream_weights=True).graph_bytes(48, 0) == pytest.approx(whole.graph_bytes(48, 0), rel=0.2)
 
 
 def test_pushing_through_a_walk_is_pushing_through_the_whole(models: Models):
