@@ -63,6 +63,11 @@ class Exact:
         """R, cotangents a position."""
         return min(vocab_size, d_z)
 
+    @property
+    def vocabularies(self) -> int:
+        """Tensors [n, vocab_size] that a prediction and its cotangents hold at once, at most; counted."""
+        return 3
+
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part of M, or all of it."""
         one = torch.ones_like(prediction.entropy)
@@ -98,6 +103,11 @@ class Sampled:
     def num_factors(self, vocab_size: int, d_z: int) -> int:
         """R, cotangents a position."""
         return self.num_samples
+
+    @property
+    def vocabularies(self) -> int:
+        """Tensors [n, vocab_size] that a prediction and its cotangents hold at once, at most; counted."""
+        return 3 if self.top_p == 1.0 else 12
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """Scores of drawn tokens."""
@@ -142,6 +152,11 @@ class Deflated:
     def num_factors(self, vocab_size: int, d_z: int) -> int:
         """R, cotangents a position."""
         return min(self.rank, vocab_size, d_z) + self.num_samples
+
+    @property
+    def vocabularies(self) -> int:
+        """Tensors [n, vocab_size] that a prediction and its cotangents hold at once, at most; counted."""
+        return 6
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part, then the drawn terms."""

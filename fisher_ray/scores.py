@@ -395,9 +395,9 @@ class Pass:
         if self.walks:
             pulled += self.num_factors * stream
         tokens, kept = self._taped(rows, positions, longest)
-        # A backward pass holds the gradients of all streams; a prediction and the draw from it, six rows of the vocabulary.
+        # A backward pass holds the gradients of all streams; predictions stand on the graph before it.
         held = tokens * (model.working_bytes(longest) + num_layers * stream)
-        predicting = 6 * number * model.head.vocab_size * min(queries, model.head.rows())
+        predicting = self.estimator.vocabularies * number * model.head.vocab_size * min(queries, model.head.rows())
         pulling = kept + max(held, predicting) + queries * pulled
 
         finished = min(draws * self.num_factors, model.d_model) if draws > 1 else self.num_factors
@@ -510,17 +510,18 @@ class Pass:
             for tensor in tensors.values():
                 valid &= tensor.isfinite().flatten(1).all(1)
         sequence = torch.tensor(batch.rows, device=device)[row]
+        good = slice(None) if bool(valid.all()) else valid  # a copy of the factors is made only where it must be
         return Scores(
-            factors={layer: tensor[valid] for layer, tensor in factors.items()},
-            activations={layer: tensor[valid] for layer, tensor in activations.items()},
-            sequence=sequence[valid],
-            position=position[valid],
-            token=tokens[row, position][valid],
-            fed=fed[valid],
-            entropy=entropy[valid],
-            surprisal=surprisal.masked_fill(next_token < 0, torch.nan)[valid],
-            kept_mass=kept[valid],
-            captured_share=captured[valid],
+            factors={layer: tensor[good] for layer, tensor in factors.items()},
+            activations={layer: tensor[good] for layer, tensor in activations.items()},
+            sequence=sequence[good],
+            position=position[good],
+            token=tokens[row, position][good],
+            fed=fed[good],
+            entropy=entropy[good],
+            surprisal=surprisal.masked_fill(next_token < 0, torch.nan)[good],
+            kept_mass=kept[good],
+            captured_share=captured[good],
             invalid=list(zip(sequence[~valid].tolist(), position[~valid].tolist(), strict=True)),
         )
 
