@@ -156,7 +156,7 @@ class Deflated:
     @property
     def vocabularies(self) -> int:
         """Tensors [n, vocab_size] that a prediction and its cotangents hold at once, at most; counted."""
-        return 6
+        return 4
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part, then the drawn terms."""

@@ -13,7 +13,6 @@ from families import FAMILIES, build
 from torch import Tensor, nn
 
 from fisher_ray import (
-    Deflated,
     Exact,
     Sampled,
     Scores,
@@ -22,9 +21,7 @@ from fisher_ray import (
     fim_expected_gradient_outerproduct,
     score_factors,
 )
-from fisher_ray.draws import Draws
-from fisher_ray.estimators import Estimator, tempered
-from fisher_ray.footprint import LiveBytes
+from fisher_ray.estimators import tempered
 from fisher_ray.head import Head, Prediction
 
 MATRICES = 1e-10  # one layer off, or in other coordinates, .1 and more
@@ -328,17 +325,3 @@ def test_bad_arguments(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message) as refusal:
         Sampled(**arguments)
     assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    "estimator", [Exact(), Sampled(1), Sampled(8), Sampled(8, top_p=0.9), Deflated(24, 8), Deflated(0, 8)], ids=repr
-)
-def test_vocabularies_are_those_held(estimator: Estimator):
-    """Of a vocabulary that is large beside all else."""
-    n, vocab_size, d_z = 4, 200_000, 4
-    weight, z = (torch.randn(rows, d_z, dtype=torch.float32) for rows in (vocab_size, n))
-    zeros = torch.zeros(n, dtype=torch.long)
-    with LiveBytes([weight]) as live:
-        estimator.cotangents(Head(weight).predict(z), Draws(zeros[:, None].expand(n, 2), zeros, zeros, "score"))
-    held = live.most / (n * vocab_size * 4)
-    assert 0.75 * estimator.vocabularies < held < 1.05 * estimator.vocabularies

@@ -11,7 +11,10 @@ from families import FAMILIES, build
 from oracles import error, fisher
 from torch import Tensor
 
-from fisher_ray import ModelError, SplitModel
+from fisher_ray import Deflated, Exact, ModelError, Sampled, SplitModel
+from fisher_ray.draws import Draws
+from fisher_ray.estimators import Estimator
+from fisher_ray.footprint import LiveBytes
 from fisher_ray.head import Head, psd_factor
 
 # Without the mean row .8 to 2; with the slope of soft-capping left out .002 to .1.
@@ -233,3 +236,17 @@ def test_an_altered_head_is_refused(change: str, dtype: torch.dtype, gradients: 
     with pytest.raises(ModelError, match="LlamaForCausalLM has an output head this package does not know") as refusal:
         SplitModel(model, gradients=gradients)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "estimator", [Exact(), Sampled(1), Sampled(8), Sampled(8, top_p=0.9), Deflated(24, 8), Deflated(0, 8)], ids=repr
+)
+def test_vocabularies_are_those_held(estimator: Estimator):
+    """Of a vocabulary that is large beside all else."""
+    n, vocab_size, d_z = 4, 200_000, 4
+    weight, z = (torch.randn(rows, d_z, dtype=torch.float32) for rows in (vocab_size, n))
+    zeros = torch.zeros(n, dtype=torch.long)
+    with LiveBytes([weight]) as live:
+        estimator.cotangents(Head(weight).predict(z), Draws(zeros[:, None].expand(n, 2), zeros, zeros, "score"))
+    held = live.most / (n * vocab_size * 4)
+    assert 0.75 * estimator.vocabularies < held < 1.05 * estimator.vocabularies
