@@ -63,10 +63,9 @@ class Exact:
         """R, cotangents a position."""
         return min(vocab_size, d_z)
 
-    @property
-    def vocabularies(self) -> int:
-        """Tensors [n, vocab_size] that a prediction and its cotangents hold at once, at most; counted."""
-        return 3
+    def held(self, n: int, vocab_size: int, d_z: int) -> int:
+        """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
+        return 3 * n * vocab_size
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part of M, or all of it."""
@@ -104,10 +103,9 @@ class Sampled:
         """R, cotangents a position."""
         return self.num_samples
 
-    @property
-    def vocabularies(self) -> int:
-        """Tensors [n, vocab_size] that a prediction and its cotangents hold at once, at most; counted."""
-        return 3 if self.top_p == 1.0 else 12
+    def held(self, n: int, vocab_size: int, d_z: int) -> int:
+        """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
+        return (3 if self.top_p == 1.0 else 12) * n * vocab_size
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """Scores of drawn tokens."""
@@ -153,22 +151,22 @@ class Deflated:
         """R, cotangents a position."""
         return min(self.rank, vocab_size, d_z) + self.num_samples
 
-    @property
-    def vocabularies(self) -> int:
-        """Tensors [n, vocab_size] that a prediction and its cotangents hold at once, at most; counted."""
-        return 4
+    def held(self, n: int, vocab_size: int, d_z: int) -> int:
+        """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
+        deflated = n * self._deflated(vocab_size, d_z) * max(d_z, self.num_samples)
+        return 4 * (n * vocab_size + min(_CHUNK, deflated))
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part, then the drawn terms."""
         n, vocab_size, d_z = prediction.n, prediction.head.vocab_size, prediction.head.d_z
         rank = min(self.rank, vocab_size, d_z)
         weights = prediction.energies()  # becomes |a|^2
-        _, longest = weights.topk(min(vocab_size, max(_DEFLATED * rank, _LEAST_DEFLATED)))
+        _, longest = weights.topk(self._deflated(vocab_size, d_z))
         rows = weights.new_empty(n, rank + self.num_samples, d_z)
         step = max(1, _CHUNK // (longest.shape[1] * max(d_z, self.num_samples)))
         for some in (slice(start, min(start + step, n)) for start in range(0, n, step)):
             tokens = longest[some]
-            leading, basis, rest = _deflated(prediction.weighted_scores(tokens, some), rank)
+            leading, basis, rest = _split_off(prediction.weighted_scores(tokens, some), rank)
             rows[some, :rank] = leading
             weights[some].scatter_(1, tokens, rest.square().sum(-1))
             if self.num_samples == 0:
@@ -184,8 +182,12 @@ class Deflated:
         trace = captured + weights.sum(-1)
         return Cotangents(rows, torch.ones_like(captured), (captured / trace).where(trace > 0, 1))
 
+    def _deflated(self, vocab_size: int, d_z: int) -> int:
+        """K, tokens whose part of M is deflated."""
+        return min(vocab_size, max(_DEFLATED * min(self.rank, vocab_size, d_z), _LEAST_DEFLATED))
 
-def _deflated(
+
+def _split_off(
     rows: Float[Tensor, "n K d_z"], rank: int
 ) -> tuple[Float[Tensor, "n rank d_z"], Float[Tensor, "n K rank"], Float[Tensor, "n K d_z"]]:
     """``B = U^T C``, U, and ``C - U B``, which takes the place of C."""

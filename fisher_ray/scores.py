@@ -397,7 +397,8 @@ class Pass:
         tokens, kept = self._taped(rows, positions, longest)
         # A backward pass holds the gradients of all streams; predictions stand on the graph before it.
         held = tokens * (model.working_bytes(longest) + num_layers * stream)
-        predicting = self.estimator.vocabularies * number * model.head.vocab_size * min(queries, model.head.rows())
+        head = model.head
+        predicting = number * self.estimator.held(min(queries, head.rows()), head.vocab_size, head.d_z)
         pulling = kept + max(held, predicting) + queries * pulled
 
         finished = min(draws * self.num_factors, model.d_model) if draws > 1 else self.num_factors

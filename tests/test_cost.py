@@ -25,11 +25,14 @@ from fisher_ray import corpus as corpus_module
 from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import read_documents
 from fisher_ray.cost import HARDWARE, Cost, outline
+from fisher_ray.estimators import Estimator
+from fisher_ray.footprint import LiveBytes
 from fisher_ray.plan import Plan, RunConfig, Tasks, make_plan
 from fisher_ray.reduce import Node, levels
 from fisher_ray.scores import iter_scores
 from fisher_ray.spectrum import factor_eigenvalues
 from fisher_ray.sums import Sums
+from fisher_ray.worker import statistics
 
 DEMO = Path(__file__).parent.parent / "demo"
 SEQ = 20
@@ -245,6 +248,38 @@ def test_memory_grows_with_what_is_held(gpt2: SplitModel) -> None:
     assert replace(cost, layers=(6, 7)).memory(1) - one >= cost.sums_memory
     assert cost.micro_batch(one) == 1
     assert cost.micro_batch(one - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "estimator", "seq_len"),
+    [
+        ((0, 1, 2, 3), Sampled(1), 256),
+        ((0, 1, 2, 3), Sampled(8), 64),
+        ((2,), Sampled(8), 256),
+        ((1, 2), Deflated(24, 8), 64),
+        ((1, 2, 3), Exact(), 32),
+    ],
+    ids=repr,
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_memory_is_what_a_micro_batch_allocates(
+    layers: tuple[int, ...], estimator: Estimator, seq_len: int, tmp_path: Path
+) -> None:
+    """Scores and statistics of one micro-batch, counted as they run, at a size where neither is a trifle."""
+    config = tf.GPT2Config(n_embd=192, n_layer=3, n_head=4, vocab_size=500)
+    config.save_pretrained(tmp_path)
+    model = tf.GPT2LMHeadModel(config).float()
+    split = SplitModel(model, check=False)
+    ids = torch.full((4, seq_len), 5)
+    cost = Cost(outline(str(tmp_path)), layers, estimator, max_seq_len=seq_len, batch_tokens=ids.numel())
+    asked = {"layers": list(layers), "estimator": estimator, "memory_budget": 1 << 40}
+    list(iter_scores(split, ids[:1, :4], **asked))  # what is measured once
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        (scores,) = iter_scores(split, ids, **asked)
+        for layer in layers:
+            statistics(scores.factors[layer])
+    planned = cost.memory(ids.numel(), 1 << 40) - cost.resident_bytes
+    assert planned == pytest.approx(live.most, rel=0.1)
 
 
 # ---- storage ---------------------------------------------------------------------------------------------------------

@@ -241,12 +241,12 @@ def test_an_altered_head_is_refused(change: str, dtype: torch.dtype, gradients: 
 @pytest.mark.parametrize(
     "estimator", [Exact(), Sampled(1), Sampled(8), Sampled(8, top_p=0.9), Deflated(24, 8), Deflated(0, 8)], ids=repr
 )
-def test_vocabularies_are_those_held(estimator: Estimator):
+def test_what_an_estimator_holds(estimator: Estimator):
     """Of a vocabulary that is large beside all else."""
     n, vocab_size, d_z = 4, 200_000, 4
     weight, z = (torch.randn(rows, d_z, dtype=torch.float32) for rows in (vocab_size, n))
     zeros = torch.zeros(n, dtype=torch.long)
     with LiveBytes([weight]) as live:
         estimator.cotangents(Head(weight).predict(z), Draws(zeros[:, None].expand(n, 2), zeros, zeros, "score"))
-    held = live.most / (n * vocab_size * 4)
-    assert 0.75 * estimator.vocabularies < held < 1.05 * estimator.vocabularies
+    expected = 4 * estimator.held(n, vocab_size, d_z)
+    assert 0.75 * expected < live.most < 1.05 * expected
