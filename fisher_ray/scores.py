@@ -406,7 +406,7 @@ class Pass:
         if draws > 1:  # both what is averaged and the mean
             scores += num_layers * draws * self.num_factors * model.d_model * number
         gram = 2 * min(finished, model.d_model) ** 2 * number
-        return max(pulling, scored * (scores + gram))
+        return float(max(pulling, scored * (scores + gram)))
 
     def _taped(self, rows: list[int], positions: list[list[int]], longest: int) -> tuple[int, float]:
         """Tokens of the tape, padding and copies included, and the bytes that it keeps."""
