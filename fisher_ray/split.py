@@ -451,7 +451,7 @@ class SplitModel:
     def _live_bytes(self) -> LiveBytes:
         """A counter without the weights; of those that are fetched for a pass only the shapes are known."""
         fetched = {shape for p in self.model.parameters() if p.is_meta for shape in (p.shape, p.shape[::-1])}
-        own = [tensor for tensor in (*self.model.parameters(), *self.model.buffers()) if tensor.device == self.device]
+        own = [tensor for tensor in (*self.model.parameters(), *self.model.buffers()) if not tensor.is_meta]
         return LiveBytes(own, lambda tensor: tensor.shape in fetched)
 
     def _whole_tape(self, tokens: int) -> Tape:
