@@ -295,7 +295,7 @@ class Dispatch:
         self._later: list[tuple[float, int, Call]] = []
         self._tries: dict[str, _Tries] = {}
         self._running: dict[Any, _Running] = {}
-        self._hung: set[Any] = set()
+        self._hung: dict[Any, float] = {}  # and the seconds that each had
         self._late: set[Any] = set()
         left, looked = total, 0.0
         while left:
@@ -363,7 +363,7 @@ class Dispatch:
             else:
                 limit = max(_HUNG_AT_LEAST, _HUNG * pace * call.weight) if pace is not None else _HUNG_UNKNOWN
             if taken > limit and key not in self._hung:
-                self._hung.add(key)
+                self._hung[key] = limit
                 self._pool.kill(running.worker)
             tries = self._tries.get(call.name)
             slow = pace is not None and taken > max(_SLOW_AT_LEAST, _SLOW * pace * call.weight)
@@ -389,7 +389,7 @@ class Dispatch:
             yield call, outcome
             return
         if key in self._hung:
-            outcome = replace(outcome, kind="hung", message=f"took more than {time.monotonic() - running.since:.0f} s")
+            outcome = replace(outcome, kind="hung", message=f"took more than {self._hung[key]:g} s")
         if outcome.kind == "sticky":
             self._pool.kill(running.worker)
         if outcome.kind == "lost":
