@@ -50,7 +50,7 @@ from precision import errors, read_sequences, scored
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from fisher_ray import Exact, Sampled, SplitModel, iter_scores, open_run, score_factors
+from fisher_ray import Exact, Sampled, SplitModel, attention, iter_scores, open_run, products, score_factors
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.driver import run
 from fisher_ray.plan import RunConfig
@@ -196,6 +196,44 @@ def peaks(device: torch.device, scale: Scale) -> Iterator[Row]:
     target = torch.empty_like(source)
     taken = interleaved({"copy": lambda: target.copy_(source)}, scale.repeats, device)["copy"]
     yield {"what": "copy, read and written", "rate": f"{2 * source.nbytes / taken.seconds / 1e9:.0f} GB/s"}
+
+
+def kernels(device: torch.device, scale: Scale) -> Iterator[Row]:
+    """What is run in place of the engine's own way in bfloat16: whether it passed its trial here, its time over that of the
+    other, and the relative errors of both against float64.
+    """
+    sizes, (batch, seq_len) = scale.llama, scale.llama_tokens
+    d, heads, groups = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    normal = {"device": device, "dtype": torch.bfloat16}
+
+    weight = torch.randn(sizes["vocab_size"], d, **normal)
+    states = torch.randn(256, d, **normal)
+    prob = torch.rand(256, len(weight), device=device)
+    for name, a, b in (("z W", states, weight.T), ("p W", prob, weight)):
+        ways: dict[str, Callable[[], Tensor]] = {"converted": lambda a=a, b=b: a.float() @ b.float()}  # type: ignore[misc]
+        if taken := products.on_tensor_cores(a, b):
+            ways["tensor cores"] = lambda a=a, b=b: products.product(a, b)  # type: ignore[misc]
+        yield {
+            "what": f"{name}, float32 sums",
+            "taken": str(taken),
+            **_compared(ways, a.double() @ b.double(), scale, device),
+        }
+
+    query = torch.randn(batch, heads, seq_len, sizes["head_dim"], **normal).requires_grad_()
+    key, value = (torch.randn(batch, groups, seq_len, sizes["head_dim"], **normal) for _ in range(2))
+
+    def gradient(fuses: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        q, k, v = (x.detach().to(dtype) for x in (query, key, value))
+        seen = attention._Seen(None, None, seq_len, seq_len)
+        with mock.patch.object(attention, "fuses", return_value=fuses):
+            leaf = q.requires_grad_()
+            out = attention._OwnPosition.apply(leaf, k, v, k, v, seen, None, None, sizes["head_dim"] ** -0.5, None)
+            return torch.autograd.grad(out, leaf, q.detach())[0]
+
+    taken = attention.fuses(query, value)
+    attending = {"converted": lambda: gradient(False)} | ({"tensor cores": lambda: gradient(True)} if taken else {})
+    found = _compared(attending, gradient(False, torch.float64), scale, device)
+    yield {"what": "attention, forward pass and dq: flash against blocks", "taken": str(taken), **found}
 
 
 def engine(device: torch.device, scale: Scale) -> Iterator[Row]:
@@ -349,11 +387,19 @@ def actors(device: torch.device, scale: Scale) -> Iterator[Row]:
 Section = Callable[[torch.device, Scale], Iterator[Row]]
 SECTIONS: dict[str, Section] = {
     section.__name__: section
-    for section in (peaks, correctness, precision, bits, actors, memory, llama, engine, peers, tests)
+    for section in (peaks, kernels, correctness, precision, bits, actors, memory, llama, engine, peers, tests)
 }
 
 
 # ---- parts of sections ---------------------------------------------------------------------------------------------------
+
+
+def _compared(ways: dict[str, Callable[[], Tensor]], truth: Tensor, scale: Scale, device: torch.device) -> Row:
+    """Of one that is always there, and of another in its place."""
+    errors = [float((way().double() - truth).norm() / truth.norm()) for way in ways.values()]
+    seconds = [taken.seconds for taken in interleaved(dict(ways), scale.repeats, device).values()]
+    row: Row = {"error of the engine's own": errors[0]}
+    return row if len(ways) == 1 else {**row, "error": errors[1], "time": seconds[1] / seconds[0]}
 
 
 @contextmanager

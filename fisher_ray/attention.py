@@ -11,7 +11,8 @@ is pulled back to
 
 Queries go block by block and see no key behind their block's last (nor before their window), so half of the square is
 never computed. Of longer sequences only the log-sum-exp of each query's scores is kept and P is computed anew in each
-backward pass: memory grows with the sequence and not with its square.
+backward pass: memory grows with the sequence and not with its square. On a GPU, flash attention computes o, the log-sum-exp and
+dq in half precision where its mask is the plain causal one; what is left, dk_t and dv_t, is of the diagonal alone.
 
 The function is registered with transformers as an attention implementation, so it serves every architecture that
 dispatches through ``AttentionInterface``. It knows three modes, set by :func:`attention_mode`:
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -48,6 +50,9 @@ _GPU_SCORES = 1 << 27
 # as all else that the graph keeps.
 _KEPT = 1024
 
+# Measured on a CPU, blocks of queries are the faster ones.
+_FLASH_DEVICES = ("cuda",)
+
 # What transformers' attention modules hand over that changes nothing here: windows and causality arrive in the mask,
 # rotary positions are already in q and k, and the rest asks for outputs nobody reads.
 _HARMLESS = frozenset({
@@ -63,6 +68,14 @@ def kept_keys(seq_len: int) -> float:
         return 0.0
     stops = torch.arange(seq_len) // _BLOCK * _BLOCK + _BLOCK
     return float(stops.clamp_max(seq_len).double().mean())
+
+
+def fuses(query: Tensor, value: Tensor) -> bool:
+    """Whether flash attention takes these, and was seen to be right on their device."""
+    if query.device.type not in _FLASH_DEVICES or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    width = query.shape[-1]
+    return width == value.shape[-1] <= 256 and width % 8 == 0 and _flash_is_right(query.device, query.dtype)
 
 
 def held_keys(seq_len: int) -> int:
@@ -369,6 +382,12 @@ class _OwnPosition(torch.autograd.Function):
         replayed = seen.where is not None
         own_score = (scaled * _each_head(own_key, group)).sum(-1) if replayed else None
         block = _Scores(seen, own_score, bias, softcap)
+        ctx.block, ctx.scale, ctx.num_kept, ctx.flash = block, scale, 0, None
+        plain = not replayed and seen.mask is None and bias is None and sinks is None and softcap is None
+        if plain and fuses(query, value):
+            out, log_total, ctx.flash = _flash(scaled, key, value)
+            ctx.save_for_backward(scaled, own_key, own_value, key, value, out, log_total[..., None])
+            return out
         moved = _each_head(own_value - seen.take(value), group) if replayed else None
         log_total = scaled.new_empty(batch, heads, queries, 1, dtype=torch.promote_types(query.dtype, torch.float32))
         kept: list[Tensor] = []
@@ -394,43 +413,95 @@ class _OwnPosition(torch.autograd.Function):
                     slopes.append(slope)
             del scores, weights, probs  # this block's memory, before the next one takes its own
         ctx.save_for_backward(scaled, own_key, own_value, key, value, out, log_total, *kept, *slopes)
-        ctx.block, ctx.scale, ctx.num_kept = block, scale, len(kept)
+        ctx.num_kept = len(kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved: list[Tensor] = [tensor.detach() for tensor in ctx.saved_tensors]
-        scaled, own_key, own_value, key, value, out, log_total, *kept = saved
-        block, seen = ctx.block, ctx.block.seen
-        group = scaled.shape[1] // key.shape[1]
-        replayed = seen.where is not None
-        own_rise = (grad * _each_head(own_value, group)).sum(-1) if replayed else None
+        scaled, own_key, own_value, key, value, out, log_total, *kept = (x.detach() for x in ctx.saved_tensors)
+        block, group = ctx.block, scaled.shape[1] // key.shape[1]
         mean_rise = (grad * out).sum(-1, keepdim=True)
-        dquery = torch.empty_like(scaled)
-        # Copies: views of the diagonals would keep every block.
-        own_prob, own_dscore = (scaled.new_empty(scaled.shape[:3]) for _ in range(2))
-        for i, (rows, keys) in enumerate(seen.blocks(_rows(scaled, key.shape[2]))):
-            if kept:
-                probs, slope = kept[i], kept[ctx.num_kept + i] if ctx.num_kept < len(kept) else None
-            else:
-                scores, slope = block(scaled, key, rows, keys)
-                probs = scores.sub_(log_total[:, :, rows]).exp_().to(scaled.dtype)
-                del scores
-            dscores = _product(grad[:, :, rows], value[:, :, keys].mT)
-            if own_rise is not None:
-                seen.set_own(dscores, rows, own_rise[:, :, rows])
-            dscores.sub_(mean_rise[:, :, rows]).mul_(probs)
-            if slope is not None:
-                dscores.mul_(slope)
-            dquery[:, :, rows] = _product(dscores, key[:, :, keys])
-            own_prob[:, :, rows] = seen.own(probs, rows, keys)
-            own_dscore[:, :, rows] = seen.own(dscores, rows, keys)
-            del probs, dscores
-        if replayed:
-            dquery += own_dscore[..., None] * _each_head(own_key - seen.take(key), group)
+        if ctx.flash is not None and not torch.is_grad_enabled():  # its backward pass has no backward pass
+            dquery = _flash_query_gradient(grad.contiguous(), scaled, key, value, out, log_total.squeeze(-1), ctx.flash)
+            wide = log_total.dtype
+            own_score = (scaled.to(wide) * _each_head(key, group)).sum(-1)
+            own_prob = (own_score - log_total.squeeze(-1)).exp()
+            own_dscore = own_prob * ((grad.to(wide) * _each_head(value, group)).sum(-1) - mean_rise.squeeze(-1))
+            own_prob, own_dscore = own_prob.to(grad.dtype), own_dscore.to(grad.dtype)
+        else:
+            own_rise = (grad * _each_head(own_value, group)).sum(-1) if block.own is not None else None
+            dquery = torch.empty_like(scaled)
+            # Copies: views of the diagonals would keep every block.
+            own_prob, own_dscore = (scaled.new_empty(scaled.shape[:3]) for _ in range(2))
+            for i, (rows, keys) in enumerate(block.seen.blocks(_rows(scaled, key.shape[2]))):
+                if kept:
+                    probs, slope = kept[i], kept[ctx.num_kept + i] if ctx.num_kept < len(kept) else None
+                else:
+                    scores, slope = block(scaled, key, rows, keys)
+                    probs = scores.sub_(log_total[:, :, rows]).exp_().to(scaled.dtype)
+                    del scores
+                dscores = _product(grad[:, :, rows], value[:, :, keys].mT)
+                if own_rise is not None:
+                    block.seen.set_own(dscores, rows, own_rise[:, :, rows])
+                dscores.sub_(mean_rise[:, :, rows]).mul_(probs)
+                if slope is not None:
+                    dscores.mul_(slope)
+                dquery[:, :, rows] = _product(dscores, key[:, :, keys])
+                own_prob[:, :, rows] = block.seen.own(probs, rows, keys)
+                own_dscore[:, :, rows] = block.seen.own(dscores, rows, keys)
+                del probs, dscores
+        if block.own is not None:
+            dquery += own_dscore[..., None] * _each_head(own_key - block.seen.take(key), group)
         dkey = _each_group(own_dscore[..., None] * scaled, group)
         dvalue = _each_group(own_prob[..., None] * grad, group)
         return dquery.mul_(ctx.scale), dkey, dvalue, *(None,) * 7
+
+
+# ---- flash attention -----------------------------------------------------------------------------------------------------
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """``o``, the log-sum-exp [batch, heads, queries] of each query's scores, and what else the backward pass asks for."""
+    out, log_total, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, is_causal=True, scale=1.0
+    )
+    return out, log_total, tuple(rest)
+
+
+def _flash_query_gradient(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_total: Tensor, rest: tuple[Any, ...]
+) -> Tensor:
+    """dq. The kernel computes the other two gradients as well, whatever is made of them."""
+    *sizes, seed, offset = rest
+    dquery: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, query, key, value, out, log_total, *sizes, 0.0, True, seed, offset, scale=1.0
+    )[0]
+    return dquery
+
+
+@lru_cache
+def _flash_is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether flash attention gives this device's o, log-sum-exp and dq to rounding: tried once, and not assumed."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 200, 64), (2, 2, 200, 64), (2, 2, 200, 64), (2, 4, 200, 64)]
+    query, key, value, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    query /= 8
+    try:
+        out, log_total, rest = _flash(query, key, value)
+        found = out, log_total, _flash_query_gradient(grad, query, key, value, out, log_total, rest)
+    except (RuntimeError, TypeError, ValueError):  # a torch or a device that has no such kernel
+        return False
+    query, key, value, grad = (x.double() for x in (query, _each_head(key, 2), _each_head(value, 2), grad))
+    later = torch.ones(200, 200, dtype=torch.bool, device=device).triu(1)
+    scores = (query @ key.mT).masked_fill(later, -torch.inf)
+    probs = scores.softmax(-1)
+    out = probs @ value
+    dquery = (probs * (grad @ value.mT - (grad * out).sum(-1, keepdim=True))) @ key
+    expected = out, scores.logsumexp(-1), dquery
+    limit = 2 * torch.finfo(dtype).eps
+    return all(
+        x.shape == y.shape and bool((x - y).norm() <= limit * y.norm()) for x, y in zip(found, expected, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fisher_ray.products import on_tensor_cores, product
 from fisher_ray.spectrum import symmetric_eigh
 
 # Rows of W in one product of the exact second moment: large enough for the product to run at its peak, small enough
 # for the centred copy of the rows to stay in cache.
 _VOCAB_CHUNK = 2048
+# Probabilities of one prediction.
+_NUMBERS, _GPU_NUMBERS = 2**23, 2**26
 _EVERY = slice(None)
 
 
@@ -45,15 +48,16 @@ class Head:
         return self.weight.shape[1]
 
     def rows(self) -> int:
-        """Positions predicted at once: bounds the working memory to a few tensors of 32 MiB (float32).
+        """Positions predicted at once: bounds the working memory to a few tensors of 32 MiB (float32), on a GPU of 256.
 
-        Measured with GPT-2's vocabulary: half and twice as many cost a twentieth more, in products or in passes over memory.
+        Measured on a CPU with GPT-2's vocabulary: half and twice as many cost a twentieth more, in products or in passes over
+        memory. On a GPU fewer would have its products wait for the rows of W.
         """
-        return min(4096, max(16, 2**23 // self.vocab_size))
+        return min(4096, max(16, (_GPU_NUMBERS if self.weight.is_cuda else _NUMBERS) // self.vocab_size))
 
     def predict(self, z: Float[Tensor, "n d_z"]) -> Prediction:
         """The next-token distribution at ``z``, at least in float32."""
-        logits = self.products(z.to(torch.promote_types(z.dtype, torch.float32)))
+        logits = self.products(z)
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1.0:
@@ -63,10 +67,24 @@ class Head:
         return Prediction(self, logits)
 
     def products(self, z: Float[Tensor, "*n d_z"]) -> Float[Tensor, "*n vocab_size"]:
-        """``W z`` in the dtype of z."""
+        """``W z``, at least in float32."""
+        if on_tensor_cores(z, self.weight):
+            return product(z, self.weight.T)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         if self.weight.dtype == z.dtype:
             return z @ self.weight.T
         return torch.cat([z @ rows.T for _, rows in self.row_chunks(z.dtype)], -1)
+
+    def weighted_rows(self, weights: Float[Tensor, "n vocab_size"]) -> Float[Tensor, "n d_z"]:
+        """``sum_y weights_y w_y`` in the dtype of the weights."""
+        if on_tensor_cores(weights, self.weight):
+            return product(weights, self.weight)
+        if self.weight.dtype == weights.dtype:
+            return weights @ self.weight
+        total = weights.new_zeros(len(weights), self.d_z)
+        for chunk, rows in self.row_chunks(weights.dtype):
+            total += weights[:, chunk] @ rows
+        return total
 
     @cached_property
     def squared_rows(self) -> Float[Tensor, " vocab_size"]:
@@ -141,13 +159,7 @@ class Prediction:
         weights = self.prob.scatter_(1, top, -self.tail[:, None])
         if self.head.softcap is not None:
             weights = weights * self._slope(self.logits)
-        if self.head.weight.dtype == weights.dtype:
-            offset = weights @ self.head.weight
-        else:
-            offset = sum(
-                (weights[:, chunk] @ rows for chunk, rows in self.head.row_chunks(weights.dtype)),
-                start=torch.zeros((), dtype=weights.dtype, device=weights.device),
-            )
+        offset = self.head.weighted_rows(weights)
         self.prob.scatter_(1, top, likeliest)  # back: a copy of p would cost more than the entry
         return offset if self.head.softcap is not None else offset * self.head.scale
 

@@ -78,8 +78,10 @@ class FrequentDirections:
         self._shrunk = 0.0
         self._trace = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, rows: Float[Tensor, "n d"], divisor: int = 1) -> None:
-        """Add the outer products of n rows, divided by a number."""
+    def add(self, rows: Float[Tensor, "n d"], divisor: int = 1, scale: Float[Tensor, " n"] | None = None) -> None:
+        """Add the outer products of n rows, each row scaled, divided by a number."""
+        if scale is not None:
+            rows = rows * scale[:, None]
         rows = rows.double() / divisor**0.5
         while len(rows):
             room = (1 + _STACKED) * self.limit - sum(map(len, self._parts))

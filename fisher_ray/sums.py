@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fisher_ray.products import in_bfloat16, product
 from fisher_ray.sketch import FrequentDirections, Sketch, sketch_bytes
 
 # The group of all positions, where none are asked for.
@@ -120,7 +121,7 @@ class _Adding:
             trace = g.square().sum((1, 2))
             traced = trace > 0
             self.fisher.add(g.flatten(0, 1))
-            self.normalised.add((g * trace.rsqrt().where(traced, 0)[:, None, None]).flatten(0, 1))
+            self.normalised.add(g.flatten(0, 1), scale=trace.rsqrt().where(traced, 0).repeat_interleave(g.shape[1]))
             self.second_moment.add(h.flatten(0, 1), h.shape[1])
             self.activation += h.mean(1).double().sum(0)
             self.count += len(h)
@@ -137,10 +138,17 @@ class _Square:
     def __init__(self, d_model: int, device: torch.device | str):
         self._total = torch.zeros(d_model, d_model, dtype=torch.float64, device=device)
 
-    def add(self, rows: Tensor, divisor: int = 1) -> None:
+    def add(self, rows: Float[Tensor, "n d"], divisor: int = 1, scale: Float[Tensor, " n"] | None = None) -> None:
+        """Add the outer products of n rows, each row scaled, divided by a number."""
+        half = in_bfloat16(rows)
+        if half is None:
+            left = right = rows if scale is None else rows * scale[:, None]
+        else:
+            left, right = half if scale is None else rows * scale.square()[:, None], half
         width = _strip(len(self._total))
         for start in range(0, len(self._total), width):
-            strip = rows[:, start : start + width].mT @ rows[:, start:]
+            some, others = left[:, start : start + width].mT, right[:, start:]
+            strip = some @ others if half is None else product(some, others)
             self._total[start : start + width, start:].add_(strip, alpha=1 / divisor)
 
     def finished(self) -> Triangle:

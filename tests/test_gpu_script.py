@@ -30,7 +30,7 @@ def written(gpu: Any, folder: Path, sections: str) -> tuple[int, dict[str, Any],
 
 
 def test_sections_end_well_and_tell_what_they_found(gpu: Any, tmp_path: Path) -> None:
-    code, sections, text = written(gpu, tmp_path, "peaks,correctness,memory,llama,engine,bits")
+    code, sections, text = written(gpu, tmp_path, "peaks,kernels,correctness,memory,llama,engine,bits")
     assert code == 0, text
     assert not any(section["error"] for section in sections.values())
     rows = {name: section["rows"] for name, section in sections.items()}
@@ -39,6 +39,10 @@ def test_sections_end_well_and_tell_what_they_found(gpu: Any, tmp_path: Path) ->
     assert checked["gpt2", "float64"]["scores"] < 1e-12 < checked["gpt2", "bfloat16"]["scores"] < 5e-2
     assert [row["run"].split()[0] for row in rows["bits"]] == ["the", "a", "killed"]
     assert [row["result"] for row in rows["bits"][1:]] == ["the same bits"] * 2
+
+    for row in rows["kernels"]:  # a CPU takes none of them; tests/test_fused.py has stand-ins
+        assert row["taken"] == "False" and row["error of the engine's own"] < 2e-2
+    assert len(rows["kernels"]) == 3
 
     # Two layers: a run from the first block and one from the second, against one pass over both.
     engine = {row["what"]: row for row in rows["engine"]}

@@ -1,0 +1,237 @@
+"""What GPUs run in place of the engine's own way, with stand-ins for their kernels that a CPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from conftest import Models
+from test_head import head
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fisher_ray import Exact, SplitModel, attention, products, score_factors
+from fisher_ray.attention import fuses
+from fisher_ray.products import in_bfloat16, on_tensor_cores, parts, product
+from fisher_ray.sums import Sums
+
+# Windows in every layer, soft-capping, sinks, position biases, values of another width than keys.
+NEVER = {"mistral", "phi3", "starcoder2", "gemma2", "gpt_oss", "t5", "deepseek_v3"}
+
+ATEN = torch.ops.aten
+
+
+# ---- flash attention ---------------------------------------------------------------------------------------------------
+
+
+def grouped(query: Tensor, *per_key_head: Tensor) -> list[Tensor]:
+    return [x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in per_key_head]
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The CPU's kernel, which has float64, takes the place of CUDA's; how often it was called."""
+    called = {"forward": 0, "backward": 0}
+
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        called["forward"] += 1
+        kernel = ATEN._scaled_dot_product_flash_attention_for_cpu
+        return *kernel(query, *grouped(query, key, value), 0.0, True, scale=1.0), ()
+
+    def backward(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_total: Tensor, rest: tuple[Any, ...]
+    ) -> Tensor:
+        called["backward"] += 1
+        kernel = ATEN._scaled_dot_product_flash_attention_for_cpu_backward
+        return kernel(grad, query, *grouped(query, key, value), out, log_total, 0.0, True, scale=1.0)[0]
+
+    monkeypatch.setattr(attention, "_flash", forward)
+    monkeypatch.setattr(attention, "_flash_query_gradient", backward)
+    monkeypatch.setattr(attention, "fuses", lambda query, value: query.shape[-1] == value.shape[-1])
+    return called
+
+
+def test_flash_attention_equals_blocks(family: SplitModel, flash: dict[str, int], monkeypatch: pytest.MonkeyPatch):
+    batch = oracles.inputs(family, [19, 13, 7])
+    asked = dict(**batch.padded(["right"] * 3, 19), layers=[0, 2], estimator=Exact())
+    fused = score_factors(family, **asked)
+    assert (flash["forward"] == flash["backward"] == 0) == (family.model.config.model_type in NEVER)
+    monkeypatch.setattr(attention, "fuses", lambda query, value: False)
+    blocks = score_factors(family, **asked)
+    torch.testing.assert_close(fused.entropy, blocks.entropy, rtol=0, atol=1e-12)
+    for layer in (0, 2):
+        assert oracles.error(fused.activations[layer], blocks.activations[layer]) < 1e-12
+        assert oracles.error(fused.matrices(layer), blocks.matrices(layer)) < 1e-12
+
+
+def test_products_with_jacobians_know_flash_attention(
+    flash: dict[str, int], models: Models, monkeypatch: pytest.MonkeyPatch
+):
+    """Its backward pass cannot be differentiated, so that of the blocks is."""
+    split = models("llama")
+    ids, at = torch.arange(1, 15)[None], torch.tensor([2, 9, 13])
+    directions = torch.randn(3, split.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fused = split.tape(ids, {}, [1], at).push(1, directions)
+    assert flash["forward"] > 0 == flash["backward"]
+    monkeypatch.setattr(attention, "fuses", lambda query, value: False)
+    assert oracles.error(fused, split.tape(ids, {}, [1], at).push(1, directions)) < 1e-12
+
+
+def test_what_flash_attention_is_tried_with(flash: dict[str, int], monkeypatch: pytest.MonkeyPatch):
+    """The trial accepts a kernel that is right, and refuses one that is not or that there is not."""
+    tried, cpu = attention._flash_is_right.__wrapped__, torch.device("cpu")
+    assert tried(cpu, torch.bfloat16) and tried(cpu, torch.float16)
+    right = attention._flash
+    for wrong in (
+        lambda *given: (right(*given)[0], right(*given)[1] + 0.1, ()),
+        lambda *given: (right(*given)[0], right(*given)[1][..., None], ()),
+        lambda query, key, value: right(query * 1.1, key, value),
+    ):
+        monkeypatch.setattr(attention, "_flash", wrong)
+        assert not tried(cpu, torch.bfloat16)
+    monkeypatch.setattr(attention, "_flash", right)
+    monkeypatch.setattr(attention, "_flash_query_gradient", lambda grad, *rest: grad)
+    assert not tried(cpu, torch.bfloat16)
+    monkeypatch.undo()
+    assert not tried(cpu, torch.bfloat16)  # CUDA's kernel takes no tensors of a CPU
+
+
+def test_kernels_of_cuda_take_what_they_are_given():
+    """As far as shapes and signatures go: torch knows those of its kernels without a GPU."""
+    with FakeTensorMode():
+        query, grad = (torch.empty(2, 4, 200, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        key, value = (torch.empty(2, 2, 200, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        out, log_total, rest = attention._flash(query, key, value)
+        assert (out.shape, log_total.shape, log_total.dtype) == (query.shape, (2, 4, 200), torch.float32)
+        assert attention._flash_query_gradient(grad, query, key, value, out, log_total, rest).shape == query.shape
+        rows, weight = (torch.empty(64, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        assert products._multiplied(rows, weight).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "value_width", "expected"),
+    [
+        (torch.bfloat16, 64, 64, True), (torch.float16, 256, 256, True), (torch.float32, 64, 64, False),
+        (torch.bfloat16, 60, 60, False), (torch.bfloat16, 264, 264, False), (torch.bfloat16, 192, 128, False),
+    ],
+)  # fmt: skip
+def test_which_attention_is_fused(
+    dtype: torch.dtype, width: int, value_width: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+):
+    query, value = torch.empty(1, 1, 1, width, dtype=dtype), torch.empty(1, 1, 1, value_width, dtype=dtype)
+    assert not fuses(query, value)  # nothing on a CPU
+    monkeypatch.setattr(attention, "_FLASH_DEVICES", ("cpu",))
+    assert not fuses(query, value)  # tried, and not right
+    monkeypatch.setattr(attention, "_flash_is_right", lambda device, dtype: True)
+    assert fuses(query, value) == expected
+
+
+# ---- products on tensor cores --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, int]]]:
+    """Exact products of bfloat16 numbers and float32 sums, as tensor cores have; their shapes."""
+    shapes = []
+
+    def multiplied(a: Tensor, b: Tensor) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        shapes.append((*a.shape, b.shape[1]))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(products, "_multiplied", multiplied)
+    monkeypatch.setattr(products, "_DEVICES", ("cpu",))
+    products._add_in_float32.cache_clear()
+    assert products._have_cores(torch.device("cpu"))
+    shapes.clear()
+    yield shapes
+    products._add_in_float32.cache_clear()
+
+
+def test_three_parts_are_all_of_a_number():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, generator=generator) * 10 ** torch.empty(1000).uniform_(-25, 25, generator=generator)
+    x[:3] = torch.tensor([0.0, 1 + 2**-23, -1 / 3])
+    assert all(part.dtype == torch.bfloat16 for part in parts(x))
+    assert torch.equal(sum(part.double() for part in parts(x)), x.double())
+
+
+def test_products_keep_the_digits_of_float32(tensor_cores: list[tuple[int, int, int]]):
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(2, 5, 300, generator=generator)
+    half = torch.randn(300, 7, generator=generator).bfloat16()
+    found = product(wide, half)
+    assert found.dtype == torch.float32 and found.shape == (2, 5, 7)
+    assert oracles.error(found, wide.double() @ half.double()) < 1e-6
+    assert tensor_cores.pop() == (30, 300, 7)
+    assert oracles.error(product(wide.bfloat16(), half), wide.bfloat16().double() @ half.double()) < 1e-6
+    assert tensor_cores.pop() == (10, 300, 7)
+    assert on_tensor_cores(wide, half) and on_tensor_cores(half, half)
+    assert not on_tensor_cores(wide.double(), half)
+    assert not on_tensor_cores(wide, half.float()) and not on_tensor_cores(wide.half(), half.half())
+
+
+def test_a_cpu_multiplies_in_float32():
+    half = torch.ones(2, 2, dtype=torch.bfloat16)
+    assert not on_tensor_cores(half, half) and in_bfloat16(half.float()) is None
+
+
+@pytest.mark.parametrize("variant", ["plain", "everything"])
+def test_heads_on_tensor_cores(variant: str, tensor_cores: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch):
+    """z times W once; p times W, and rows of float32 times W, in three parts each."""
+    half = head(variant, 2500, 12, torch.bfloat16)
+    z = torch.randn(3, 12, generator=torch.Generator().manual_seed(2)).bfloat16()
+    tokens = torch.arange(2500).expand(3, -1)
+
+    def found() -> dict[str, Tensor]:
+        prediction = half.predict(z)
+        tangents = torch.randn(3, 2, 12, generator=torch.Generator().manual_seed(3))
+        return {
+            "logits": prediction.logits, "scores": prediction.scores(tokens), "energies": prediction.energies(),
+            "variance": prediction.variance(tangents),
+        }  # fmt: skip
+
+    got = found()
+    assert tensor_cores == [(3, 12, 2500), (9, 2500, 12), (9, 12, 2500), (18, 12, 2500)]
+    monkeypatch.setattr(products, "_DEVICES", ())
+    for name, expected in found().items():
+        assert oracles.error(got[name], expected) < 2e-6, name
+    assert len(tensor_cores) == 4
+
+
+@pytest.mark.parametrize("sketch", [None, 4])
+def test_sums_on_tensor_cores(sketch: int | None, tensor_cores: list[tuple[int, int, int]]):
+    """Only of numbers that are bfloat16's: gradients of such a model, not those of another."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(50, 3, 16, generator=generator).bfloat16().float()
+    factors[4] = 0.0
+    streams = torch.randn(50, 1, 16, generator=generator).bfloat16().float()
+    off = factors * (1 + 2**-20)
+    for given, times in ((factors, 3), (off, 1)):
+        tensor_cores.clear()
+        sums = Sums([0], 16, sketch=sketch)
+        sums.add(0, given, streams)
+        found = sums.packed(0).groups[""]
+        assert len(tensor_cores) == (times if sketch is None else 0)
+        g, h = given.double(), streams.double()
+        trace = g.square().sum((1, 2), keepdim=True)
+        unit = g / trace.sqrt().where(trace > 0, 1)
+        for name, rows in (("fisher", g), ("normalised", unit), ("second_moment", h)):
+            rows = rows.flatten(0, 1)
+            if sketch is None:
+                assert oracles.error(torch.from_numpy(found.square(name)), rows.mT @ rows) < 1e-6, name
+            else:
+                assert getattr(found, name).trace == pytest.approx(float(rows.square().sum()), rel=1e-6)
+
+
+def test_what_tensor_cores_are_tried_with(monkeypatch: pytest.MonkeyPatch):
+    """Sums in float32 are accepted, sums of fewer digits and products that there are not are refused."""
+    tried, cpu = products._add_in_float32.__wrapped__, torch.device("cpu")
+    assert not tried(cpu)  # which has no product of another dtype than its factors
+    monkeypatch.setattr(products, "_multiplied", lambda a, b: a.float() @ b.float())
+    assert tried(cpu)
+    monkeypatch.setattr(products, "_multiplied", lambda a, b: (a @ b).float())
+    assert not tried(cpu)
