@@ -156,9 +156,10 @@ class Traffic(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """Matrix-product flop: in the model, at its dtype's speed, and in float32 whatever the weights are."""
+    """Matrix-product flop: in the model, at its dtype's speed; mixed, of logits, mean row and sums; and in float32 always."""
 
     model: float
+    mixed: float
     float32: float
 
 
@@ -432,11 +433,12 @@ class Cost:
             backward = twice.get_total_flops() - first
         pulls = -(-pass_.num_factors // copies)
         window = forward.get_total_flops() + first + (pulls - 1) * backward
-        return _Work(window / seq_len, len(scored) / seq_len * self._float32_flop)
+        mixed, float32 = self._outside
+        return _Work(window / seq_len, len(scored) / seq_len * mixed, len(scored) / seq_len * float32)
 
     @cached_property
-    def _float32_flop(self) -> float:
-        """flop of one scored position outside the model: head, cotangents, factors' mean, Gram matrix, sums."""
+    def _outside(self) -> tuple[float, float]:
+        """flop of one scored position outside the model, mixed and float32."""
         head, d, draws, layers = self.model.head, self.model.d_model, self.token_draws, len(self.layers)
         at = torch.zeros(draws, dtype=torch.int64, device="meta")
         keys = torch.zeros(draws, 2, dtype=torch.int64, device="meta")
@@ -450,13 +452,21 @@ class Cost:
                 head.predict(z[:1])
         with _counted(self.model.name) as each_layer, torch.no_grad():
             factor_eigenvalues(self._pass(1).averaged(factors, draws))
+        logits_and_mean = 4.0 * draws * head.vocab_size * head.d_z
         row = square_flop(d) if self.sketch is None else sketch_flop(self.sketch, d)
-        products = (2 * self._rows + draws) * row + (2 * self._rows * d * d if self.save == "matrices" else 0)
-        return once.get_total_flops() + layers * (each_layer.get_total_flops() + products)
+        sums, matrices = (2 * self._rows + draws) * row, 2.0 * self._rows * d * d if self.save == "matrices" else 0.0
+        in_float32 = once.get_total_flops() - logits_and_mean + layers * (each_layer.get_total_flops() + matrices)
+        if self.sketch is None:
+            return logits_and_mean + layers * sums, in_float32
+        return logits_and_mean, in_float32 + layers * sums
 
     def _seconds_per_token(self, model_rate: float, float32_rate: float) -> float:
         eigenvalues = _EIGENVALUE_FLOP * len(self.layers) * self.share * min(self._rows, self.model.d_model) ** 3
-        return self._work.model / model_rate + (self._work.float32 + eigenvalues) / float32_rate
+        mixed_rate = float32_rate
+        if self.model.dtype == torch.bfloat16:  # one or three products in bfloat16, where tensor cores are
+            mixed_rate = max(mixed_rate, model_rate / 2)
+        work = self._work
+        return work.model / model_rate + work.mixed / mixed_rate + (work.float32 + eigenvalues) / float32_rate
 
     def _remedies(self, hardware: Hardware, gpus: int) -> Iterator[str]:
         """What would fit, from what changes least."""
