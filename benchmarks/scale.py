@@ -266,7 +266,7 @@ def limits_of(one: Cost, gpus: int, hardware: Any, tokens: float = 1e12) -> list
             "storage: PUT of sums/", SERVICES.puts * each / layers, "fewer layers; the service splits prefixes in time"
         ),
         Limit("storage: PUT of done/", SERVICES.puts * each, "more samples a position; a run for each part"),
-        Limit("reduction above 10 % of the time", slow_tree, "tasks that are planned for the GPU's real speed"),
+        Limit("reduction above 10 % of the time", slow_tree, "tasks for the GPU's real speed (--task-bytes)"),
         Limit(
             "loading: longer than a node boots",
             SERVICES.boot * SERVICES.shared / one.weight_bytes,

@@ -321,6 +321,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="read one block's weights at a time from disk: for models larger than memory",
     )
     out.add_argument("--batch-tokens", type=int, help="tokens that go through the model together (4096)")
+    out.add_argument("--task-bytes", type=int, help="of the corpus that one task takes (planned from nominal speeds)")
     out.add_argument("--memory-budget", type=int, help="bytes of a micro-batch (2 GiB, or half of the GPU)")
     out.add_argument("--revision", help="of the model on the hub")
     again = parser.add_argument_group("failures")

@@ -132,6 +132,7 @@ class RunConfig:
         max_seq_len: tokens a window, the sink included; None: what the model has positions for, at most 512.
         stride: tokens that a window repeats from the one before; None: a quarter of the window.
         batch_tokens: tokens that go through the model together, before the memory budget cuts them further.
+        task_bytes: of the corpus that one task takes; None: :meth:`fisher_ray.cost.Cost.task_bytes`, by nominal speeds.
         group_by: ``position`` (buckets 0, 1, 2-3, 4-7, ...), ``token`` (the ``num_groups`` most frequent ones) or a column
             of the corpus; each group has a mean and a count of its own.
         sketch: rows of the sketch (:mod:`fisher_ray.sketch`) that is kept of every sum of matrices; None: the sums in full.
@@ -167,6 +168,7 @@ class RunConfig:
     max_seq_len: int | None = None
     stride: int | None = None
     batch_tokens: int = 4096
+    task_bytes: int | None = None
     positions: str = "all"
     max_docs: int | None = None
     column: str = "text"
@@ -222,6 +224,7 @@ class RunConfig:
         for name in (
             "token_draws",
             "batch_tokens",
+            "task_bytes",
             "cpus_per_actor",
             "max_docs",
             "min_actors",
@@ -581,6 +584,8 @@ class Plan:
             target = smaller
 
     def _task_bytes(self, total_bytes: int) -> int:
+        if self.config.task_bytes is not None:
+            return self.config.task_bytes
         try:
             return self.cost.task_bytes(self.config.device or "cpu", total_bytes)
         except ModelError:  # some architectures cannot run without values; the run can, with small tasks

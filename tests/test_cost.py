@@ -432,6 +432,15 @@ def test_a_small_corpus_comes_to_a_task_a_block(total: int, tasks: int, tmp_path
     assert documents(plan, found) == list(range(math.ceil(total / DOCUMENT)))
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_docs": 200}, {"save": "matrices"}])
+def test_tasks_have_the_size_that_is_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
+    corpus = written(tmp_path, "txt", 500 * DOCUMENT)
+    plan, tasks = planned(corpus, task_bytes=20_000, **settings)
+    taken = settings.get("max_docs", 500)
+    assert len(tasks) == math.ceil(taken * DOCUMENT / 20_000)
+    assert documents(plan, tasks) == list(range(taken))
+
+
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
 @pytest.mark.parametrize(("taken", "least", "most"), [(1, 1, 1), (20, 4, 5), (300, 28, 32), (2_500, 60, 64)])
 def test_tasks_are_sized_by_what_is_taken(ending: str, taken: int, least: int, most: int, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ CHANGES: dict[str, Any] = {
     "seed": 1, "dtype": "bfloat16", "gradients": "per_position", "revision": "main", "trust_remote_code": True,
     "stream_weights": True,
     "memory_budget": 1 << 20, "cpus_per_actor": 2, "device": "cuda", "group_by": "position", "num_groups": 4,
-    "sketch": 5, "rank": 3, "tolerance": 0.1,
+    "sketch": 5, "rank": 3, "tolerance": 0.1, "task_bytes": 300,
 }  # fmt: skip
 NEEDS = {
     "token_draws": {"token_source": "sampled"}, "rank": {"estimator": "deflated"}, "tolerance": {"estimator": "exact"},
