@@ -21,6 +21,7 @@ import torch
 from peers import highest_memory, in_own_process
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig
 from transformers import logging as transformers_logging
+from transformers.initialization import no_init_weights
 
 from fisher_ray import Deflated, Exact, Sampled, SplitModel
 from fisher_ray.cost import Cost, outline
@@ -101,8 +102,14 @@ def measured(case: Case, device: str = "cpu") -> int:
     transformers_logging.set_verbosity_error()
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    with torch.device(device):
+    with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(case.config, dtype=dtype, attn_implementation="sdpa")
+    numbers = 0.02 * torch.randn(
+        1 << 20, device=device, dtype=dtype
+    )  # the same ones over and over: to draw 3e9 takes minutes
+    for parameter in model.parameters():
+        for some in parameter.data.view(-1).split(len(numbers)):
+            some.copy_(numbers[: len(some)])
     split = SplitModel(model, check=False)
     ids = torch.randint(split.head.vocab_size, (case.batch, case.seq_len), device=device)
 

@@ -335,18 +335,24 @@ class Ran:
 
     @property
     def tree(self) -> list[float]:
-        """What the reduction is made of: files, bytes, and decompositions of every layer, d^3 each."""
+        """What the reduction is made of: one run, files, bytes, decompositions of every layer, d^3 each, and passes that find
+        the tokens that its first directions move."""
         traffic = self.one.reduction(len(self.tasks))
-        files = traffic.gets + traffic.puts
-        return [files, traffic.read + traffic.written, len(self.one.layers) * float(self.one.model.d_model) ** 3]
+        files, layers = traffic.gets + traffic.puts, float(len(self.one.layers))
+        return [
+            1.0, files, traffic.read + traffic.written, layers * self.one.model.d_model**3, layers * self.one.weight_bytes,
+        ]  # fmt: skip
 
 
 # (width, samples, bytes of a task, tasks, layers): fitted on, and predicted.
 FITTED = [
-    (128, 1, 1_000, 4, "all"), (128, 4, 1_000, 34, "6"), (256, 1, 3_000, 3, "0,6"), (192, 2, 1_000, 5, "all"),
-    (128, 2, 4_000, 2, "3"),
+    (128, 1, 2_000, 4, "all"), (128, 4, 1_000, 34, "6"), (256, 1, 6_000, 3, "0,6"), (192, 2, 2_000, 5, "all"),
+    (128, 2, 8_000, 2, "3"), (320, 1, 4_000, 3, "all"), (256, 2, 2_000, 12, "6"), (128, 1, 1_000, 36, "all"),
 ]  # fmt: skip
-HELD_OUT = [(192, 1, 2_000, 6, "0,6"), (256, 2, 1_000, 5, "all"), (128, 1, 1_000, 36, "3,6"), (320, 1, 2_000, 4, "6")]
+HELD_OUT = [
+    (192, 1, 4_000, 6, "0,6"), (256, 2, 2_000, 5, "all"), (128, 1, 1_000, 36, "3,6"), (320, 1, 4_000, 4, "6"),
+    (192, 4, 2_000, 16, "0,3,6"),
+]  # fmt: skip
 
 
 def check() -> None:
@@ -413,8 +419,11 @@ class Rates:
         task, file, byte = self.write
         print(f"writing: {task:.3g} s a task, {1e3 * file:.3g} ms a file, {1e9 * byte:.3g} s a GB")
         print(f"reading: {1e6 * self.read:.3g} us a token")
-        file, byte, cube = self.tree
-        print(f"reducing: {1e3 * file:.3g} ms a file, {1e9 * byte:.3g} s a GB, {1e9 * cube:.3g} s for 1e9 of L d^3")
+        run, file, byte, cube, weight = self.tree
+        print(
+            f"reducing: {run:.3g} s a run, {1e3 * file:.3g} ms a file, {1e9 * byte:.3g} s a GB, {1e9 * cube:.3g} s for 1e9 of "
+            f"L d^3, {1e9 * weight:.3g} s for a GB of weights and layer"
+        )
         print(f"around it all: {self.start:.3g} s")
 
     def predict(self, ran: Ran) -> dict[str, float]:
