@@ -50,9 +50,11 @@ from precision import errors, read_sequences, scored
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from fisher_ray import Exact, Sampled, SplitModel, attention, iter_scores, open_run, products, score_factors
+from fisher_ray import Exact, Sampled, SplitModel, attention, iter_scores, open_run, score_factors
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.driver import run
+from fisher_ray.kernels import flash_attends, on_tensor_cores
+from fisher_ray.kernels import product as tensor_core_product
 from fisher_ray.plan import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,8 +213,8 @@ def kernels(device: torch.device, scale: Scale) -> Iterator[Row]:
     prob = torch.rand(256, len(weight), device=device)
     for name, a, b in (("z W", states, weight.T), ("p W", prob, weight)):
         ways: dict[str, Callable[[], Tensor]] = {"converted": lambda a=a, b=b: a.float() @ b.float()}  # type: ignore[misc]
-        if taken := products.on_tensor_cores(a, b):
-            ways["tensor cores"] = lambda a=a, b=b: products.product(a, b)  # type: ignore[misc]
+        if taken := on_tensor_cores(a, b):
+            ways["tensor cores"] = lambda a=a, b=b: tensor_core_product(a, b)  # type: ignore[misc]
         yield {
             "what": f"{name}, float32 sums",
             "taken": str(taken),
@@ -222,15 +224,15 @@ def kernels(device: torch.device, scale: Scale) -> Iterator[Row]:
     query = torch.randn(batch, heads, seq_len, sizes["head_dim"], **normal).requires_grad_()
     key, value = (torch.randn(batch, groups, seq_len, sizes["head_dim"], **normal) for _ in range(2))
 
-    def gradient(fuses: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def gradient(flash: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         q, k, v = (x.detach().to(dtype) for x in (query, key, value))
         seen = attention._Seen(None, None, seq_len, seq_len)
-        with mock.patch.object(attention, "fuses", return_value=fuses):
+        with mock.patch.object(attention, "flash_attends", return_value=flash):
             leaf = q.requires_grad_()
             out = attention._OwnPosition.apply(leaf, k, v, k, v, seen, None, None, sizes["head_dim"] ** -0.5, None)
             return torch.autograd.grad(out, leaf, q.detach())[0]
 
-    taken = attention.fuses(query, value)
+    taken = flash_attends(query, value)
     attending = {"converted": lambda: gradient(False)} | ({"tensor cores": lambda: gradient(True)} if taken else {})
     found = _compared(attending, gradient(False, torch.float64), scale, device)
     yield {"what": "attention, forward pass and dq: flash against blocks", "taken": str(taken), **found}

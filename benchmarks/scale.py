@@ -46,6 +46,9 @@ def main() -> None:
     parser.add_argument("--gpu", choices=sorted(HARDWARE), default="h100")
     parser.add_argument("--share", type=float, default=0.5, help="of the GPU's peak that is reached; assumed")
     parser.add_argument("--gpu-hour", type=float, default=Prices.gpu_hour, help="dollars; assumed")
+    parser.add_argument(
+        "--task-times", type=float, default=1.0, help="tasks larger than planned by so much (--task-bytes)"
+    )
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -56,7 +59,7 @@ def main() -> None:
         if what == "check":
             check()
         elif what == "table":
-            table(hardware, prices)
+            table(hardware, prices, replace(SERVICES, task_times=args.task_times))
         else:
             limits(hardware)
 
@@ -87,6 +90,7 @@ class Services:
         driver: a task's time in the driver; measured, benchmarks/driver.py.
         boot: of a node.
         token_bytes: of text.
+        task_times: tasks larger than planned by so much, as ``--task-bytes`` makes them.
     """
 
     storage: float = 200e6
@@ -97,6 +101,7 @@ class Services:
     driver: float = 122e-6
     boot: float = 180.0
     token_bytes: float = 4.0
+    task_times: float = 1.0
 
 
 SERVICES = Services()
@@ -129,10 +134,12 @@ class Estimate:
         return (self.start + self.mapping + self.reducing) / 3600
 
 
-def estimate(one: Cost, tokens: float, actors: int, gpus: int, hardware: Any, prices: Prices) -> Estimate:
+def estimate(
+    one: Cost, tokens: float, actors: int, gpus: int, hardware: Any, prices: Prices, services: Services = SERVICES
+) -> Estimate:
     """Actors of ``gpus`` GPUs each, of which one computes at a time: a model over several goes through them in turn."""
     total = tokens * SERVICES.token_bytes
-    tasks = math.ceil(total / one.task_bytes("cuda", int(total)))
+    tasks = math.ceil(total / one.task_bytes("cuda", int(total)) / services.task_times)
     computing = one.seconds(tokens / tasks, hardware)
     positions = tokens / tasks * one.share
     writing = (one.sums_bytes + positions * one.position_bytes) / SERVICES.storage
@@ -213,7 +220,7 @@ def fits(one: Cost, hardware: Any, gpus: int) -> str:
     return f"{one.memory(1) / 2**30:.0f} of {gpus * hardware.memory / 2**30:.0f} GiB"
 
 
-def table(hardware: Any, prices: Prices) -> None:
+def table(hardware: Any, prices: Prices, services: Services) -> None:
     rate = f"{hardware.rate('float32') / 1e12:.0f} and {hardware.rate('bfloat16') / 1e12:.0f} TFLOP/s"
     print(
         f"{hardware.name}, {hardware.share:.0%} of the peak: {rate} in float32 and half precision; ${prices.gpu_hour} an hour"
@@ -230,7 +237,7 @@ def table(hardware: Any, prices: Prices) -> None:
                 continue
             for tokens in (1e9, 1e12):
                 for count in (8, 64, 1024):
-                    found = estimate(one, tokens, count // gpus, gpus, hardware, prices)
+                    found = estimate(one, tokens, count // gpus, gpus, hardware, prices, services)
                     print(
                         f"| {name} | {what} | {room} | {'1 B' if tokens == 1e9 else '1 T'} | {found.tasks:,} | {count:,} | "
                         f"{_short(found.hours)} | {found.reducing / 3600 / found.hours:.0%} | {_short(found.dollars)} | "

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -37,6 +36,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from fisher_ray.kernels import flash_attends, flash_attention, flash_query_gradient
 
 IMPLEMENTATION = "fisher_ray"
 
@@ -49,9 +50,6 @@ _GPU_SCORES = 1 << 27
 # anew costs a backward pass 5 % at 1,024 tokens and 10 % at 2,048, and keeping them takes a quarter and half as much memory
 # as all else that the graph keeps.
 _KEPT = 1024
-
-# Measured on a CPU, blocks of queries are the faster ones.
-_FLASH_DEVICES = ("cuda",)
 
 # What transformers' attention modules hand over that changes nothing here: windows and causality arrive in the mask,
 # rotary positions are already in q and k, and the rest asks for outputs nobody reads.
@@ -68,14 +66,6 @@ def kept_keys(seq_len: int) -> float:
         return 0.0
     stops = torch.arange(seq_len) // _BLOCK * _BLOCK + _BLOCK
     return float(stops.clamp_max(seq_len).double().mean())
-
-
-def fuses(query: Tensor, value: Tensor) -> bool:
-    """Whether flash attention takes these, and was seen to be right on their device."""
-    if query.device.type not in _FLASH_DEVICES or query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    width = query.shape[-1]
-    return width == value.shape[-1] <= 256 and width % 8 == 0 and _flash_is_right(query.device, query.dtype)
 
 
 def held_keys(seq_len: int) -> int:
@@ -384,8 +374,8 @@ class _OwnPosition(torch.autograd.Function):
         block = _Scores(seen, own_score, bias, softcap)
         ctx.block, ctx.scale, ctx.num_kept, ctx.flash = block, scale, 0, None
         plain = not replayed and seen.mask is None and bias is None and sinks is None and softcap is None
-        if plain and fuses(query, value):
-            out, log_total, ctx.flash = _flash(scaled, key, value)
+        if plain and flash_attends(query, value):
+            out, log_total, ctx.flash = flash_attention(scaled, key, value)
             ctx.save_for_backward(scaled, own_key, own_value, key, value, out, log_total[..., None])
             return out
         moved = _each_head(own_value - seen.take(value), group) if replayed else None
@@ -422,7 +412,7 @@ class _OwnPosition(torch.autograd.Function):
         block, group = ctx.block, scaled.shape[1] // key.shape[1]
         mean_rise = (grad * out).sum(-1, keepdim=True)
         if ctx.flash is not None and not torch.is_grad_enabled():  # its backward pass has no backward pass
-            dquery = _flash_query_gradient(grad.contiguous(), scaled, key, value, out, log_total.squeeze(-1), ctx.flash)
+            dquery = flash_query_gradient(grad.contiguous(), scaled, key, value, out, log_total.squeeze(-1), ctx.flash)
             wide = log_total.dtype
             own_score = (scaled.to(wide) * _each_head(key, group)).sum(-1)
             own_prob = (own_score - log_total.squeeze(-1)).exp()
@@ -455,53 +445,6 @@ class _OwnPosition(torch.autograd.Function):
         dkey = _each_group(own_dscore[..., None] * scaled, group)
         dvalue = _each_group(own_prob[..., None] * grad, group)
         return dquery.mul_(ctx.scale), dkey, dvalue, *(None,) * 7
-
-
-# ---- flash attention -----------------------------------------------------------------------------------------------------
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """``o``, the log-sum-exp [batch, heads, queries] of each query's scores, and what else the backward pass asks for."""
-    out, log_total, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, is_causal=True, scale=1.0
-    )
-    return out, log_total, tuple(rest)
-
-
-def _flash_query_gradient(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_total: Tensor, rest: tuple[Any, ...]
-) -> Tensor:
-    """dq. The kernel computes the other two gradients as well, whatever is made of them."""
-    *sizes, seed, offset = rest
-    dquery: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, query, key, value, out, log_total, *sizes, 0.0, True, seed, offset, scale=1.0
-    )[0]
-    return dquery
-
-
-@lru_cache
-def _flash_is_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether flash attention gives this device's o, log-sum-exp and dq to rounding: tried once, and not assumed."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 200, 64), (2, 2, 200, 64), (2, 2, 200, 64), (2, 4, 200, 64)]
-    query, key, value, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    query /= 8
-    try:
-        out, log_total, rest = _flash(query, key, value)
-        found = out, log_total, _flash_query_gradient(grad, query, key, value, out, log_total, rest)
-    except (RuntimeError, TypeError, ValueError):  # a torch or a device that has no such kernel
-        return False
-    query, key, value, grad = (x.double() for x in (query, _each_head(key, 2), _each_head(value, 2), grad))
-    later = torch.ones(200, 200, dtype=torch.bool, device=device).triu(1)
-    scores = (query @ key.mT).masked_fill(later, -torch.inf)
-    probs = scores.softmax(-1)
-    out = probs @ value
-    dquery = (probs * (grad @ value.mT - (grad * out).sum(-1, keepdim=True))) @ key
-    expected = out, scores.logsumexp(-1), dquery
-    limit = 2 * torch.finfo(dtype).eps
-    return all(
-        x.shape == y.shape and bool((x - y).norm() <= limit * y.norm()) for x, y in zip(found, expected, strict=True)
-    )
 
 
 @dataclass(frozen=True)

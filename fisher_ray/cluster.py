@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 from collections import OrderedDict
@@ -23,7 +24,8 @@ from fisher_ray.dispatch import Call, Failure, Servant
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig
 from fisher_ray.shards import Receipt
 
-# Workers that die while they load their model, one after the other, before any has loaded it.
+# Workers that die while they load their model, one after the other, before any has loaded it. Those that die together, as
+# with their node, count once: each has to have been started after the one before was gone.
 _MAX_LOADS = 3
 _LOOK_EVERY = 1.0
 
@@ -92,11 +94,13 @@ class _Member:
 
     Attributes:
         loaded: what tells that it has its model.
+        started: when, by the monotonic clock.
         node: where it runs, once it is loaded.
     """
 
     actor: Any
     loaded: Future[Any]
+    started: float
     node: str | None = None
     calls: set[Future[Any]] = field(default_factory=set)
     alone: bool = False
@@ -123,7 +127,7 @@ class RayPool:
         self._idle: OrderedDict[_Member, None] = OrderedDict()
         self._busy: OrderedDict[_Member, None] = OrderedDict()
         self._looked = 0.0
-        self._failed_loads = 0
+        self._failed_loads, self._load_failed = 0, -math.inf
         self._spread = True
 
     def __enter__(self) -> RayPool:
@@ -260,7 +264,7 @@ class RayPool:
 
     def _start(self) -> None:
         actor = self._class.remote(self._plan)
-        member = _Member(actor, self._announced(actor.ready.remote()))
+        member = _Member(actor, self._announced(actor.ready.remote()), time.monotonic())
         self._members.add(member)
         self._loading[member.loaded] = member
 
@@ -270,7 +274,8 @@ class RayPool:
             answer = future.result()
         except RayError as error:
             self._died(member, error, alive)
-            self._failed_loads += 1
+            if member.started >= self._load_failed:
+                self._failed_loads, self._load_failed = self._failed_loads + 1, time.monotonic()
             if self.alive or self._failed_loads < _MAX_LOADS:
                 return []
             why = "workers die while they load the model; were the machines out of memory?"

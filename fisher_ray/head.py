@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisher_ray.products import on_tensor_cores, product
+from fisher_ray.kernels import on_tensor_cores, product
 from fisher_ray.spectrum import symmetric_eigh
 
 # Rows of W in one product of the exact second moment: large enough for the product to run at its peak, small enough

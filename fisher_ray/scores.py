@@ -245,7 +245,11 @@ def iter_scores(
 
 
 def default_memory_budget(model: SplitModel) -> int:
-    """Bytes for one micro-batch: 2 GiB, on a GPU half of what the weights leave of its memory, on several the least."""
+    """Bytes for one micro-batch: 2 GiB, on a GPU half of what the weights leave of its memory, on several the least.
+
+    The other half is for sums, for what the allocator keeps, and for what is not counted: on a GPU attention goes by larger
+    blocks than :func:`fisher_ray.attention.held_keys` says, up to 1.5 GiB of them.
+    """
     if model.device.type != "cuda":
         return 2 << 30
     weights: dict[torch.device, int] = {}

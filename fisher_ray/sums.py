@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisher_ray.products import in_bfloat16, product
+from fisher_ray.kernels import in_bfloat16, product
 from fisher_ray.sketch import FrequentDirections, Sketch, sketch_bytes
 
 # The group of all positions, where none are asked for.

@@ -40,7 +40,7 @@ def test_sections_end_well_and_tell_what_they_found(gpu: Any, tmp_path: Path) ->
     assert [row["run"].split()[0] for row in rows["bits"]] == ["the", "a", "killed"]
     assert [row["result"] for row in rows["bits"][1:]] == ["the same bits"] * 2
 
-    for row in rows["kernels"]:  # a CPU takes none of them; tests/test_fused.py has stand-ins
+    for row in rows["kernels"]:  # a CPU takes none of them; tests/test_kernels.py has stand-ins
         assert row["taken"] == "False" and row["error of the engine's own"] < 2e-2
     assert len(rows["kernels"]) == 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -17,7 +18,7 @@ import transformers as tf
 import jobs
 from fisher_ray import Sampled, cluster, cost, dispatch
 from fisher_ray.cost import HARDWARE, Cost, outline
-from fisher_ray.dispatch import Call, Dispatch
+from fisher_ray.dispatch import Call, Dispatch, RunError
 from fisher_ray.plan import RunConfig
 from fisher_ray.storage import Storage
 
@@ -200,6 +201,37 @@ def test_nodes_are_asked_for_once_however_many_calls_a_loss_ends(monkeypatch: py
         assert Counter(outcome for _, outcome in handed.run(calls, len(calls))) == {"fine": 1000}
     assert handed.retried >= 50 * stand_in.losses >= 50
     assert 1 <= stand_in.asked_nodes <= 2 * stand_in.losses
+
+
+def loading(weather: Weather, lost_after: float) -> tuple[StandIn, Iterator[Any]]:
+    """What calls come to on 16 workers of two nodes, the first of which is lost."""
+    pool = cluster.RayPool(RunConfig("none", ("none",), "memory://none", max_actors=16))
+    stand_in = StandIn(lambda call: "fine", weather, seed=1)
+    calls = [Call(f"task {i}", "compute", (SimpleNamespace(id=i),)) for i in range(40)]
+
+    def ended() -> Iterator[Any]:
+        with stand_in.in_place(pool):
+            pool._gpus = 0.0
+            pool.open(SimpleNamespace(config=pool._config))  # type: ignore[arg-type]
+            stand_in._at(lost_after, lambda: stand_in._lose(stand_in._nodes[0]))
+            yield from Dispatch(pool, 3, None, lambda: None, lambda: None).run(calls, len(calls))
+
+    return stand_in, ended()
+
+
+def test_a_node_lost_while_its_workers_load_ends_no_run() -> None:
+    """Eight of them die at once, before any worker has its model."""
+    stand_in, ended = loading(Weather(compute=60.0, boot=30.0, load=60.0), lost_after=40.0)
+    assert Counter(outcome for _, outcome in ended) == {"fine": 40}
+    assert stand_in.losses == 1
+
+
+def test_workers_that_always_die_while_they_load_end_the_run() -> None:
+    """Whatever there is of them: at the third that was started after one before it had died."""
+    stand_in, ended = loading(Weather(compute=60.0, boot=30.0, load=60.0, node_lives=1e-3), lost_after=math.inf)
+    with pytest.raises(RunError, match="workers die while they load the model; were the machines out of memory"):
+        list(ended)
+    assert 3 <= stand_in.losses <= 8 and stand_in.now < 300
 
 
 # ---- the scheduler -------------------------------------------------------------------------------------------------------

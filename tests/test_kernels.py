@@ -13,9 +13,8 @@ from test_head import head
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fisher_ray import Exact, SplitModel, attention, products, score_factors, scores
-from fisher_ray.attention import fuses
-from fisher_ray.products import in_bfloat16, on_tensor_cores, parts, product
+from fisher_ray import Exact, SplitModel, attention, kernels, score_factors, scores
+from fisher_ray.kernels import flash_attends, in_bfloat16, on_tensor_cores, parts, product
 from fisher_ray.sums import Sums
 
 # Windows in every layer, soft-capping, sinks, position biases, values of another width than keys.
@@ -48,9 +47,10 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         kernel = ATEN._scaled_dot_product_flash_attention_for_cpu_backward
         return kernel(grad, query, *grouped(query, key, value), out, log_total, 0.0, True, scale=1.0)[0]
 
-    monkeypatch.setattr(attention, "_flash", forward)
-    monkeypatch.setattr(attention, "_flash_query_gradient", backward)
-    monkeypatch.setattr(attention, "fuses", lambda query, value: query.shape[-1] == value.shape[-1])
+    for module in (attention, kernels):
+        monkeypatch.setattr(module, "flash_attention", forward)
+        monkeypatch.setattr(module, "flash_query_gradient", backward)
+    monkeypatch.setattr(attention, "flash_attends", lambda query, value: query.shape[-1] == value.shape[-1])
     return called
 
 
@@ -61,7 +61,7 @@ def test_flash_attention_equals_blocks(family: SplitModel, flash: dict[str, int]
     fused = score_factors(family, **asked)
     never = family.model.config.model_type in NEVER
     assert (flash["forward"] == 0, flash["backward"] == 0) == (never, never)
-    monkeypatch.setattr(attention, "fuses", lambda query, value: False)
+    monkeypatch.setattr(attention, "flash_attends", lambda query, value: False)
     blocks = score_factors(family, **asked)
     torch.testing.assert_close(fused.entropy, blocks.entropy, rtol=0, atol=1e-12)
     for layer in (0, 2):
@@ -78,24 +78,24 @@ def test_products_with_jacobians_know_flash_attention(
     directions = torch.randn(3, split.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     fused = split.tape(ids, {}, [1], at).push(1, directions)
     assert flash["forward"] > 0 == flash["backward"]
-    monkeypatch.setattr(attention, "fuses", lambda query, value: False)
+    monkeypatch.setattr(attention, "flash_attends", lambda query, value: False)
     assert oracles.error(fused, split.tape(ids, {}, [1], at).push(1, directions)) < 1e-12
 
 
 def test_what_flash_attention_is_tried_with(flash: dict[str, int], monkeypatch: pytest.MonkeyPatch):
     """The trial accepts a kernel that is right, and refuses one that is not or that there is not."""
-    tried, cpu = attention._flash_is_right.__wrapped__, torch.device("cpu")
+    tried, cpu = kernels._flash_is_right.__wrapped__, torch.device("cpu")
     assert tried(cpu, torch.bfloat16) and tried(cpu, torch.float16)
-    right = attention._flash
+    right = kernels.flash_attention
     for wrong in (
         lambda *given: (right(*given)[0], right(*given)[1] + 0.1, ()),
         lambda *given: (right(*given)[0], right(*given)[1][..., None], ()),
         lambda query, key, value: right(query * 1.1, key, value),
     ):
-        monkeypatch.setattr(attention, "_flash", wrong)
+        monkeypatch.setattr(kernels, "flash_attention", wrong)
         assert not tried(cpu, torch.bfloat16)
-    monkeypatch.setattr(attention, "_flash", right)
-    monkeypatch.setattr(attention, "_flash_query_gradient", lambda grad, *rest: grad)
+    monkeypatch.setattr(kernels, "flash_attention", right)
+    monkeypatch.setattr(kernels, "flash_query_gradient", lambda grad, *rest: grad)
     assert not tried(cpu, torch.bfloat16)
     monkeypatch.undo()
     assert not tried(cpu, torch.bfloat16)  # CUDA's kernel takes no tensors of a CPU
@@ -106,11 +106,11 @@ def test_kernels_of_cuda_take_what_they_are_given():
     with FakeTensorMode():
         query, grad = (torch.empty(2, 4, 200, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         key, value = (torch.empty(2, 2, 200, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        out, log_total, rest = attention._flash(query, key, value)
+        out, log_total, rest = kernels.flash_attention(query, key, value)
         assert (out.shape, log_total.shape, log_total.dtype) == (query.shape, (2, 4, 200), torch.float32)
-        assert attention._flash_query_gradient(grad, query, key, value, out, log_total, rest).shape == query.shape
+        assert kernels.flash_query_gradient(grad, query, key, value, out, log_total, rest).shape == query.shape
         rows, weight = (torch.empty(64, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        assert products._multiplied(rows, weight).dtype == torch.float32
+        assert kernels._multiplied(rows, weight).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,11 @@ def test_which_attention_is_fused(
     dtype: torch.dtype, width: int, value_width: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ):
     query, value = torch.empty(1, 1, 1, width, dtype=dtype), torch.empty(1, 1, 1, value_width, dtype=dtype)
-    assert not fuses(query, value)  # nothing on a CPU
-    monkeypatch.setattr(attention, "_FLASH_DEVICES", ("cpu",))
-    assert not fuses(query, value)  # tried, and not right
-    monkeypatch.setattr(attention, "_flash_is_right", lambda device, dtype: True)
-    assert fuses(query, value) == expected
+    assert not flash_attends(query, value)  # nothing on a CPU
+    monkeypatch.setattr(kernels, "_DEVICES", ("cpu",))
+    assert not flash_attends(query, value)  # tried, and not right
+    monkeypatch.setattr(kernels, "_flash_is_right", lambda device, dtype: True)
+    assert flash_attends(query, value) == expected
 
 
 # ---- products on tensor cores --------------------------------------------------------------------------------------------
@@ -144,13 +144,13 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, in
         shapes.append((*a.shape, b.shape[1]))
         return a.float() @ b.float()
 
-    monkeypatch.setattr(products, "_multiplied", multiplied)
-    monkeypatch.setattr(products, "_DEVICES", ("cpu",))
-    products._add_in_float32.cache_clear()
-    assert products._have_cores(torch.device("cpu"))
+    monkeypatch.setattr(kernels, "_multiplied", multiplied)
+    monkeypatch.setattr(kernels, "_DEVICES", ("cpu",))
+    kernels._add_in_float32.cache_clear()
+    assert kernels._have_cores(torch.device("cpu"))
     shapes.clear()
     yield shapes
-    products._add_in_float32.cache_clear()
+    kernels._add_in_float32.cache_clear()
 
 
 def test_three_parts_are_all_of_a_number():
@@ -198,7 +198,7 @@ def test_heads_on_tensor_cores(variant: str, tensor_cores: list[tuple[int, int, 
 
     got = found()
     assert tensor_cores == [(3, 12, 2500), (9, 2500, 12), (9, 12, 2500), (18, 12, 2500)]
-    monkeypatch.setattr(products, "_DEVICES", ())
+    monkeypatch.setattr(kernels, "_DEVICES", ())
     for name, expected in found().items():
         assert oracles.error(got[name], expected) < 2e-6, name
     assert len(tensor_cores) == 4
@@ -231,9 +231,9 @@ def test_sums_on_tensor_cores(sketch: int | None, tensor_cores: list[tuple[int, 
 
 def test_what_tensor_cores_are_tried_with(monkeypatch: pytest.MonkeyPatch):
     """Sums in float32 are accepted, sums of fewer digits and products that there are not are refused."""
-    tried, cpu = products._add_in_float32.__wrapped__, torch.device("cpu")
+    tried, cpu = kernels._add_in_float32.__wrapped__, torch.device("cpu")
     assert not tried(cpu)  # which has no product of another dtype than its factors
-    monkeypatch.setattr(products, "_multiplied", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(kernels, "_multiplied", lambda a, b: a.float() @ b.float())
     assert tried(cpu)
-    monkeypatch.setattr(products, "_multiplied", lambda a, b: (a @ b).float())
+    monkeypatch.setattr(kernels, "_multiplied", lambda a, b: (a @ b).float())
     assert not tried(cpu)
