@@ -104,6 +104,7 @@ def measured(case: Case, device: str = "cpu") -> int:
     dtype = getattr(torch, case.dtype)
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(case.config, dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()
     numbers = 0.02 * torch.randn(
         1 << 20, device=device, dtype=dtype
     )  # the same ones over and over: to draw 3e9 takes minutes
