@@ -85,7 +85,8 @@ def test_products_with_jacobians_know_flash_attention(
 def test_what_flash_attention_is_tried_with(flash: dict[str, int], monkeypatch: pytest.MonkeyPatch):
     """The trial accepts a kernel that is right, and refuses one that is not or that there is not."""
     tried, cpu = kernels._flash_is_right.__wrapped__, torch.device("cpu")
-    assert tried(cpu, torch.bfloat16) and tried(cpu, torch.float16)
+    for width in (8, 64, 256):
+        assert tried(cpu, torch.bfloat16, width) and tried(cpu, torch.float16, width)
     right = kernels.flash_attention
     for wrong in (
         lambda *given: (right(*given)[0], right(*given)[1] + 0.1, ()),
@@ -93,12 +94,12 @@ def test_what_flash_attention_is_tried_with(flash: dict[str, int], monkeypatch: 
         lambda query, key, value: right(query * 1.1, key, value),
     ):
         monkeypatch.setattr(kernels, "flash_attention", wrong)
-        assert not tried(cpu, torch.bfloat16)
+        assert not tried(cpu, torch.bfloat16, 64)
     monkeypatch.setattr(kernels, "flash_attention", right)
     monkeypatch.setattr(kernels, "flash_query_gradient", lambda grad, *rest: grad)
-    assert not tried(cpu, torch.bfloat16)
+    assert not tried(cpu, torch.bfloat16, 64)
     monkeypatch.undo()
-    assert not tried(cpu, torch.bfloat16)  # CUDA's kernel takes no tensors of a CPU
+    assert not tried(cpu, torch.bfloat16, 64)  # CUDA's kernel takes no tensors of a CPU
 
 
 def test_kernels_of_cuda_take_what_they_are_given():
@@ -127,8 +128,10 @@ def test_which_attention_is_fused(
     assert not flash_attends(query, value)  # nothing on a CPU
     monkeypatch.setattr(kernels, "_DEVICES", ("cpu",))
     assert not flash_attends(query, value)  # tried, and not right
-    monkeypatch.setattr(kernels, "_flash_is_right", lambda device, dtype: True)
+    tried = []
+    monkeypatch.setattr(kernels, "_flash_is_right", lambda *given: not tried.append(given))
     assert flash_attends(query, value) == expected
+    assert tried == [(query.device, dtype, width)] * expected
 
 
 # ---- products on tensor cores --------------------------------------------------------------------------------------------
