@@ -126,9 +126,9 @@ class Storm:
 def run_under_kills(place: Place, num_actors: int, kills: int, seed: int) -> Storm:
     """A run in this process, with SIGKILL to random actors at random times.
 
-    Each comes up to half a second, about a task, after a random number of tasks, another one each time, is done: an actor
-    that takes longer to load than kills are apart would never do anything. So there must be more than twice as many tasks as
-    kills.
+    Each comes up to half a second, about a task, over the number of actors after a random number of tasks, another one each
+    time, is done: an actor that takes longer to load than kills are apart would never do anything. So there must be more than
+    twice as many tasks as kills.
     """
     place.faults({"*": "slow"})
     ended = threading.Event()
@@ -142,9 +142,12 @@ def run_under_kills(place: Place, num_actors: int, kills: int, seed: int) -> Sto
         for mark in sorted(chance.sample(range(tasks // 2 + 1), kills)):
             while not ended.is_set() and (len(place.done()) < mark or not actors()):
                 time.sleep(0.01)
-            time.sleep(chance.uniform(0.0, 0.5))
+            time.sleep(chance.uniform(0.0, 0.5 / num_actors))
             found = actors()
-            if found and not ended.is_set():
+            while not found and not ended.is_set():  # the last one killed was the only one there
+                time.sleep(0.01)
+                found = actors()
+            if not ended.is_set():
                 killed.append(chance.choice(found))
                 os.kill(killed[-1], signal.SIGKILL)
 
