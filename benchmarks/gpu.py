@@ -6,8 +6,8 @@
 Writes ``gpu.md`` and ``gpu.json`` under ``--output``, anew after each section, so that a call that is cut off leaves what it
 has measured; ``--sections`` chooses. A section that fails says why, the others go on, and the exit code is 1 at the end.
 
-Nothing here needs Ray but the section ``actors``, which says so where it is not installed. The tests' section needs pytest
-and beartype.
+Nothing here needs Ray but two actors in the section ``bits``, which says so where it is not installed. The tests' section needs
+pytest and beartype.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from precision import errors, read_sequences, scored
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from fisher_ray import Exact, Sampled, SplitModel, attention, iter_scores, open_run, score_factors
+from fisher_ray import Exact, ModelError, Sampled, SplitModel, attention, iter_scores, open_run, score_factors
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.driver import run
 from fisher_ray.kernels import flash_attends, on_tensor_cores
@@ -106,11 +106,24 @@ FULL = Scale(
     peers=None,
     engine=((4, 128), (4, 512)),
     llama=_1B,
-    llama_tokens=(16, 512),
+    llama_tokens=(64, 512),
     lengths=(1024, 2048, 4096, 8192),
-    families=("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "mixtral", "deepseek_v3", "t5"),
+    families=(
+        "gpt2",
+        "llama",
+        "mistral",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "gpt_neox",
+        "phi",
+        "gpt_oss",
+        "mixtral",
+        "deepseek_v3",
+        "t5",
+    ),
     documents=8,
-    max_docs=100,
+    max_docs=30,
     tests=("tests/test_scores.py", "tests/test_devices.py"),
     repeats=5,
 )
@@ -204,7 +217,7 @@ def kernels(device: torch.device, scale: Scale) -> Iterator[Row]:
     """What is run in place of the engine's own way in bfloat16: whether it passed its trial here, its time over that of the
     other, and the relative errors of both against float64.
     """
-    sizes, (batch, seq_len) = scale.llama, scale.llama_tokens
+    sizes, batch, seq_len = scale.llama, 4, scale.llama_tokens[1]
     d, heads, groups = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_key_value_heads"]
     normal = {"device": device, "dtype": torch.bfloat16}
 
@@ -265,26 +278,33 @@ def peers(device: torch.device, scale: Scale) -> Iterator[Row]:
 
 
 def llama(device: torch.device, scale: Scale) -> Iterator[Row]:
-    """bfloat16 weights, all layers, S = 1, against the measured bfloat16 peak; with the sums, and scores alone."""
-    model = _llama(scale.llama, device, torch.bfloat16)
-    split = SplitModel(model, check=False)  # families are what the section correctness checks
+    """bfloat16 weights, all layers, S = 1, against the measured bfloat16 peak: scores alone and with the sums, as they are and
+    with norms and MLPs compiled.
+    """
     batch, seq_len = scale.llama_tokens
-    ids = torch.randint(split.head.vocab_size, (batch, seq_len), device=device)
-    layers = list(range(split.num_layers + 1))
-    cases: dict[str, Callable[[], object]] = {
-        "matrix product": product(device, torch.bfloat16),
-        "forward": torch.no_grad()(lambda: model(input_ids=ids, use_cache=False)),
-        "scores": lambda: score_factors(split, ids, layers=layers, estimator=Sampled(1)),
-        "scores and sums": lambda: sweep(split, ids, layers, Sampled(1)),
-    }
-    taken = interleaved(cases, scale.repeats, device)
-    multiplied = taken.pop("matrix product")
-    peak = multiplied.flop / multiplied.seconds
-    for name, each in taken.items():
-        yield {
-            "what": name, "tokens/s": round(ids.numel() / each.seconds), "GFLOP a token": each.flop / ids.numel() / 1e9,
-            "share of the peak": round(each.flop / each.seconds / peak, 3),
-        }  # fmt: skip
+    peak = 0.0
+    for compile in (False, True):
+        model = _llama(scale.llama, device, torch.bfloat16)
+        start = time.monotonic()
+        split = SplitModel(model, check=False, compile=compile)  # families are what the section correctness checks
+        made = time.monotonic() - start
+        ids = torch.randint(split.head.vocab_size, (batch, seq_len), device=device)
+        layers = list(range(split.num_layers + 1))
+        cases: dict[str, Callable[[], object]] = {
+            "matrix product": product(device, torch.bfloat16),
+            "forward": torch.no_grad()(lambda: model(input_ids=ids, use_cache=False)),  # noqa: B023
+            "scores": lambda: score_factors(split, ids, layers=layers, estimator=Sampled(1)),  # noqa: B023
+            "scores and sums": lambda: sweep(split, ids, layers, Sampled(1)),  # noqa: B023
+        }
+        taken = interleaved(cases, scale.repeats, device)
+        multiplied = taken.pop("matrix product")
+        peak = peak or multiplied.flop / multiplied.seconds
+        for name, each in taken.items():
+            yield {
+                "what": name, "compiled": f"in {made:.1f} s" if compile else "no",
+                "tokens/s": round(ids.numel() / each.seconds),
+                "GFLOP a token": each.flop / ids.numel() / 1e9, "share of the peak": round(each.flop / each.seconds / peak, 3),
+            }  # fmt: skip
 
 
 def precision(device: torch.device, scale: Scale) -> Iterator[Row]:
@@ -310,19 +330,27 @@ def correctness(device: torch.device, scale: Scale) -> Iterator[Row]:
     worst relative errors; and exact F of float64 against the CPU's.
     """
     ids = torch.arange(1, 25).view(2, 12)
+    wrong = []
     for name in scale.families:
-        for dtype in (torch.float64, torch.bfloat16):
-            split = SplitModel(build(FAMILIES[name], dtype).to(device))  # refuses a model that fails
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            row: Row = {"family": name, "weights": str(dtype).removeprefix("torch.")}
+            try:
+                split = SplitModel(build(FAMILIES[name], dtype).to(device))
+            except ModelError as error:
+                wrong.append(f"{name}: {error}")
+                yield {**row, "limit": "refused"}
+                continue
             check = split.self_check
             assert check is not None
-            found = {"scores": check.scores, "replayed": check.replayed, "logits": check.logits, "limit": check.limit}
-            row: Row = {"family": name, "weights": str(dtype).removeprefix("torch."), **found}
+            row |= {"scores": check.scores, "replayed": check.replayed, "logits": check.logits, "limit": check.limit}
             if dtype == torch.float64 and not split.is_encoder_decoder:
                 here, there = (_exact(model, ids) for model in (split, SplitModel(build(FAMILIES[name]), check=False)))
                 row["against the CPU"] = float(((here - there).norm(dim=(1, 2)) / there.norm(dim=(1, 2))).max())
             yield row
             if row.get("against the CPU", 0.0) > 1e-6:  # softmaxes in float32 within float64 models
-                raise AssertionError(f"{name} on {device} differs from the CPU by {row['against the CPU']:.2g}.")
+                wrong.append(f"{name} on {device} differs from the CPU by {row['against the CPU']:.2g}.")
+    if wrong:
+        raise AssertionError(" ".join(wrong))
 
 
 def tests(device: torch.device, scale: Scale) -> Iterator[Row]:
@@ -340,16 +368,20 @@ def tests(device: torch.device, scale: Scale) -> Iterator[Row]:
 
 def memory(device: torch.device, scale: Scale) -> Iterator[Row]:
     """What scoring one sequence takes beyond the weights, all layers, S = 1, in one micro-batch: linear in its tokens?"""
-    before = None
-    for seq_len in scale.lengths:
-        taken = in_own_process(_scoring_memory, device, scale, device.type, seq_len)
-        row: Row = {"tokens": seq_len, "MiB": round(taken / 2**20, 1), "KiB a token": round(taken / 2**10 / seq_len, 1)}
-        yield row if before is None else {**row, "times the length before": round(taken / before, 2)}
-        before = taken
+    for dtype in (torch.float32, torch.bfloat16):
+        before = None
+        for seq_len in scale.lengths:
+            taken = in_own_process(_scoring_memory, device, scale, device.type, seq_len, dtype)
+            row: Row = {"weights": str(dtype).removeprefix("torch."), "tokens": seq_len, "MiB": round(taken / 2**20, 1)}
+            row["KiB a token"] = round(taken / 2**10 / seq_len, 1)
+            yield row if before is None else {**row, "times the length before": round(taken / before, 2)}
+            before = taken
 
 
 def bits(device: torch.device, scale: Scale) -> Iterator[Row]:
-    """Whole runs of the demo without Ray: a second one, and one killed with SIGKILL and gone on with, against the first."""
+    """Whole runs of the demo in bfloat16 against the first: a second one, one killed with SIGKILL and gone on with, and two
+    actors of Ray with half a GPU each; and a compiled one, killed and gone on with, against another.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = _demo(device, scale, Path(folder) / "first")
         _in_process(config)
@@ -364,32 +396,34 @@ def bits(device: torch.device, scale: Scale) -> Iterator[Row]:
         done = len(list(Path(killed.output).glob("done/*.json")))
         _in_process(killed)
         yield from _same(f"killed after {done} tasks, gone on with", killed, truth)
+        yield from _two_actors(changed(config, output=f"{folder}/together"), device, truth)
+        compiled, other = (changed(config, output=f"{folder}/compiled-{i}", compile=True) for i in range(2))
+        _in_process(compiled)
+        _in_process(other, mortal=True)
+        _in_process(other)
+        yield from _same("compiled, killed and gone on with, against a compiled one", other, _fingerprint(compiled))
 
 
-def actors(device: torch.device, scale: Scale) -> Iterator[Row]:
-    """A run of the demo by two actors of Ray, half a GPU each, against one without Ray."""
+def _two_actors(config: RunConfig, device: torch.device, truth: dict[str, str]) -> Iterator[Row]:
     if importlib.util.find_spec("ray") is None:
         yield {"run": "two actors", "result": "not run: ray is not installed"}
         return
     from fisher_ray.cluster import RayPool
 
-    with tempfile.TemporaryDirectory() as folder:
-        config = _demo(device, scale, Path(folder) / "alone")
-        _in_process(config)
-        share = 0.5 if device.type == "cuda" else 0.0
-        together = changed(config, output=f"{folder}/together", executor="ray", gpus_per_actor=share, max_actors=2)
-        start = time.monotonic()
-        outcome = run(together, RayPool, _quiet)
-        seconds = time.monotonic() - start
-        yield from _same(
-            f"two actors, {outcome.counts.scored / seconds:.0f} positions/s", together, _fingerprint(config)
-        )
+    share = 0.5 if device.type == "cuda" else 0.0
+    together = changed(config, executor="ray", gpus_per_actor=share, max_actors=2)
+    start = time.monotonic()
+    outcome = run(together, RayPool, _quiet)
+    seconds = time.monotonic() - start
+    yield from _same(
+        f"two actors, {outcome.counts.scored / seconds:.0f} positions/s, their start included", together, truth
+    )
 
 
 Section = Callable[[torch.device, Scale], Iterator[Row]]
 SECTIONS: dict[str, Section] = {
     section.__name__: section
-    for section in (peaks, kernels, correctness, precision, bits, actors, memory, llama, engine, peers, tests)
+    for section in (peaks, kernels, llama, memory, correctness, bits, precision, engine, peers, tests)
 }
 
 
@@ -431,10 +465,10 @@ def _exact(split: SplitModel, ids: Tensor) -> Tensor:
     return scores.matrices(0).cpu()
 
 
-def _scoring_memory(scale: Scale, device: str, seq_len: int) -> int:
+def _scoring_memory(scale: Scale, device: str, seq_len: int, dtype: torch.dtype) -> int:
     """Bytes; the second time, after whatever is set up once."""
     sizes = scale.llama | {"num_hidden_layers": 2, "vocab_size": 1024}
-    split = SplitModel(_llama(sizes, torch.device(device), torch.float32), check=False)
+    split = SplitModel(_llama(sizes, torch.device(device), dtype), check=False)
     ids = torch.randint(1024, (1, seq_len), device=device)
     layers = [0, 1, 2]
 
@@ -448,8 +482,9 @@ def _scoring_memory(scale: Scale, device: str, seq_len: int) -> int:
 
 def _demo(device: torch.device, scale: Scale, output: Path) -> RunConfig:
     return RunConfig(
-        **DEMO, output=str(output), executor="local", device=device.type, max_docs=scale.max_docs, cpus_per_actor=1
-    )
+        **DEMO, output=str(output), executor="local", device=device.type, dtype="bfloat16", max_docs=scale.max_docs,
+        task_bytes=4000, cpus_per_actor=1,
+    )  # fmt: skip
 
 
 def _in_process(config: RunConfig, mortal: bool = False) -> int:

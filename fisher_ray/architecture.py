@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -236,6 +236,41 @@ class _WithSlope(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
         return grad * slope, None
+
+
+def keep_softcapping(model: nn.Module) -> None:
+    """Where attention is soft-capped, have SDPA, which does not know that, leave it to explicit attention.
+
+    Some releases of transformers run such a model on SDPA, and so without the capping.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+            config._attn_implementation = "eager"
+
+
+# What a block does beside attention, by the endings of its classes' names; torch.compile makes a few kernels of each.
+_COMPILED = ("RMSNorm", "LayerNorm", "MLP")
+_BACKEND = "inductor"
+
+
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compile the norms and MLPs of the blocks with torch.compile, when they first run and for batches of any size.
+
+    One that does not compile runs as it is. Their backward passes have no backward passes (:func:`uncompiled`).
+    """
+    torch._functorch.config.donated_buffer = False  # several cotangents are pulled through one graph
+    torch._dynamo.config.suppress_errors = True
+    for block in blocks:
+        for module in block.modules():
+            if type(module).__name__.endswith(_COMPILED):
+                module.compile(dynamic=True, backend=_BACKEND)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """While in force, compiled modules run as they were."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def find_blocks(decoder: nn.Module, num_layers: int, name: str) -> nn.ModuleList:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from fisher_ray.kernels import flash_attends, flash_attention, flash_query_gradient
+from fisher_ray.kernels import diagonal, flash_attends, flash_attention, flash_query_gradient
 
 IMPLEMENTATION = "fisher_ray"
 
@@ -367,10 +367,9 @@ class _OwnPosition(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, queries, _ = query.shape
         group = heads // key.shape[1]
-        scaled, key, value = query * scale, key.contiguous(), value.contiguous()
-        out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)  # as the caller wants it
+        scaled = query * scale
         replayed = seen.where is not None
-        own_score = (scaled * _each_head(own_key, group)).sum(-1) if replayed else None
+        own_score = _dots(scaled, own_key) if replayed else None
         block = _Scores(seen, own_score, bias, softcap)
         ctx.block, ctx.scale, ctx.num_kept, ctx.flash = block, scale, 0, None
         plain = not replayed and seen.mask is None and bias is None and sinks is None and softcap is None
@@ -378,6 +377,8 @@ class _OwnPosition(torch.autograd.Function):
             out, log_total, ctx.flash = flash_attention(scaled, key, value)
             ctx.save_for_backward(scaled, own_key, own_value, key, value, out, log_total[..., None])
             return out
+        key, value = key.contiguous(), value.contiguous()
+        out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)  # as the caller wants it
         moved = _each_head(own_value - seen.take(value), group) if replayed else None
         log_total = scaled.new_empty(batch, heads, queries, 1, dtype=torch.promote_types(query.dtype, torch.float32))
         kept: list[Tensor] = []
@@ -410,36 +411,33 @@ class _OwnPosition(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled, own_key, own_value, key, value, out, log_total, *kept = (x.detach() for x in ctx.saved_tensors)
         block, group = ctx.block, scaled.shape[1] // key.shape[1]
-        mean_rise = (grad * out).sum(-1, keepdim=True)
         if ctx.flash is not None and not torch.is_grad_enabled():  # its backward pass has no backward pass
-            dquery = flash_query_gradient(grad.contiguous(), scaled, key, value, out, log_total.squeeze(-1), ctx.flash)
-            wide = log_total.dtype
-            own_score = (scaled.to(wide) * _each_head(key, group)).sum(-1)
-            own_prob = (own_score - log_total.squeeze(-1)).exp()
-            own_dscore = own_prob * ((grad.to(wide) * _each_head(value, group)).sum(-1) - mean_rise.squeeze(-1))
-            own_prob, own_dscore = own_prob.to(grad.dtype), own_dscore.to(grad.dtype)
-        else:
-            own_rise = (grad * _each_head(own_value, group)).sum(-1) if block.own is not None else None
-            dquery = torch.empty_like(scaled)
-            # Copies: views of the diagonals would keep every block.
-            own_prob, own_dscore = (scaled.new_empty(scaled.shape[:3]) for _ in range(2))
-            for i, (rows, keys) in enumerate(block.seen.blocks(_rows(scaled, key.shape[2]))):
-                if kept:
-                    probs, slope = kept[i], kept[ctx.num_kept + i] if ctx.num_kept < len(kept) else None
-                else:
-                    scores, slope = block(scaled, key, rows, keys)
-                    probs = scores.sub_(log_total[:, :, rows]).exp_().to(scaled.dtype)
-                    del scores
-                dscores = _product(grad[:, :, rows], value[:, :, keys].mT)
-                if own_rise is not None:
-                    block.seen.set_own(dscores, rows, own_rise[:, :, rows])
-                dscores.sub_(mean_rise[:, :, rows]).mul_(probs)
-                if slope is not None:
-                    dscores.mul_(slope)
-                dquery[:, :, rows] = _product(dscores, key[:, :, keys])
-                own_prob[:, :, rows] = block.seen.own(probs, rows, keys)
-                own_dscore[:, :, rows] = block.seen.own(dscores, rows, keys)
-                del probs, dscores
+            log_total = log_total.squeeze(-1)
+            dquery = flash_query_gradient(grad, scaled, key, value, out, log_total, ctx.flash)
+            dkey, dvalue = diagonal(scaled, key, value, grad, out, log_total)
+            return dquery.mul_(ctx.scale), dkey, dvalue, *(None,) * 7
+        mean_rise = (grad * out).sum(-1, keepdim=True)
+        own_rise = _dots(grad, own_value) if block.own is not None else None
+        dquery = torch.empty_like(scaled)
+        # Copies: views of the diagonals would keep every block.
+        own_prob, own_dscore = (scaled.new_empty(scaled.shape[:3]) for _ in range(2))
+        for i, (rows, keys) in enumerate(block.seen.blocks(_rows(scaled, key.shape[2]))):
+            if kept:
+                probs, slope = kept[i], kept[ctx.num_kept + i] if ctx.num_kept < len(kept) else None
+            else:
+                scores, slope = block(scaled, key, rows, keys)
+                probs = scores.sub_(log_total[:, :, rows]).exp_().to(scaled.dtype)
+                del scores
+            dscores = _product(grad[:, :, rows], value[:, :, keys].mT)
+            if own_rise is not None:
+                block.seen.set_own(dscores, rows, own_rise[:, :, rows])
+            dscores.sub_(mean_rise[:, :, rows]).mul_(probs)
+            if slope is not None:
+                dscores.mul_(slope)
+            dquery[:, :, rows] = _product(dscores, key[:, :, keys])
+            own_prob[:, :, rows] = block.seen.own(probs, rows, keys)
+            own_dscore[:, :, rows] = block.seen.own(dscores, rows, keys)
+            del probs, dscores
         if block.own is not None:
             dquery += own_dscore[..., None] * _each_head(own_key - block.seen.take(key), group)
         dkey = _each_group(own_dscore[..., None] * scaled, group)
@@ -481,6 +479,12 @@ def _product(per_head: Tensor, per_key_head: Tensor) -> Float[Tensor, "batch hea
 def _each_head(per_key_head: Tensor, group: int) -> Tensor:
     """[batch, kv_heads, ...] for each of the heads."""
     return per_key_head if group == 1 else per_key_head.repeat_interleave(group, 1)
+
+
+def _dots(per_head: Tensor, per_key_head: Tensor) -> Float[Tensor, "batch heads seq"]:
+    """Each head's dot product with its key head's, position by position."""
+    grouped = per_head.unflatten(1, (per_key_head.shape[1], -1))
+    return (grouped * per_key_head[:, :, None]).sum(-1).flatten(1, 2)
 
 
 def _each_group(per_head: Tensor, group: int) -> Tensor:

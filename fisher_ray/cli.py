@@ -320,7 +320,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="read one block's weights at a time from disk: for models larger than memory",
     )
-    out.add_argument("--batch-tokens", type=int, help="tokens that go through the model together (4096)")
+    out.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="run norms and MLPs through torch.compile (on GPUs: faster)",
+    )
+    out.add_argument(
+        "--batch-tokens", type=int, help="tokens that go through the model together (4096, on a GPU 32768)"
+    )
     out.add_argument("--task-bytes", type=int, help="of the corpus that one task takes (planned from nominal speeds)")
     out.add_argument("--memory-budget", type=int, help="bytes of a micro-batch (2 GiB, or half of the GPU)")
     out.add_argument("--revision", help="of the model on the hub")
@@ -497,6 +505,7 @@ def _plan(given: dict[str, Any]) -> int:
     )
     tasks = plan.make_tasks()
     amount, cost = reckon(plan, tasks), plan.cost
+    on_gpu = plan.on("cuda").cost
     gpus = max(1, int(plan.config.gpus_per_actor or 1))
     hardware = [_hardware(name.strip(), tflops) for name in (names or ",".join(HARDWARE)).split(",")]
     exact = amount.sampled == len(tasks)
@@ -509,7 +518,7 @@ def _plan(given: dict[str, Any]) -> int:
             "hardware": machine.name,
             "fits": cost.fits(machine, gpus),
             "hours": cost.gpu_hours(amount.window_tokens, machine) * gpus,
-            "micro_batch": cost.micro_batch(gpus * machine.memory),
+            "micro_batch": (cost if machine.name == "cpu" else on_gpu).micro_batch(gpus * machine.memory),
         }
         for machine in hardware
     ]

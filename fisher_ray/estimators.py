@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisher_ray.draws import Draws
 from fisher_ray.head import Prediction
-from fisher_ray.spectrum import symmetric_eigh
+from fisher_ray.spectrum import leading_vectors
 
 _ONE = 2.0**52  # in fixed point
 # Tokens whose part of M is deflated: so many times the rank, and at least. Measured (benchmarks/README.md): more leave less
@@ -194,8 +194,7 @@ def _split_off(
     gram = rows @ rows.mT
     # A matrix that is not finite has no eigenvectors; its rows, which are none either, show that it was not.
     finite = gram.isfinite().flatten(1).all(1)[:, None, None]
-    _, vectors = symmetric_eigh(gram.where(finite, 0))
-    basis = vectors[..., :rank]
+    basis = leading_vectors(gram.where(finite, 0), rank)
     leading = basis.mT @ rows
     return leading, basis, rows.sub_(basis @ leading)
 

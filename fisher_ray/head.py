@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisher_ray.kernels import on_tensor_cores, product
+from fisher_ray.kernels import on_tensor_cores, product, softmax
 from fisher_ray.spectrum import symmetric_eigh
 
 # Rows of W in one product of the exact second moment: large enough for the product to run at its peak, small enough
 # for the centred copy of the rows to stay in cache.
 _VOCAB_CHUNK = 2048
 # Probabilities of one prediction.
-_NUMBERS, _GPU_NUMBERS = 2**23, 2**26
+_NUMBERS, _GPU_NUMBERS = 2**23, 2**27
 _EVERY = slice(None)
 
 
@@ -48,10 +48,11 @@ class Head:
         return self.weight.shape[1]
 
     def rows(self) -> int:
-        """Positions predicted at once: bounds the working memory to a few tensors of 32 MiB (float32), on a GPU of 256.
+        """Positions predicted at once: bounds the working memory to a few tensors of 32 MiB (float32), on a GPU of 512.
 
         Measured on a CPU with GPT-2's vocabulary: half and twice as many cost a twentieth more, in products or in passes over
-        memory. On a GPU fewer would have its products wait for the rows of W.
+        memory. On an H200 with Llama 3's: scores of all layers took 1.1 times as long with half as many, and 0.95 times with
+        twice as many.
         """
         return min(4096, max(16, (_GPU_NUMBERS if self.weight.is_cuda else _NUMBERS) // self.vocab_size))
 
@@ -113,18 +114,10 @@ class Prediction:
     def __init__(self, head: Head, logits: Float[Tensor, "n vocab_size"]):
         self.head = head
         self.logits = logits
-        highest, self.top = logits.max(-1)
-        below = logits - highest[:, None]
-        weights = below.exp()
-        top = self.top[:, None]
-        tail = weights.scatter_(1, top, 0.0).sum(-1)
-        total = 1 + tail
+        highest, self.top, tail, moment, self.prob = softmax(logits)
         self.log_total = highest + tail.log1p()
-        # A token of weight zero (logit -inf) contributes nothing, not 0 * -inf.
-        below.clamp_(min=-1e30)
-        self.entropy = tail.log1p() - (weights[:, None] @ below[:, :, None]).flatten() / total
-        self.tail = tail / total
-        self.prob = weights.div_(total[:, None]).scatter_(1, top, (1 / total)[:, None])
+        self.entropy = tail.log1p() - moment / (1 + tail)
+        self.tail = tail / (1 + tail)
 
     @property
     def n(self) -> int:

@@ -1,20 +1,26 @@
-"""What GPUs have for half precision in place of the engine's own way, each tried on the device before it is relied on.
+"""What GPUs have in place of the engine's own way, each tried on the device before it is relied on.
 
 *Products on tensor cores.* The product of two bfloat16 numbers is exact in float32, and tensor cores add such products in
 float32: where both factors hold bfloat16 numbers nothing is gained by converting them, and an order of magnitude of speed is
-lost. A float32 factor is the sum of three bfloat16 numbers (three times 8 digits of its 24), and costs three such products.
+lost. A float32 factor is taken for the sum of two bfloat16 numbers, 16 or 17 of its 24 digits, and costs two such products:
+what that leaves out is 2^-18, where the other factor was rounded to 2^-9.
 
 *Flash attention.* Own-position attention under the plain causal mask is ordinary attention whose keys and values have no
 gradients but on the diagonal, which the log-sum-exp of each query's scores is enough for.
+
+*Fused passes.* The statistics of a softmax over the vocabulary, and that diagonal, are a dozen passes over memory each, which
+on a GPU cost more than the products between them; where Triton is there, one of :mod:`fisher_ray.fused`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # On a CPU, neither is faster: measured for attention, and of its bfloat16 products torch gives no float32 sums.
@@ -22,8 +28,6 @@ _DEVICES = ("cuda",)
 
 
 # ---- products on tensor cores --------------------------------------------------------------------------------------------
-
-_PARTS = 3
 
 
 def on_tensor_cores(a: Tensor, b: Tensor) -> bool:
@@ -37,25 +41,27 @@ def product(a: Float[Tensor, "*n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, 
     if rows.dtype == torch.bfloat16:
         found = _multiplied(rows, b)
     else:
-        found = _multiplied(torch.cat(parts(rows)), b).unflatten(0, (_PARTS, len(rows))).sum(0)
+        found = _multiplied(parts(rows).flatten(0, 1), b).unflatten(0, (2, len(rows))).sum(0)
     return found.view(*a.shape[:-1], b.shape[-1])
 
 
-def parts(x: Float[Tensor, "*n"]) -> list[Float[Tensor, "*n"]]:
-    """Three bfloat16 tensors that add up to a float32 one, but for what is below 2^-133."""
-    found = []
-    for _ in range(_PARTS):
-        found.append(x.to(torch.bfloat16))
-        x = x - found[-1]
+def parts(x: Float[Tensor, "*n"]) -> Tensor:
+    """[2, *n], bfloat16: two that add up to a float32 one, but for 2^-18 of each number."""
+    found = torch.empty(2, *x.shape, dtype=torch.bfloat16, device=x.device)
+    found[0] = x
+    torch.sub(x, found[0], out=found[1])
     return found
 
 
-def in_bfloat16(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"] | None:
-    """A float32 tensor in bfloat16, where :func:`product` multiplies it and no digit is lost: a bfloat16 model's gradients."""
+def as_bfloat16(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """A float32 tensor in bfloat16, where :func:`product` multiplies it and no digit is lost: a bfloat16 model's gradients.
+
+    Anything else as it is.
+    """
     if x.dtype != torch.float32 or not _have_cores(x.device):
-        return None
+        return x
     half = x.to(torch.bfloat16)
-    return half if torch.equal(half.to(x.dtype), x) else None
+    return half if torch.equal(half.to(x.dtype), x) else x
 
 
 def _multiplied(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
@@ -71,14 +77,8 @@ def _add_in_float32(device: torch.device) -> bool:
     """Whether this device's products of bfloat16 numbers have float32's digits: tried once, and not assumed."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator).to(device, torch.bfloat16) for _ in range(2))
-    try:
-        found = _multiplied(a, b).double()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError):  # a torch or a device that has no such product
-        return False
-    exact = a.double() @ b.double()
-    return bool((found - exact).norm() < 1e-5 * exact.norm())
+    found = _tried(lambda: (_multiplied(a, b),))
+    return found is not None and _agree(found, (a.double() @ b.double(),), 1e-5)
 
 
 # ---- flash attention -----------------------------------------------------------------------------------------------------
@@ -115,10 +115,63 @@ def flash_query_gradient(
 ) -> Float[Tensor, "batch heads seq dim"]:
     """``sum_i ds_ti k_i`` for a cotangent at o. The kernel computes keys' and values' gradients too, asked or not."""
     *sizes, seed, offset = rest
-    dquery: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, query, key, value, out, log_total, *sizes, 0.0, True, seed, offset, scale=1.0
-    )[0]
+    with _in_order():
+        dquery: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, query, key, value, out, log_total, *sizes, 0.0, True, seed, offset, scale=1.0
+        )[0]
     return dquery
+
+
+@contextmanager
+def _in_order() -> Iterator[None]:
+    """Where the same bits are asked for, the kernel adds in a fixed order only if it may raise; told to warn, it warns."""
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def diagonal(
+    scaled: Float[Tensor, "batch heads seq dim"],
+    key: Float[Tensor, "batch kv_heads seq dim"],
+    value: Float[Tensor, "batch kv_heads seq dim"],
+    grad: Float[Tensor, "batch heads seq dim"],
+    out: Float[Tensor, "batch heads seq dim"],
+    log_total: Float[Tensor, "batch heads seq"],
+) -> tuple[Float[Tensor, "batch kv_heads seq dim"], Float[Tensor, "batch kv_heads seq dim"]]:
+    """``dk_t = sum ds_tt q_t`` and ``dv_t = sum P_tt b_t``, sums over a key head's queries, for a cotangent b at o."""
+    if scaled.device.type in _DEVICES and _diagonal_is_right(scaled.device, scaled.dtype, scaled.shape[-1]):
+        return _fused().diagonal(scaled, key, value, grad, out, log_total)
+    return _diagonal(scaled, key, value, grad, out, log_total)
+
+
+def _diagonal(
+    scaled: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, log_total: Tensor
+) -> tuple[Tensor, Tensor]:
+    wide = log_total.dtype
+    kv_heads = key.shape[1]
+    q, b, o = (x.to(wide).unflatten(1, (kv_heads, -1)) for x in (scaled, grad, out))
+    k, v = key[:, :, None], value[:, :, None]
+    prob = ((q * k).sum(-1, keepdim=True) - log_total.unflatten(1, (kv_heads, -1))[..., None]).exp()
+    dscore = prob * (b * (v - o)).sum(-1, keepdim=True)
+    return (dscore * q).sum(2).to(key.dtype), (prob * b).sum(2).to(value.dtype)
+
+
+@lru_cache
+def _diagonal_is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the fused pass gives what the plain one gives, to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, heads, 200, width) for heads in (4, 2, 2, 4, 4))
+    scaled, key, value, grad, out = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    scaled /= width**0.5
+    log_total = torch.rand(2, 4, 200, generator=generator).to(device) + 5
+    found = _tried(lambda: _fused().diagonal(scaled, key, value, grad, out, log_total))
+    expected = _diagonal(scaled, key, value, grad, out, log_total)
+    return found is not None and _agree(found, expected, 2 * torch.finfo(dtype).eps)
 
 
 @lru_cache
@@ -131,12 +184,13 @@ def _flash_is_right(device: torch.device, dtype: torch.dtype, width: int) -> boo
     shapes = ((2, heads, 200, width) for heads in (4, 2, 2, 4))
     query, key, value, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     query /= width**0.5
-    try:
+
+    def attend() -> tuple[Tensor, ...]:
         out, log_total, rest = flash_attention(query, key, value)
-        found = out, log_total, flash_query_gradient(grad, query, key, value, out, log_total, rest)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError):  # a torch or a device that has no such kernel
+        return out, log_total, flash_query_gradient(grad, query, key, value, out, log_total, rest)
+
+    found = _tried(attend)
+    if found is None:
         return False
     key, value = (x.repeat_interleave(2, 1) for x in (key, value))
     query, key, value, grad = (x.double() for x in (query, key, value, grad))
@@ -146,7 +200,82 @@ def _flash_is_right(device: torch.device, dtype: torch.dtype, width: int) -> boo
     out = probs @ value
     dquery = (probs * (grad @ value.mT - (grad * out).sum(-1, keepdim=True))) @ key
     expected = out, scores.logsumexp(-1), dquery
-    limit = 2 * torch.finfo(dtype).eps
+    return _agree(found, expected, 2 * torch.finfo(dtype).eps)
+
+
+# ---- softmax over the vocabulary -----------------------------------------------------------------------------------------
+
+
+class Softmax(NamedTuple):
+    """What :func:`softmax` finds of n rows of logits.
+
+    Attributes:
+        highest: logit.
+        top: its token.
+        tail: ``sum exp(l_y - highest)`` over all tokens but the top one.
+        moment: ``sum exp(l_y - highest) (l_y - highest)``.
+        prob: [n, vocab_size].
+    """
+
+    highest: Float[Tensor, " n"]
+    top: Int[Tensor, " n"]
+    tail: Float[Tensor, " n"]
+    moment: Float[Tensor, " n"]
+    prob: Float[Tensor, "n vocab_size"]
+
+
+def softmax(logits: Float[Tensor, "n vocab_size"]) -> Softmax:
+    """Probabilities and what is summed over them; a row that is not finite gives NaN."""
+    if logits.device.type in _DEVICES and logits.dtype == torch.float32 and _softmax_is_right(logits.device):
+        return Softmax(*_fused().softmax(logits))
+    return _softmax(logits)
+
+
+def _softmax(logits: Tensor) -> Softmax:
+    highest, token = logits.max(-1)
+    below = logits - highest[:, None]
+    weights = below.exp()
+    top = token[:, None]
+    tail = weights.scatter_(1, top, 0.0).sum(-1)
+    # A token of weight zero (logit -inf) contributes nothing, not 0 * -inf.
+    below.clamp_(min=-1e30)
+    moment = (weights[:, None] @ below[:, :, None]).flatten()
+    total = (1 + tail)[:, None]
+    return Softmax(highest, token, tail, moment, weights.div_(total).scatter_(1, top, 1 / total))
+
+
+@lru_cache
+def _softmax_is_right(device: torch.device) -> bool:
+    """Whether the fused pass gives what the plain one gives in float64, to float32's rounding."""
+    logits = 10 * torch.randn(50, 9001, generator=torch.Generator().manual_seed(0))
+    logits[3, 40:] = -torch.inf
+    logits = logits.to(device)
+    found = _tried(lambda: _fused().softmax(logits))
+    return found is not None and _agree(found, _softmax(logits.double()), 1e-6)
+
+
+# ---- trials --------------------------------------------------------------------------------------------------------------
+
+
+def _fused() -> Any:
+    from fisher_ray import fused  # here: Triton is only where GPUs are
+
+    return fused
+
+
+def _tried(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None:
+    """What a kernel gives, or None where this torch or this device has none."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # of a compiler as well
+        return None
+
+
+def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> bool:
+    """Whether all have the shapes of the others, and their numbers within a relative error."""
     return all(
-        x.shape == y.shape and bool((x - y).norm() <= limit * y.norm()) for x, y in zip(found, expected, strict=True)
+        x.shape == y.shape and bool((x.double() - y).norm() <= limit * y.double().norm())
+        for x, y in zip(found, expected, strict=True)
     )

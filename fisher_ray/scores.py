@@ -513,7 +513,7 @@ class Pass:
         valid = entropy.isfinite()
         for tensors in (factors, activations):
             for tensor in tensors.values():
-                valid &= tensor.isfinite().flatten(1).all(1)
+                valid &= tensor.flatten(1).sum(1).isfinite()  # one pass; a sum with NaN or infinity is one of them
         sequence = torch.tensor(batch.rows, device=device)[row]
         good = slice(None) if bool(valid.all()) else valid  # a copy of the factors is made only where it must be
         return Scores(
@@ -560,7 +560,9 @@ class Pass:
         fed = tokens[row, position][:, None]
         alone = model.gradients == "per_position"
         if not alone and self.whole(batch.rows, batch.positions):
-            return model.own_tape(tokens, encoded, self.layers, (row, position), self.walks), fed, 1
+            everything = fed.shape[0] == tokens.numel()
+            where = None if everything else (row, position)
+            return model.own_tape(tokens, encoded, self.layers, where, self.walks), fed, 1
 
         context, z = (None, model.states(tokens, encoded)) if alone else model.record(tokens, encoded)
         if self.draws_tokens:
@@ -583,9 +585,8 @@ class Pass:
             torch.zeros_like(tokens[:, :1]).repeat(1, shape[1]),
         )
         query_token[flat_row, column], query_position[flat_row, column] = flat_fed, flat_position
-        tape = model.replay_tape(
-            query_token, query_position, context, encoded, self.layers, (flat_row, column), walk=self.walks
-        )
+        where = None if len(column) == query_token.numel() else (flat_row, column)
+        tape = model.replay_tape(query_token, query_position, context, encoded, self.layers, where, walk=self.walks)
         return tape, fed, copies
 
     def _drawn(self, z: Float[Tensor, "N d_z"], draws: Draws) -> Int[Tensor, "N D"]:

@@ -6,6 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+# The largest matrices that CUDA's solver takes many of at once. Measured on an H200: the eigenvectors of 256 of width 32 take
+# 0.4 ms, of width 64 210 ms and of width 128 460 ms.
+_SOLVED_TOGETHER = 32
+# Steps of orthogonal iteration. Measured on the demo's model: with eigenvectors rank 4 captures 82.35 % of tr M and rank 24
+# 96.30 %, after as many steps 82.27 and 96.28 %.
+_ITERATIONS = 8
+
 
 def factor_eigenvalues(factors: Float[Tensor, "n R d_model"]) -> Float[Tensor, "n rank"]:
     """Eigenvalues of ``G^T G``, descending, min(R, d_model) of them: the others are zero."""
@@ -36,6 +43,31 @@ def symmetric_eigh(matrix: Float[Tensor, "*n d d"]) -> tuple[Float[Tensor, "*n d
     """Eigenvalues, descending, and the eigenvectors as columns, each with its largest entry positive."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(-1), _oriented(vectors.flip(-1))
+
+
+def leading_vectors(matrix: Float[Tensor, "n d d"], rank: int) -> Float[Tensor, "n d rank"]:
+    """Orthonormal columns that span the leading eigenvectors of positive semi-definite matrices, in their order.
+
+    On a GPU large ones are solved one after the other, for the time of thousands of backward passes: there by orthogonal
+    iteration (Golub and Van Loan, Matrix Computations, 7.3), which is products of all at once. It ends before two close
+    eigenvectors are told apart; columns without an eigenvalue above rounding are then zero.
+    """
+    if matrix.is_cuda and matrix.shape[-1] > _SOLVED_TOGETHER:
+        return _orthogonal_iteration(matrix.double(), rank).to(matrix.dtype)
+    return symmetric_eigh(matrix)[1][..., :rank]
+
+
+def _orthogonal_iteration(matrix: Float[Tensor, "n d d"], rank: int) -> Float[Tensor, "n d rank"]:
+    d = matrix.shape[-1]
+    start = torch.randn(d, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = start.to(matrix.device).expand(len(matrix), -1, -1)
+    barely = 1e-14 * torch.eye(rank, dtype=matrix.dtype, device=matrix.device)
+    for _ in range(_ITERATIONS):
+        basis = torch.nn.functional.normalize(matrix @ basis, dim=-2, eps=1e-300)
+        # Columns of one length, nearly orthogonal in the end: Cholesky's factor orthogonalises them without loss.
+        lower = torch.linalg.cholesky_ex(basis.mT @ basis + barely)[0]
+        basis = torch.linalg.solve_triangular(lower, basis.mT, upper=False).mT
+    return _oriented(basis)
 
 
 def factor_eigh(factors: Float[Tensor, "R d"]) -> tuple[Float[Tensor, " rank"], Float[Tensor, "d rank"]]:

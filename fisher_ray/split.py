@@ -26,16 +26,19 @@ from fisher_ray.architecture import (
     ModelError,
     ModelFacts,
     block_calls,
+    compile_blocks,
     find_blocks,
     find_head,
     fuse_activations,
+    keep_softcapping,
     load_pretrained,
     offloaded_blocks,
     on_stream,
+    uncompiled,
 )
 from fisher_ray.attention import Context, attention_mode, held_keys, kept_keys
 from fisher_ray.footprint import Footprint, LiveBytes
-from fisher_ray.tape import Tape, Walk
+from fisher_ray.tape import Tape, Walk, Where
 
 Gradients = Literal["own_position", "per_position"]
 
@@ -96,13 +99,24 @@ class SplitModel:
         gradients: ``own_position`` yields all positions from one backward pass, and is refused for models that mix
             positions outside transformers' attention interface; ``per_position`` is right for any causal model and
             gives every position a row and a backward pass of its own.
+        compile: have torch.compile make fewer kernels of the blocks' norms and MLPs, some seconds before the first pass; for
+            GPUs, and for models whose activations torch does not fuse. The last bits are others.
         check: compare own-position scores with one-position autograd, logits and head with the model's own.
 
     Raises:
         ModelError: the model fails the check, with the measured error.
+        ValueError: an argument is out of range, or ``compile`` is for a model whose weights are streamed.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, gradients: Gradients = "own_position", check: bool = True):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        gradients: Gradients = "own_position",
+        compile: bool = False,
+        check: bool = True,
+    ):
         if gradients not in ("own_position", "per_position"):
             raise ValueError(f"gradients must be own_position or per_position, got {gradients!r}.")
         self.model = model.eval().requires_grad_(False)
@@ -121,6 +135,17 @@ class SplitModel:
         self.streamed = not self.head.weight.is_meta and any(p.is_meta for p in self.blocks.parameters())
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         fuse_activations(model)
+        keep_softcapping(model)
+        if compile and self.streamed:
+            raise ValueError(
+                "compile is for weights that stay on the device; these are streamed. Leave one of them out."
+            )
+        if compile:
+            compile_blocks(self.blocks)
+            for batch in (1, 2):  # now, on fixed sizes: no kernel should depend on which work comes first
+                tape = self._whole_tape(16, batch)
+                tape.pull(torch.zeros_like(tape.z))
+                self.states(*self._zeros(16, batch))
         self.self_check: SelfCheck | None = _self_check(self) if check else None
 
     @classmethod
@@ -135,6 +160,7 @@ class SplitModel:
         revision: str | None = None,
         trust_remote_code: bool = False,
         gradients: Gradients = "own_position",
+        compile: bool = False,
         check: bool = True,
     ) -> SplitModel:
         """Load a model and its tokenizer by hub name or local path, from safetensors only.
@@ -150,6 +176,7 @@ class SplitModel:
             revision: branch, tag or commit on the hub.
             trust_remote_code: run code that comes with the model; off unless asked for.
             gradients: see :class:`SplitModel`.
+            compile: see :class:`SplitModel`.
             check: see :class:`SplitModel`.
 
         Raises:
@@ -171,7 +198,7 @@ class SplitModel:
                 f"device_map {device_map!r} leaves the embeddings or the head of {name_or_path} to main memory or disk; only "
                 "blocks can be streamed. Give those a device."
             )
-        return cls(model, tokenizer, gradients=gradients, check=check)
+        return cls(model, tokenizer, gradients=gradients, compile=compile, check=check)
 
     @property
     def device(self) -> torch.device:
@@ -220,10 +247,10 @@ class SplitModel:
         input_ids: Int[Tensor, "batch seq"],
         encoded: Mapping[str, Tensor],
         layers: Sequence[int],
-        where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]],
+        where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None,
         walk: bool = False,
     ) -> Tape:
-        """All tokens are queries; the tape holds those at ``where = (row, position)``."""
+        """All tokens are queries; the tape holds those at ``where = (row, position)``, or all of them, in order."""
         return self._taped(walk, lambda: attention_mode(self.model, "own"), input_ids, encoded, layers, where)
 
     def replay_tape(
@@ -233,11 +260,11 @@ class SplitModel:
         context: Context,
         encoded: Mapping[str, Tensor],
         layers: Sequence[int],
-        where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]],
+        where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None,
         hidden: tuple[int, Tensor] | None = None,
         walk: bool = False,
     ) -> Tape:
-        """Chosen (position, token) queries over a recorded context; the tape holds those at ``where = (row, column)``."""
+        """Chosen (position, token) queries over a recorded context; the tape holds those at ``where``, or all, in order."""
         return self._taped(
             walk,
             lambda: attention_mode(self.model, "replay", context, positions),
@@ -269,7 +296,7 @@ class SplitModel:
         input_ids: Tensor,
         encoded: Mapping[str, Tensor],
         layers: Sequence[int],
-        where: tuple[Tensor, Tensor],
+        where: Where,
         positions: Tensor | None = None,
         hidden: tuple[int, Tensor] | None = None,
     ) -> Tape:
@@ -294,9 +321,11 @@ class SplitModel:
         if self.gradients == "per_position":
             n = len(positions)
             each = {name: value.expand(n, *value.shape[1:]) for name, value in encoded.items()}
-            with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no backward pass of their backward pass
+            # Fused and compiled kernels have no backward pass of their backward pass.
+            with sdpa_kernel(SDPBackend.MATH), uncompiled():
                 return self.alone_tape(input_ids.expand(n, -1), each, layers, positions)
-        return self.own_tape(input_ids, encoded, layers, (torch.zeros_like(positions), positions))
+        with uncompiled():
+            return self.own_tape(input_ids, encoded, layers, (torch.zeros_like(positions), positions))
 
     def last_tape(
         self, hidden: Float[Tensor, "batch seq d_model"], layer_idx: int, encoded: Mapping[str, Tensor], copies: int
@@ -446,7 +475,8 @@ class SplitModel:
     def footprint(self) -> Footprint:
         """What passes over all blocks keep and hold."""
         step = max(1, min(48, self.max_positions or 48) // 3)
-        return Footprint.count(step, self._whole_tape, self._live_bytes)
+        with uncompiled():  # a module that first runs while tensors are counted would never be compiled
+            return Footprint.count(step, self._whole_tape, self._live_bytes)
 
     def _live_bytes(self) -> LiveBytes:
         """A counter without the weights; of those that are fetched for a pass only the shapes are known."""
@@ -454,13 +484,18 @@ class SplitModel:
         own = [tensor for tensor in (*self.model.parameters(), *self.model.buffers()) if not tensor.is_meta]
         return LiveBytes(own, lambda tensor: tensor.shape in fetched)
 
-    def _whole_tape(self, tokens: int) -> Tape:
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=self.device)
-        encoded = self.encode(ids[:, :4]) if self.is_encoder_decoder else {}
-        everything = torch.arange(tokens, device=ids.device)
+    def _whole_tape(self, tokens: int, batch: int = 1) -> Tape:
+        ids, encoded = self._zeros(tokens, batch)
         if self.gradients == "per_position":
-            return self.alone_tape(ids, encoded, [0], everything[-1:])
-        return self.own_tape(ids, encoded, [0], (torch.zeros_like(everything), everything))
+            return self.alone_tape(ids, encoded, [0], torch.full_like(ids[:, 0], tokens - 1))
+        everything = torch.arange(tokens, device=ids.device)
+        where = (torch.arange(batch, device=ids.device).repeat_interleave(tokens), everything.repeat(batch))
+        return self.own_tape(ids, encoded, [0], where)
+
+    def _zeros(self, tokens: int, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Token ids, and what the encoder makes of four."""
+        ids = torch.zeros(batch, tokens, dtype=torch.long, device=self.device)
+        return ids, self.encode(ids[:, :4]) if self.is_encoder_decoder else {}
 
     def graph_bytes(self, seq_len: int, lowest_layer: int) -> float:
         """Bytes that the graph of one token keeps, in a pass over ``seq_len`` tokens from ``lowest_layer`` up."""
@@ -648,6 +683,7 @@ def deterministic_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(not torch.cuda.is_available())  # a CPU's has one
 
 
 @contextmanager

@@ -10,20 +10,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Where = tuple[Tensor, Tensor] | None
+
 
 class Tape:
     """A forward pass that remembers how to pull cotangents back, for ``n`` queries of a padded batch.
 
     Its graph is that of all blocks from the lowest layer up.
 
+    Args:
+        z: [batch, seq, d_z].
+        streams: per layer [batch, seq, d_model].
+        where: rows and columns of the queries; None: everything is one, in order.
+
     Attributes:
         z: [n, d_z], final hidden states.
         streams: per layer [n, d_model], the residual streams.
     """
 
-    def __init__(self, z: Tensor, streams: Mapping[int, Tensor], where: tuple[Tensor, Tensor]):
+    def __init__(self, z: Tensor, streams: Mapping[int, Tensor], where: Where):
         self._z, self._streams, self._where = z, dict(streams), where
-        self.z = z.detach()[where]
+        self.z = self._gathered(z.detach())
         self.streams = {layer: self._gathered(stream.detach()) for layer, stream in streams.items()}
 
     def pull(self, cotangents: Float[Tensor, "n d_z"]) -> dict[int, Float[Tensor, "n d_model"]]:
@@ -63,6 +70,8 @@ class Tape:
 
     def _padded(self, rows: Tensor, like: Tensor) -> Tensor:
         """Zero but for the queries' rows."""
+        if self._where is None:
+            return rows.to(like).view_as(like)
         row, column = (index.to(like.device) for index in self._where)
         padded = torch.zeros_like(like)
         padded[row, column] = rows.to(padded)
@@ -70,6 +79,8 @@ class Tape:
 
     def _gathered(self, padded: Tensor) -> Tensor:
         """The queries' rows, on z's device; a stream and its gradient live where the block below left them."""
+        if self._where is None:
+            return padded.flatten(0, 1).to(self._z.device)
         row, column = (index.to(padded.device) for index in self._where)
         return padded[row, column].to(self._z.device)
 
@@ -96,7 +107,7 @@ class Walk(Tape):
         self,
         z: Tensor,
         inputs: Mapping[int, Tensor],
-        where: tuple[Tensor, Tensor],
+        where: Where,
         calls: Sequence[Callable[[Tensor], Tensor]],
         layers: Sequence[int],
         attending: Callable[[], AbstractContextManager[Any]],

@@ -67,6 +67,7 @@ def load_model(config: RunConfig) -> SplitModel:
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         gradients=config.gradients,
+        compile=bool(config.compile),
     )
 
 
@@ -333,7 +334,7 @@ class Worker:
     # ---- scores ------------------------------------------------------------------------------------------------------
 
     def _batches(self, all_windows: list[Window]) -> Iterator[list[int]]:
-        """Windows of similar length together: at most ``batch_tokens`` with padding, and little of them padding."""
+        """Windows of similar length together: at most as many tokens as go together, with padding, and little of them padding."""
         ranked = sorted(range(len(all_windows)), key=lambda i: (len(all_windows[i].ids), i))
         batch: list[int] = []
         held = 0
@@ -341,7 +342,7 @@ class Worker:
             length = len(all_windows[i].ids)
             padded = (len(batch) + 1) * length
             padding = padded - held - length
-            if batch and (padded > self.config.batch_tokens or padding > max(_PADDING, padded // 8)):
+            if batch and (padded > self.config.together or padding > max(_PADDING, padded // 8)):
                 yield batch
                 batch, held = [], 0
             batch.append(i)

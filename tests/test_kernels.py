@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fisher_ray import Exact, SplitModel, attention, kernels, score_factors, scores
-from fisher_ray.kernels import flash_attends, in_bfloat16, on_tensor_cores, parts, product
+from fisher_ray.kernels import as_bfloat16, flash_attends, on_tensor_cores, parts, product
 from fisher_ray.sums import Sums
 
 # Windows in every layer, soft-capping, sinks, position biases, values of another width than keys.
@@ -156,22 +156,25 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, in
     kernels._add_in_float32.cache_clear()
 
 
-def test_three_parts_are_all_of_a_number():
+def test_two_parts_are_nearly_all_of_a_number():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, generator=generator) * 10 ** torch.empty(1000).uniform_(-25, 25, generator=generator)
-    x[:3] = torch.tensor([0.0, 1 + 2**-23, -1 / 3])
-    assert all(part.dtype == torch.bfloat16 for part in parts(x))
-    assert torch.equal(sum(part.double() for part in parts(x)), x.double())
+    x[:4] = torch.tensor([0.0, 1 + 2**-7, 1 + 2**-15, -1 / 3])
+    found = parts(x)
+    assert found.dtype == torch.bfloat16
+    left = (found.double().sum(0) - x.double()).abs()
+    assert (left[:3] == 0).all() and (left <= 2**-17 * x.double().abs()).all()
+    assert 2**-20 < float(left[4:].norm() / x[4:].double().norm()) < 2**-18
 
 
-def test_products_keep_the_digits_of_float32(tensor_cores: list[tuple[int, int, int]]):
+def test_products_keep_most_digits_of_float32(tensor_cores: list[tuple[int, int, int]]):
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(2, 5, 300, generator=generator)
     half = torch.randn(300, 7, generator=generator).bfloat16()
     found = product(wide, half)
     assert found.dtype == torch.float32 and found.shape == (2, 5, 7)
-    assert oracles.error(found, wide.double() @ half.double()) < 1e-6
-    assert tensor_cores.pop() == (30, 300, 7)
+    assert oracles.error(found, wide.double() @ half.double()) < 4e-6
+    assert tensor_cores.pop() == (20, 300, 7)
     assert oracles.error(product(wide.bfloat16(), half), wide.bfloat16().double() @ half.double()) < 1e-6
     assert tensor_cores.pop() == (10, 300, 7)
     assert on_tensor_cores(wide, half) and on_tensor_cores(half, half)
@@ -181,12 +184,12 @@ def test_products_keep_the_digits_of_float32(tensor_cores: list[tuple[int, int, 
 
 def test_a_cpu_multiplies_in_float32():
     half = torch.ones(2, 2, dtype=torch.bfloat16)
-    assert not on_tensor_cores(half, half) and in_bfloat16(half.float()) is None
+    assert not on_tensor_cores(half, half) and as_bfloat16(half.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("variant", ["plain", "everything"])
 def test_heads_on_tensor_cores(variant: str, tensor_cores: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch):
-    """z times W once; p times W, and rows of float32 times W, in three parts each."""
+    """z times W once; p times W, and rows of float32 times W, in two parts each."""
     half = head(variant, 2500, 12, torch.bfloat16)
     z = torch.randn(3, 12, generator=torch.Generator().manual_seed(2)).bfloat16()
     tokens = torch.arange(2500).expand(3, -1)
@@ -200,10 +203,10 @@ def test_heads_on_tensor_cores(variant: str, tensor_cores: list[tuple[int, int, 
         }  # fmt: skip
 
     got = found()
-    assert tensor_cores == [(3, 12, 2500), (9, 2500, 12), (9, 12, 2500), (18, 12, 2500)]
+    assert tensor_cores == [(3, 12, 2500), (6, 2500, 12), (6, 12, 2500), (12, 12, 2500)]
     monkeypatch.setattr(kernels, "_DEVICES", ())
     for name, expected in found().items():
-        assert oracles.error(got[name], expected) < 2e-6, name
+        assert oracles.error(got[name], expected) < 1e-5, name
     assert len(tensor_cores) == 4
 
 
@@ -227,7 +230,7 @@ def test_sums_on_tensor_cores(sketch: int | None, tensor_cores: list[tuple[int, 
         for name, rows in (("fisher", g), ("normalised", unit), ("second_moment", h)):
             rows = rows.flatten(0, 1)
             if sketch is None:
-                assert oracles.error(torch.from_numpy(found.square(name)), rows.mT @ rows) < 1e-6, name
+                assert oracles.error(torch.from_numpy(found.square(name)), rows.mT @ rows) < 4e-6, name
             else:
                 assert getattr(found, name).trace == pytest.approx(float(rows.square().sum()), rel=1e-6)
 

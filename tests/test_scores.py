@@ -227,8 +227,8 @@ def short_of_memory(most: int, monkeypatch: pytest.MonkeyPatch, error: type[Base
     """Tapes of more than ``most`` queries do not fit."""
     initialise = Tape.__init__
 
-    def checked(self: Tape, z: Tensor, streams: Any, where: tuple[Tensor, Tensor]) -> None:
-        if len(where[0]) > most:
+    def checked(self: Tape, z: Tensor, streams: Any, where: tuple[Tensor, Tensor] | None) -> None:
+        if (z[..., 0].numel() if where is None else len(where[0])) > most:
             raise error(message)
         initialise(self, z, streams, where)
 

@@ -56,7 +56,7 @@ def test_batches_hold_little_padding(count: int) -> None:
     """Each window once, within the budget; and not a batch a window, as long as windows have lengths alike."""
     lengths = [int(n) for n in np.random.default_rng(count).integers(2, 513, count)]
     some = [Window(0, 0, [5] * n, 1, [1], None) for n in lengths]
-    batches = list(Worker._batches(SimpleNamespace(config=SimpleNamespace(batch_tokens=4096)), some))  # type: ignore[arg-type]
+    batches = list(Worker._batches(SimpleNamespace(config=SimpleNamespace(together=4096)), some))  # type: ignore[arg-type]
     assert sorted(i for batch in batches for i in batch) == list(range(count))
     for batch in batches:
         padded = len(batch) * max(lengths[i] for i in batch)

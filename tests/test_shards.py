@@ -37,7 +37,7 @@ CHANGES: dict[str, Any] = {
     "token_draws": 2, "token_top_p": 0.9, "token_temperature": 0.7, "max_seq_len": 20, "stride": 3, "batch_tokens": 100,
     "positions": "last", "max_docs": 1, "column": "other", "unit": "file", "columns": ("other",), "save": "factors",
     "seed": 1, "dtype": "bfloat16", "gradients": "per_position", "revision": "main", "trust_remote_code": True,
-    "stream_weights": True,
+    "stream_weights": True, "compile": True,
     "memory_budget": 1 << 20, "cpus_per_actor": 2, "device": "cuda", "group_by": "position", "num_groups": 4,
     "sketch": 5, "rank": 3, "tolerance": 0.1, "task_bytes": 300,
 }  # fmt: skip
