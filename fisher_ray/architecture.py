@@ -255,12 +255,11 @@ _BACKEND = "inductor"
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
-    """Compile the norms and MLPs of the blocks with torch.compile, when they first run and for batches of any size.
+    """Have torch.compile make kernels of the blocks' norms and MLPs when they first run, for batches of any size.
 
-    One that does not compile runs as it is. Their backward passes have no backward passes (:func:`uncompiled`).
+    Their backward passes have no backward passes (:func:`uncompiled`).
     """
     torch._functorch.config.donated_buffer = False  # several cotangents are pulled through one graph
-    torch._dynamo.config.suppress_errors = True
     for block in blocks:
         for module in block.modules():
             if type(module).__name__.endswith(_COMPILED):

@@ -28,6 +28,8 @@ TokenSource = Literal["observed", "sampled"]
 # Fewer rows than this leave a matrix product waiting for the weights: chosen positions are then repeated, each copy
 # with a cotangent of its own; and where memory holds no graph of twice as many tokens, none of a whole model is built.
 _FULL_PRODUCT = 256
+# On a GPU fewer leave it waiting for the next launch.
+_GPU_FULL_PRODUCT = 4096
 
 
 @dataclass
@@ -395,10 +397,12 @@ class Pass:
         stream = model.d_model * model.dtype.itemsize
 
         # Of every query: its streams, its cotangents, and what they are pulled back to.
-        pulled = self.num_factors * (model.head.d_z + num_layers * model.d_model) * number + num_layers * stream
+        tokens, kept, gathers = self._taped(rows, positions, longest)
+        pulled = self.num_factors * (model.head.d_z + num_layers * model.d_model) * number
+        if gathers:
+            pulled += num_layers * stream
         if self.walks:
             pulled += self.num_factors * stream
-        tokens, kept = self._taped(rows, positions, longest)
         # A backward pass holds the gradients of all streams; predictions stand on the graph before it.
         held = tokens * (model.working_bytes(longest) + num_layers * stream)
         head = model.head
@@ -412,23 +416,24 @@ class Pass:
         gram = 2 * min(finished, model.d_model) ** 2 * number
         return float(max(pulling, scored * (scores + gram)))
 
-    def _taped(self, rows: list[int], positions: list[list[int]], longest: int) -> tuple[int, float]:
-        """Tokens of the tape, padding and copies included, and the bytes that it keeps."""
+    def _taped(self, rows: list[int], positions: list[list[int]], longest: int) -> tuple[int, float, bool]:
+        """Tokens of the tape, padding and copies included, the bytes that it keeps, and whether it holds more than queries."""
         model, queries = self.model, sum(map(len, positions)) * self.num_token_draws
         token = model.graph_bytes(longest, self.layers[0])
         if model.gradients == "per_position":
             tokens = queries * self.copies(queries) * longest
-            return tokens, tokens * token
+            return tokens, tokens * token, True
         if self.walks:  # the graph of one block, and what enters each
             blocks = model.num_layers - self.layers[0]
             token = model.graph_bytes(longest, model.num_layers - 1) + blocks * model.d_model * model.dtype.itemsize
         if self.whole(rows, positions):
             tokens = len(rows) * longest
-            return tokens, tokens * token
+            return tokens, tokens * token, tokens > queries
         draws = self.num_token_draws if self.draws_tokens else 1
         context = len(rows) * longest * 2 * model.d_model * model.num_layers * model.dtype.itemsize
-        tokens = len(rows) * max(map(len, positions)) * draws * self.copies(queries)
-        return tokens, context + tokens * token
+        copies = self.copies(queries)
+        tokens = len(rows) * max(map(len, positions)) * draws * copies
+        return tokens, context + tokens * token, tokens > queries * copies
 
     @cached_property
     def walks(self) -> bool:
@@ -447,7 +452,11 @@ class Pass:
 
     def copies(self, queries: int) -> int:
         """Copies of each query, so that one backward pass pulls as many cotangents as fill a matrix product."""
-        return max(1, min(self.num_factors, _FULL_PRODUCT // queries))
+        return max(1, min(self.num_factors, self._full_product // queries))
+
+    @property
+    def _full_product(self) -> int:
+        return _GPU_FULL_PRODUCT if self.model.device.type == "cuda" else _FULL_PRODUCT
 
     def whole(self, rows: list[int], positions: list[list[int]]) -> bool:
         """Whether one graph over all tokens is cheaper than recording them and replaying the chosen positions."""
@@ -455,7 +464,7 @@ class Pass:
             return False
         tokens = len(rows) * max(len(self.rows[i]) for i in rows)
         queries = len(rows) * max(map(len, positions))
-        if tokens < _FULL_PRODUCT // 2 and self.copies(queries) > 1:
+        if tokens < self._full_product // 2 and self.copies(queries) > 1:
             return False
         return tokens * (1 + self.num_factors) <= tokens + queries * (1 + self.num_factors)
 

@@ -136,16 +136,8 @@ class SplitModel:
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         fuse_activations(model)
         keep_softcapping(model)
-        if compile and self.streamed:
-            raise ValueError(
-                "compile is for weights that stay on the device; these are streamed. Leave one of them out."
-            )
         if compile:
-            compile_blocks(self.blocks)
-            for batch in (1, 2):  # now, on fixed sizes: no kernel should depend on which work comes first
-                tape = self._whole_tape(16, batch)
-                tape.pull(torch.zeros_like(tape.z))
-                self.states(*self._zeros(16, batch))
+            self._compile()
         self.self_check: SelfCheck | None = _self_check(self) if check else None
 
     @classmethod
@@ -488,9 +480,27 @@ class SplitModel:
         ids, encoded = self._zeros(tokens, batch)
         if self.gradients == "per_position":
             return self.alone_tape(ids, encoded, [0], torch.full_like(ids[:, 0], tokens - 1))
-        everything = torch.arange(tokens, device=ids.device)
-        where = (torch.arange(batch, device=ids.device).repeat_interleave(tokens), everything.repeat(batch))
-        return self.own_tape(ids, encoded, [0], where)
+        return self.own_tape(ids, encoded, [0], None)
+
+    def _compile(self) -> None:
+        """Compile the blocks now, on fixed sizes: no kernel should depend on which work comes first."""
+        if self.streamed:
+            raise ValueError(
+                "compile is for weights that stay on the device; these are streamed. Leave one of them out."
+            )
+        compile_blocks(self.blocks)
+        try:
+            for batch in (1, 2):
+                tape = self._whole_tape(16, batch)
+                tape.pull(torch.zeros_like(tape.z))
+                self.states(*self._zeros(16, batch))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a compiler, whichever it has
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ModelError(
+                f"torch.compile cannot compile {self.label} here ({reason}). Install a C compiler, or leave --compile out."
+            ) from error
 
     def _zeros(self, tokens: int, batch: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Token ids, and what the encoder makes of four."""
@@ -675,7 +685,8 @@ def deterministic_kernels() -> None:
     Own-position passes write by distinct indices and add through none, so nothing in them depends on the order of
     threads but matrix products that cuBLAS splits over streams. What models and their attention may bring: sums over
     the tokens of an expert (``index_add``, the backward pass of indexing), which are atomic otherwise, also on several
-    CPU threads; and attention kernels whose backward pass knows no fixed order. What has no other way only warns:
+    CPU threads; and attention kernels whose backward pass knows no fixed order, or on a GPU takes none while it may warn
+    instead. What has no other way only warns:
     a model that no one can run is worse than one whose last bits are not the same.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts

@@ -334,7 +334,7 @@ class Worker:
     # ---- scores ------------------------------------------------------------------------------------------------------
 
     def _batches(self, all_windows: list[Window]) -> Iterator[list[int]]:
-        """Windows of similar length together: at most as many tokens as go together, with padding, and little of them padding."""
+        """Windows of similar length together: at most as many tokens as are asked for, and little of them padding."""
         ranked = sorted(range(len(all_windows)), key=lambda i: (len(all_windows[i].ids), i))
         batch: list[int] = []
         held = 0

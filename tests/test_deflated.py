@@ -14,7 +14,7 @@ from test_head import LIKELY, head, moments, truth
 from torch import Tensor
 
 import jobs
-from fisher_ray import Deflated, Exact, cli, open_run, score_factors
+from fisher_ray import Deflated, Exact, cli, estimators, open_run, score_factors, spectrum
 from fisher_ray.draws import Draws, sequence_key
 from fisher_ray.head import Head
 from jobs import gpt2  # noqa: F401
@@ -99,6 +99,23 @@ def test_without_samples_it_is_the_leading_part(variant: str, vocab_size: int, d
     trace = matrix.diagonal(dim1=1, dim2=2).sum(1)
     torch.testing.assert_close(captured, got.diagonal(dim1=1, dim2=2).sum(1) / trace, rtol=1e-9, atol=0)
     assert (kept == 1).all()
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+@pytest.mark.parametrize("top", [None, 0.999999])
+def test_any_orthonormal_basis_will_do(rank: int, top: float | None, monkeypatch: pytest.MonkeyPatch):
+    """As a GPU finds one: the leading part and all that is left of C are C again, also where p is peaked."""
+    head_ = head("plain", 700, 12)
+    z = states(12) if top is None else peaked(head_, top)
+    prediction = head_.predict(z)
+    _, longest = prediction.energies().topk(128)
+    rows = prediction.weighted_scores(longest)
+    whole = rows.mT @ rows
+    monkeypatch.setattr(estimators, "leading_vectors", lambda gram, rank: spectrum._orthogonal_iteration(gram, rank))
+    found, _, rest = estimators._split_off(rows.clone(), rank)
+    assert oracles.error(found.mT @ found + rest.mT @ rest, whole) < 1e-12
+    kept, best = (float(m.diagonal(dim1=1, dim2=2).sum()) for m in (found.mT @ found, leading(whole, rank)))
+    assert 0.97 * best < kept < (1 + 1e-12) * best
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 from conftest import Models
-from families import OTHERS, build
+from families import FAMILIES, OTHERS, build
 
 from fisher_ray import Exact, ModelError, SplitModel, attention, score_factors
 
@@ -159,3 +159,15 @@ def spy(split: SplitModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("own_tape", "replay_tape", "alone_tape"):
         watch(name)
     return ran
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_soft_capping_is_not_left_to_sdpa(name: str):
+    """As some releases of transformers do: their logits are then not those of the model."""
+    model = build({**FAMILIES, **OTHERS}[name], torch.float64)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "sdpa"
+    split = SplitModel(model)
+    assert split.model.config._attn_implementation == ("eager" if name == "gemma2" else "sdpa")
+    assert split.self_check is not None and split.self_check.logits < 2e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import oracles
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fisher_ray import Exact, SplitModel, attention, kernels, score_factors, scores
-from fisher_ray.kernels import as_bfloat16, flash_attends, on_tensor_cores, parts, product
+from fisher_ray.kernels import as_bfloat16, diagonal, flash_attends, on_tensor_cores, parts, product, softmax
 from fisher_ray.sums import Sums
 
 # Windows in every layer, soft-capping, sinks, position biases, values of another width than keys.
@@ -132,6 +133,104 @@ def test_which_attention_is_fused(
     monkeypatch.setattr(kernels, "_flash_is_right", lambda *given: not tried.append(given))
     assert flash_attends(query, value) == expected
     assert tried == [(query.device, dtype, width)] * expected
+
+
+# ---- fused passes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Stand-ins for Triton's kernels, which a CPU has not."""
+    stand_in = SimpleNamespace(softmax=kernels._softmax, diagonal=kernels._diagonal)
+    monkeypatch.setattr(kernels, "_fused", lambda: stand_in)
+    monkeypatch.setattr(kernels, "_DEVICES", ("cpu",))
+    for trial in (kernels._softmax_is_right, kernels._diagonal_is_right):
+        trial.cache_clear()
+    yield stand_in
+    for trial in (kernels._softmax_is_right, kernels._diagonal_is_right):
+        trial.cache_clear()
+
+
+def logits(dtype: torch.dtype) -> Tensor:
+    return 10 * torch.randn(7, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def test_what_is_summed_over_the_vocabulary():
+    x = logits(torch.float64)
+    x[1, 4:] = -torch.inf
+    found = softmax(x)
+    below = x - x.max(-1, keepdim=True).values
+    rest = below.exp().scatter(1, x.argmax(-1, keepdim=True), 0.0)
+    assert torch.equal(found.highest, x.max(-1).values) and torch.equal(found.top, x.argmax(-1))
+    torch.testing.assert_close(found.tail, rest.sum(-1), rtol=1e-14, atol=0)
+    torch.testing.assert_close(found.moment, (rest * below.clamp_min(-1e30)).sum(-1), rtol=1e-14, atol=0)
+    torch.testing.assert_close(found.prob, x.softmax(-1), rtol=1e-13, atol=1e-300)
+    x[2, 3] = torch.nan
+    found = softmax(x)
+    assert found.tail.isnan().nonzero().tolist() == found.prob.isnan().all(1).nonzero().tolist() == [[2]]
+
+
+def test_a_fused_softmax_is_taken_where_it_is_right(fused: SimpleNamespace):
+    tried = kernels._softmax_is_right.__wrapped__
+    cpu = torch.device("cpu")
+    assert tried(cpu)
+    taken = []
+    fused.softmax = lambda x: taken.append(x) or kernels._softmax(x)
+    softmax(logits(torch.float64))
+    assert taken == []  # float32 alone
+    x = logits(torch.float32)
+    found = softmax(x)
+    assert taken[-1] is x and all(torch.equal(a, b) for a, b in zip(found, kernels._softmax(x), strict=True))
+    for i, wrong in enumerate((1.001, 0, 1.001, 1.001, 1.001)):
+        fused.softmax = lambda x, i=i, wrong=wrong: tuple(
+            y * wrong if i == j else y for j, y in enumerate(kernels._softmax(x))
+        )
+        assert not tried(cpu), kernels.Softmax._fields[i]
+    fused.softmax = None  # there is none
+    assert not tried(cpu)
+    fused.softmax = lambda x: short_of_memory()
+    with pytest.raises(torch.OutOfMemoryError):
+        tried(cpu)
+
+
+def short_of_memory() -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_gradients_of_a_position_s_own_key_and_value():
+    """Against autograd: ordinary attention whose keys and values have no gradient elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, heads, 9, 8) for heads in (4, 2, 2, 4))
+    query, key, value, grad = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    key, value = key.requires_grad_(), value.requires_grad_()
+    k, v = grouped(query, key, value)
+    own = torch.eye(9, dtype=torch.float64)
+    later = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    scores = (query @ (k.detach()).mT) * (1 - own) + (query @ k.mT) * own
+    probs = scores.masked_fill(later, -torch.inf).softmax(-1)
+    out = (probs * (1 - own)) @ v.detach() + (probs * own) @ v
+    expected = torch.autograd.grad(out, (key, value), grad)
+    log_total = scores.masked_fill(later, -torch.inf).logsumexp(-1)
+    found = diagonal(query, key.detach(), value.detach(), grad, out.detach(), log_total.detach())
+    for a, b in zip(found, expected, strict=True):
+        assert oracles.error(a, b) < 1e-14
+
+
+def test_a_fused_diagonal_is_taken_where_it_is_right(fused: SimpleNamespace):
+    tried, cpu = kernels._diagonal_is_right.__wrapped__, torch.device("cpu")
+    assert tried(cpu, torch.bfloat16, 64) and tried(cpu, torch.float16, 24)
+    taken = []
+    fused.diagonal = lambda *given: taken.append(given) or kernels._diagonal(*given)
+    given = [torch.ones(1, heads, 3, 8, dtype=torch.bfloat16) for heads in (4, 2, 2, 4, 4)]
+    diagonal(*given, torch.full((1, 4, 3), 9.0))
+    assert len(taken) == 2 and taken[1][0] is given[0]  # the trial's, and these
+    for i in range(2):
+        fused.diagonal = lambda *given, i=i: tuple(
+            x * 1.1 if i == j else x for j, x in enumerate(kernels._diagonal(*given))
+        )
+        assert not tried(cpu, torch.bfloat16, 64)
+    fused.diagonal = lambda *given: tuple(x[:1] for x in kernels._diagonal(*given))
+    assert not tried(cpu, torch.bfloat16, 64)
 
 
 # ---- products on tensor cores --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import jobs
 from fisher_ray.cli import main
 from fisher_ray.corpus import Window
 from fisher_ray.estimators import Exact
+from fisher_ray.plan import RunConfig
 from fisher_ray.scores import score_factors
 from fisher_ray.split import SplitModel
 from fisher_ray.worker import Worker
@@ -49,6 +51,12 @@ def close(got: Any, truth: Any, tolerance: float = CLOSE) -> None:
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_takes_more_tokens_together() -> None:
+    config = RunConfig(model="m", corpus=("c",), output="o")
+    assert [replace(config, device=device).together for device in (None, "cpu", "cuda")] == [4096, 4096, 32768]
+    assert replace(config, device="cuda", batch_tokens=100).together == 100
 
 
 @pytest.mark.parametrize("count", [1, 12, 2_000])

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fisher_ray.spectrum import (
+    _orthogonal_iteration,
     entropy_rank,
     factor_eigenvalues,
+    leading_vectors,
     participation_ratio,
     symmetric_eigh,
     trace_rank,
@@ -104,3 +106,40 @@ def test_whitened_eigenvalues_do_not_see_coordinates() -> None:
     torch.testing.assert_close(got[0], got[1], rtol=1e-8, atol=0)
     plain = [torch.linalg.eigvalsh(f) for f in (fisher, change.T @ fisher @ change)]
     assert float((plain[0] / plain[1]).log().abs().max()) > 1  # while those of F itself do change
+
+
+# ---- the leading part on a GPU -----------------------------------------------------------------------------------------
+
+
+def test_orthogonal_iteration_finds_the_leading_part():
+    """Of spectra that fall as those of tokens' scores do; and no less of a trace, by 1 %, where eigenvalues are close."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(4, 40, 40, generator=generator, dtype=torch.float64))[0]
+    for rate, limit in ((0.3, 1e-6), (0.8, 0.02), (1.0, 1.0)):
+        values = rate ** torch.arange(40, dtype=torch.float64)
+        matrix = (basis * values) @ basis.mT
+        found = _orthogonal_iteration(matrix, 6)
+        assert (found.mT @ found - torch.eye(6)).abs().max() < 1e-12
+        captured = (found.mT @ matrix @ found).diagonal(dim1=1, dim2=2).sum(1)
+        assert (captured > (1 - 0.01 * limit) * values[:6].sum()).all()
+        if rate == 0.3:
+            _, expected = symmetric_eigh(matrix)
+            assert (found[..., :5] - expected[..., :5]).abs().max() < 1e-3
+
+
+def test_orthogonal_iteration_of_few_eigenvalues_or_none():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 3, 40, generator=generator, dtype=torch.float64)
+    matrix = torch.cat([rows.mT @ rows, torch.zeros(1, 40, 40, dtype=torch.float64)])
+    found = _orthogonal_iteration(matrix, 5)
+    assert found.isfinite().all()
+    part = found @ (found.mT @ matrix)
+    assert (part - matrix).norm() < 1e-10 * matrix.norm()
+    few = found.mT @ found
+    assert (few[0, :3, :3] - torch.eye(3)).abs().max() < 1e-10
+
+
+def test_small_or_on_a_cpu_eigenvectors_are_solved_for():
+    rows = torch.randn(2, 60, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = rows.mT @ rows
+    assert torch.equal(leading_vectors(matrix, 4), symmetric_eigh(matrix)[1][..., :4])
