@@ -361,7 +361,8 @@ def tests(device: torch.device, scale: Scale) -> Iterator[Row]:
         yield {"tests": " ".join(scale.tests), "result": f"not run: {missing[0]} is not installed"}
         return
     argv = [sys.executable, "-m", "pytest", "-x", *scale.tests]
-    ended = subprocess.run(argv, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ended = subprocess.run(argv, cwd=ROOT, env={**os.environ, "PYTHONPATH": found}, capture_output=True, text=True)
     yield {"tests": " ".join(scale.tests), "result": (ended.stdout.strip().splitlines() or [""])[-1]}
     if ended.returncode:
         raise AssertionError(ended.stdout[-2000:] + ended.stderr[-500:])

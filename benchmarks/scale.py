@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", nargs="+", choices=("check", "table", "limits"))
     parser.add_argument("--gpu", choices=sorted(HARDWARE), default="h100")
-    parser.add_argument("--share", type=float, default=0.5, help="of the GPU's peak that is reached; assumed")
+    parser.add_argument("--share", type=float, help="of the GPU's peak that is reached (measured on an H200)")
     parser.add_argument("--gpu-hour", type=float, default=Prices.gpu_hour, help="dollars; assumed")
     parser.add_argument(
         "--task-times", type=float, default=1.0, help="tasks larger than planned by so much (--task-bytes)"
@@ -52,7 +52,9 @@ def main() -> None:
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    hardware = replace(HARDWARE[args.gpu], share=args.share)
+    hardware = HARDWARE[args.gpu]
+    if args.share is not None:
+        hardware = replace(hardware, share=dict.fromkeys(hardware.share, args.share))
     prices = Prices(gpu_hour=args.gpu_hour)
     for what in args.what:
         print(f"\n{what}", flush=True)
@@ -222,9 +224,7 @@ def fits(one: Cost, hardware: Any, gpus: int) -> str:
 
 def table(hardware: Any, prices: Prices, services: Services) -> None:
     rate = f"{hardware.rate('float32') / 1e12:.0f} and {hardware.rate('bfloat16') / 1e12:.0f} TFLOP/s"
-    print(
-        f"{hardware.name}, {hardware.share:.0%} of the peak: {rate} in float32 and half precision; ${prices.gpu_hour} an hour"
-    )
+    print(f"{hardware.name}: {rate} in float32 and half precision; ${prices.gpu_hour} an hour")
     print(
         "| model | sums | memory with one position | tokens | tasks | GPUs | hours | of them reducing | dollars | stored |"
     )

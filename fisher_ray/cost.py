@@ -73,32 +73,35 @@ class Hardware:
     Attributes:
         memory: bytes that a process can have.
         peak: flop/s of dense products by dtype; float32 without TF32, which the engine turns off.
-        share: of the peak that is reached.
+        share: of those peaks, what is reached.
     """
 
     name: str
     memory: int
     peak: Mapping[str, float] = field(hash=False)
-    share: float
+    share: Mapping[str, float] = field(hash=False)
 
     def rate(self, dtype: str) -> float:
         """flop/s that products in ``dtype`` reach."""
-        return self.share * self.peak["float32" if dtype in ("float32", "float64") else "bfloat16"]
+        kind = "float32" if dtype in ("float32", "float64") else "bfloat16"
+        return self.share[kind] * self.peak[kind]
 
     def measured(self, tflops: float) -> Hardware:
         """The same device at a rate that was measured, in 1e12 flop/s."""
-        return replace(self, peak=dict.fromkeys(self.peak, tflops * 1e12), share=1.0)
+        return replace(self, peak=dict.fromkeys(self.peak, tflops * 1e12), share=dict.fromkeys(self.peak, 1.0))
 
 
 def _gpu(name: str, gib: int, float32: float, bfloat16: float) -> Hardware:
-    return Hardware(name, gib << 30, {"float32": float32 * 1e12, "bfloat16": bfloat16 * 1e12}, share=0.5)
+    return Hardware(name, gib << 30, {"float32": float32 * 1e12, "bfloat16": bfloat16 * 1e12}, _GPU_SHARE)
 
 
 # Dense peaks and memory from NVIDIA's data sheets (L4; A10G as in AWS's G5; A100 80 GB SXM; H100 SXM; H200 SXM), memory less
-# what the driver keeps. That half of a peak is reached is an ASSUMPTION: no GPU has been measured. The CPU is one core of
-# a Zen 4 server, its peak and share measured by benchmarks/engine.py, with half precision taken to be no faster.
+# what the driver keeps. The shares are those of an H200 (benchmarks/README.md: GPT-2 in float32 0.47 to 0.49, a 1B shape in
+# bfloat16 0.33, with --compile 0.37); that others reach as much is an ASSUMPTION. The CPU is one core of a Zen 4 server, its
+# peak and share measured by benchmarks/engine.py, with half precision taken to be no faster.
+_GPU_SHARE = {"float32": 0.48, "bfloat16": 0.33}
 HARDWARE: dict[str, Hardware] = {
-    "cpu": Hardware("cpu", 4 << 30, {"float32": 82e9, "bfloat16": 82e9}, share=0.83),
+    "cpu": Hardware("cpu", 4 << 30, *(dict.fromkeys(("float32", "bfloat16"), x) for x in (82e9, 0.83))),
     "l4": _gpu("l4", 22, 30.3, 121),
     "a10g": _gpu("a10g", 22, 35, 70),
     "a100": _gpu("a100", 79, 19.5, 312),
@@ -463,7 +466,7 @@ class Cost:
     def _seconds_per_token(self, model_rate: float, float32_rate: float) -> float:
         eigenvalues = _EIGENVALUE_FLOP * len(self.layers) * self.share * min(self._rows, self.model.d_model) ** 3
         mixed_rate = float32_rate
-        if self.model.dtype == torch.bfloat16:  # one or three products in bfloat16, where tensor cores are
+        if self.model.dtype == torch.bfloat16:  # one or two products in bfloat16, where tensor cores are
             mixed_rate = max(mixed_rate, model_rate / 2)
         work = self._work
         return work.model / model_rate + work.mixed / mixed_rate + (work.float32 + eigenvalues) / float32_rate

@@ -16,15 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisher_ray.draws import Draws
-from fisher_ray.head import Prediction
+from fisher_ray.head import Head, Prediction
 from fisher_ray.spectrum import leading_vectors
 
 _ONE = 2.0**52  # in fixed point
 # Tokens whose part of M is deflated: so many times the rank, and at least. Measured (benchmarks/README.md): more leave less
 # error, and their eigenvectors, whose cost is cubic, stay below a twentieth of the backward passes through half of GPT-2.
 _DEFLATED, _LEAST_DEFLATED = 4, 128
-# Numbers of their rows that are worked on at once: 16 MiB in float32.
-_CHUNK = 1 << 22
+# Numbers of their rows that are worked on at once: 16 MiB in float32, on a GPU 512, since each chunk is hundreds of launches.
+_CHUNK, _GPU_CHUNK = 1 << 22, 1 << 27
 
 
 class Cotangents(NamedTuple):
@@ -63,9 +63,9 @@ class Exact:
         """R, cotangents a position."""
         return min(vocab_size, d_z)
 
-    def held(self, n: int, vocab_size: int, d_z: int) -> int:
+    def held(self, n: int, head: Head) -> int:
         """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
-        return 3 * n * vocab_size
+        return 3 * n * head.vocab_size
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part of M, or all of it."""
@@ -103,9 +103,9 @@ class Sampled:
         """R, cotangents a position."""
         return self.num_samples
 
-    def held(self, n: int, vocab_size: int, d_z: int) -> int:
+    def held(self, n: int, head: Head) -> int:
         """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
-        return (3 if self.top_p == 1.0 else 12) * n * vocab_size
+        return (3 if self.top_p == 1.0 else 12) * n * head.vocab_size
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """Scores of drawn tokens."""
@@ -151,10 +151,10 @@ class Deflated:
         """R, cotangents a position."""
         return min(self.rank, vocab_size, d_z) + self.num_samples
 
-    def held(self, n: int, vocab_size: int, d_z: int) -> int:
+    def held(self, n: int, head: Head) -> int:
         """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
-        deflated = n * self._deflated(vocab_size, d_z) * max(d_z, self.num_samples)
-        return 4 * (n * vocab_size + min(_CHUNK, deflated))
+        deflated = n * self._deflated(head.vocab_size, head.d_z) * max(head.d_z, self.num_samples)
+        return 4 * (n * head.vocab_size + min(_chunk(head), deflated))
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part, then the drawn terms."""
@@ -163,7 +163,7 @@ class Deflated:
         weights = prediction.energies()  # becomes |a|^2
         _, longest = weights.topk(self._deflated(vocab_size, d_z))
         rows = weights.new_empty(n, rank + self.num_samples, d_z)
-        step = max(1, _CHUNK // (longest.shape[1] * max(d_z, self.num_samples)))
+        step = max(1, _chunk(prediction.head) // (longest.shape[1] * max(d_z, self.num_samples)))
         for some in (slice(start, min(start + step, n)) for start in range(0, n, step)):
             tokens = longest[some]
             leading, basis, rest = _split_off(prediction.weighted_scores(tokens, some), rank)
@@ -185,6 +185,10 @@ class Deflated:
     def _deflated(self, vocab_size: int, d_z: int) -> int:
         """K, tokens whose part of M is deflated."""
         return min(vocab_size, max(_DEFLATED * min(self.rank, vocab_size, d_z), _LEAST_DEFLATED))
+
+
+def _chunk(head: Head) -> int:
+    return _GPU_CHUNK if head.weight.is_cuda else _CHUNK
 
 
 def _split_off(

@@ -406,7 +406,7 @@ class Pass:
         # A backward pass holds the gradients of all streams; predictions stand on the graph before it.
         held = tokens * (model.working_bytes(longest) + num_layers * stream)
         head = model.head
-        predicting = number * self.estimator.held(min(queries, head.rows()), head.vocab_size, head.d_z)
+        predicting = number * self.estimator.held(min(queries, head.rows()), head)
         pulling = kept + max(held, predicting) + queries * pulled
 
         finished = min(draws * self.num_factors, model.d_model) if draws > 1 else self.num_factors

@@ -31,7 +31,7 @@ _PLAIN = ("count", "traced", "captured", "activation")
 def sums_memory(d_model: int, sketch: int | None = None) -> int:
     """Bytes that a worker holds for one layer and group; of a group with few positions a sketch takes less."""
     matrix = 8 * d_model**2 if sketch is None else sketch_bytes(sketch, d_model)
-    return len(MATRICES) * matrix + 8 * d_model
+    return len(MATRICES) * matrix + 8 * (d_model + 2)
 
 
 def square_flop(d_model: int) -> float:

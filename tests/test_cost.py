@@ -174,8 +174,8 @@ def test_only_chosen_experts_cost_flop(tmp_path: Path) -> None:
 def test_time_is_flop_at_the_speed_of_each_dtype(gpt2: SplitModel, llama_8b: SplitModel) -> None:
     full = Cost(gpt2, (6,), Sampled(8))
     h100 = HARDWARE["h100"]
-    assert h100.rate("float32") == pytest.approx(33.5e12)
-    assert full.seconds(1e6, h100) == pytest.approx(1e6 * full.flop_per_token / 33.5e12, rel=1e-3)
+    assert h100.rate("float32") == pytest.approx(0.48 * 67e12)
+    assert full.seconds(1e6, h100) == pytest.approx(1e6 * full.flop_per_token / (0.48 * 67e12), rel=1e-3)
     assert full.gpu_hours(1e6, h100) == pytest.approx(full.seconds(1e6, h100) / 3600)
     half = Cost(llama_8b, (16,), Sampled(8))
     at_full_speed = 1e6 * half.flop_per_token / h100.rate("bfloat16")

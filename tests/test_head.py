@@ -248,5 +248,5 @@ def test_what_an_estimator_holds(estimator: Estimator):
     zeros = torch.zeros(n, dtype=torch.long)
     with LiveBytes([weight]) as live:
         estimator.cotangents(Head(weight).predict(z), Draws(zeros[:, None].expand(n, 2), zeros, zeros, "score"))
-    expected = 4 * estimator.held(n, vocab_size, d_z)
+    expected = 4 * estimator.held(n, Head(weight))
     assert 0.75 * expected < live.most < 1.05 * expected
