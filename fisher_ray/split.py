@@ -467,7 +467,7 @@ class SplitModel:
     def footprint(self) -> Footprint:
         """What passes over all blocks keep and hold."""
         step = max(1, min(48, self.max_positions or 48) // 3)
-        with uncompiled():  # a module that first runs while tensors are counted would never be compiled
+        with uncompiled():  # what compiled modules allocate inside is not seen; it is no more
             return Footprint.count(step, self._whole_tape, self._live_bytes)
 
     def _live_bytes(self) -> LiveBytes:
