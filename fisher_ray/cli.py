@@ -505,7 +505,7 @@ def _plan(given: dict[str, Any]) -> int:
     )
     tasks = plan.make_tasks()
     amount, cost = reckon(plan, tasks), plan.cost
-    on_gpu = plan.on("cuda").cost
+    on_gpu = replace(cost, batch_tokens=plan.on("cuda").config.together)
     gpus = max(1, int(plan.config.gpus_per_actor or 1))
     hardware = [_hardware(name.strip(), tflops) for name in (names or ",".join(HARDWARE)).split(",")]
     exact = amount.sampled == len(tasks)

@@ -18,6 +18,7 @@ _POSITIONS = 16
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fisher_ray.kernels.softmax`; float32."""
+    logits = logits.contiguous()
     n, vocab_size = logits.shape
     top = torch.empty(n, dtype=torch.int64, device=logits.device)
     highest, tail, moment = (torch.empty(n, dtype=logits.dtype, device=logits.device) for _ in range(3))
@@ -75,6 +76,9 @@ def diagonal(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fisher_ray.kernels.diagonal`."""
     batch, kv_heads, seq_len, width = key.shape
+    scaled, key, value, grad, out = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (scaled, key, value, grad, out)
+    )
     dkey, dvalue = (torch.empty_like(x) for x in (key, value))
     strides: list[Any] = [s for x in (scaled, key, value, grad, out, dkey, dvalue) for s in x.stride()[:3]]
     grid = (triton.cdiv(seq_len, _POSITIONS), kv_heads, batch)
@@ -92,7 +96,7 @@ def _diagonal(  # type: ignore[no-untyped-def]
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2, o0, o1, o2, dk0, dk1, dk2, dv0, dv1, dv2,
     seq_len, width, group, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
+    at = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
     kv_head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     column = tl.arange(0, WIDTH)[None]
     there = (at < seq_len) & (column < width)

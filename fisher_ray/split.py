@@ -489,11 +489,12 @@ class SplitModel:
                 "compile is for weights that stay on the device; these are streamed. Leave one of them out."
             )
         compile_blocks(self.blocks)
+        tokens = min(16, self.max_positions or 16)
         try:
             for batch in (1, 2):
-                tape = self._whole_tape(16, batch)
+                tape = self._whole_tape(tokens, batch)
                 tape.pull(torch.zeros_like(tape.z))
-                self.states(*self._zeros(16, batch))
+                self.states(*self._zeros(tokens, batch))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of a compiler, whichever it has
