@@ -99,8 +99,8 @@ class SplitModel:
         gradients: ``own_position`` yields all positions from one backward pass, and is refused for models that mix
             positions outside transformers' attention interface; ``per_position`` is right for any causal model and
             gives every position a row and a backward pass of its own.
-        compile: have torch.compile make fewer kernels of the blocks' norms and MLPs, some seconds before the first pass; for
-            GPUs, and for models whose activations torch does not fuse. The last bits are others.
+        compile: have torch.compile make fewer kernels of the blocks' norms and MLPs, now, in some ten seconds; for GPUs. It
+            needs a C compiler. The last bits are others.
         check: compare own-position scores with one-position autograd, logits and head with the model's own.
 
     Raises:
