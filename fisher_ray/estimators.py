@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisher_ray.draws import Draws
 from fisher_ray.head import Head, Prediction
+from fisher_ray.kernels import SOFTMAX_BLOCK
 from fisher_ray.spectrum import leading_vectors
 
 _ONE = 2.0**52  # in fixed point
@@ -64,8 +65,8 @@ class Exact:
         return min(vocab_size, d_z)
 
     def held(self, n: int, head: Head) -> int:
-        """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
-        return 3 * n * head.vocab_size
+        """Numbers that predictions at n positions and what is made of them hold at once, at most; counted."""
+        return (3 if self.tolerance == 0 else 9) * n * head.vocab_size
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part of M, or all of it."""
@@ -105,7 +106,13 @@ class Sampled:
 
     def held(self, n: int, head: Head) -> int:
         """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
-        return (3 if self.top_p == 1.0 else 12) * n * head.vocab_size
+        numbers = n * head.vocab_size
+        if self.top_p != 1.0:
+            return 12 * numbers
+        if self.temperature != 1.0:
+            return 5 * numbers
+        # Logits, p, and what p is computed or, on a GPU, multiplied with.
+        return 2 * numbers + (numbers if head.weight.is_cuda else min(numbers, SOFTMAX_BLOCK))
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """Scores of drawn tokens."""

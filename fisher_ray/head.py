@@ -25,8 +25,11 @@ from fisher_ray.spectrum import symmetric_eigh
 # Rows of W in one product of the exact second moment: large enough for the product to run at its peak, small enough
 # for the centred copy of the rows to stay in cache.
 _VOCAB_CHUNK = 2048
+# Rows of logits start at multiples of so many numbers: a product of 166 rows by GPT-2's vocabulary runs at 0.9 of the peak in
+# chunks and so aligned, at 0.7 in chunks alone, and at 0.55 as a whole.
+_ALIGNED = 16
 # Probabilities of one prediction.
-_NUMBERS, _GPU_NUMBERS = 2**23, 2**27
+_NUMBERS, _GPU_NUMBERS = 2**24, 2**27
 _EVERY = slice(None)
 
 
@@ -72,9 +75,13 @@ class Head:
         if on_tensor_cores(z, self.weight):
             return product(z, self.weight.T)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        if self.weight.dtype == z.dtype:
+        if self.weight.is_cuda and self.weight.dtype == z.dtype:
             return z @ self.weight.T
-        return torch.cat([z @ rows.T for _, rows in self.row_chunks(z.dtype)], -1)
+        flat = z.reshape(-1, self.d_z)
+        found = flat.new_empty(len(flat), -(-self.vocab_size // _ALIGNED) * _ALIGNED)[:, : self.vocab_size]
+        for chunk, rows in self.row_chunks(z.dtype):
+            torch.mm(flat, rows.T, out=found[:, chunk])
+        return found.view(*z.shape[:-1], self.vocab_size)
 
     def weighted_rows(self, weights: Float[Tensor, "n vocab_size"]) -> Float[Tensor, "n d_z"]:
         """``sum_y weights_y w_y`` in the dtype of the weights."""

@@ -23,6 +23,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+# Numbers of the blocks of rows in which a CPU takes a softmax, 8 MiB in float32: 0.095 ms a row of GPT-2's vocabulary, twice as
+# long in blocks of a fourth, which wait for threads, and of all of 170 rows, which leave the cache.
+SOFTMAX_BLOCK = 2**21
 # On a CPU, neither is faster: measured for attention, and of its bfloat16 products torch gives no float32 sums.
 _DEVICES = ("cuda",)
 
@@ -61,7 +64,7 @@ def as_bfloat16(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     if x.dtype != torch.float32 or not _have_cores(x.device):
         return x
     half = x.to(torch.bfloat16)
-    return half if torch.equal(half.to(x.dtype), x) else x
+    return half if bool((half == x).all()) else x
 
 
 def _multiplied(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
@@ -232,16 +235,27 @@ def softmax(logits: Float[Tensor, "n vocab_size"]) -> Softmax:
 
 
 def _softmax(logits: Tensor) -> Softmax:
+    n, vocab_size = logits.shape
+    prob = logits.new_empty(n, max(vocab_size, logits.stride(0)))[:, :vocab_size]  # aligned as the logits are
+    step = n if logits.is_cuda else max(1, SOFTMAX_BLOCK // vocab_size)
+    blocks = [_softmax_of(*block) for block in zip(logits.split(step), prob.split(step), strict=True)]
+    highest, top, tail, moment = map(torch.cat, zip(*blocks, strict=True))
+    return Softmax(highest, top, tail, moment, prob)
+
+
+def _softmax_of(logits: Tensor, prob: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Writes the probabilities, and gives the rest of what :class:`Softmax` has."""
     highest, token = logits.max(-1)
     below = logits - highest[:, None]
-    weights = below.exp()
     top = token[:, None]
-    tail = weights.scatter_(1, top, 0.0).sum(-1)
+    weights = torch.exp(below, out=prob).scatter_(1, top, 0.0)
+    tail = weights.sum(-1)
     # A token of weight zero (logit -inf) contributes nothing, not 0 * -inf.
     below.clamp_(min=-1e30)
-    moment = (weights[:, None] @ below[:, :, None]).flatten()
+    moment = below.mul_(weights).sum(-1)
     total = (1 + tail)[:, None]
-    return Softmax(highest, token, tail, moment, weights.div_(total).scatter_(1, top, 1 / total))
+    weights.div_(total).scatter_(1, top, 1 / total)
+    return highest, token, tail, moment
 
 
 @lru_cache

@@ -645,7 +645,9 @@ class Pass:
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+    """As few as have at most ``size``, all alike: a short last one would be a slow product."""
+    step = max(1, -(-n // -(-n // size))) if n else 1
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisher_ray.kernels import as_bfloat16, product
+from fisher_ray.kernels import as_bfloat16, parts, product
 from fisher_ray.sketch import FrequentDirections, Sketch, sketch_bytes
 
 # The group of all positions, where none are asked for.
@@ -119,12 +119,12 @@ class _Adding:
     def add(self, factors: Tensor, activations: Tensor, captured: Tensor) -> None:
         self.count += len(factors)
         self.captured += captured.double().sum()
-        self.activation += activations.mean(1).double().sum(0)
-        trace = factors.square().sum((1, 2))
-        self.traced += (trace > 0).sum()
-        scale = trace.rsqrt().where(trace > 0, 0)
         num_factors, num_streams = factors.shape[1], activations.shape[1]
         g, h = (as_bfloat16(rows.flatten(0, 1)) for rows in (factors, activations))
+        self.activation += h.sum(0, dtype=torch.float64) / num_streams
+        root = torch.linalg.vector_norm(factors.flatten(1), dim=1)  # of the trace
+        self.traced += (root > 0).sum()
+        scale = root.reciprocal().where(root > 0, 0)
         step = max(1, _ROWS // max(num_factors, num_streams))
         for start in range(0, len(factors), step):
             stop = start + step
@@ -148,10 +148,11 @@ class _Square:
     def add(self, rows: Float[Tensor, "n d"], divisor: int = 1, scale: Float[Tensor, " n"] | None = None) -> None:
         """Add the outer products of n rows, each row scaled, divided by a number."""
         half = rows.dtype == torch.bfloat16
-        if half:  # what is scaled is no bfloat16 number: one factor of the two
-            left, right = rows if scale is None else rows * scale.square()[:, None], rows
-        else:
-            left = right = rows if scale is None else rows * scale[:, None]
+        left = right = rows if scale is None or half else rows * scale[:, None]
+        if (
+            scale is not None and half
+        ):  # what is scaled is no bfloat16 number: one factor of the two, as twice as many rows
+            left, right = parts(rows * scale.square()[:, None]).flatten(0, 1), rows.repeat(2, 1)
         width = _strip(len(self._total), rows)
         for start in range(0, len(self._total), width):
             some, others = left[:, start : start + width].mT, right[:, start:]

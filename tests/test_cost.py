@@ -146,13 +146,13 @@ def counted(name: str, expected: Cost, gradients: Any = "own_position") -> float
 
 
 def test_flop_of_gpt2_in_closed_form(gpt2: SplitModel) -> None:
-    """By hand: 12 d^2 weights a block, attention over all keys, logits, mean row, entropy, sums in strips of 192 columns."""
+    """By hand: 12 d^2 weights a block, attention over all keys, logits, mean row, sums in strips of 192 columns."""
     d, vocab, blocks, seq, samples = 768, 50257, 12, 128, 8
     block = 2 * 12 * d * d + 4 * seq * d
     sums = d * (d + 192) * (2 * samples + 1) + 2 * samples * samples * d  # the last: the Gram matrix of eigenvalues
     for lowest in (0, 6, 11):
         layers = tuple(range(lowest, blocks + 1))
-        byhand = blocks * block + 4 * vocab * d + 2 * vocab + samples * (blocks - lowest) * block + len(layers) * sums
+        byhand = blocks * block + 4 * vocab * d + samples * (blocks - lowest) * block + len(layers) * sums
         cost = Cost(gpt2, layers, Sampled(samples), max_seq_len=seq)
         assert cost.flop_per_token == pytest.approx(byhand, rel=1e-9)
 
@@ -276,10 +276,10 @@ def test_memory_is_what_a_micro_batch_allocates(
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_memory_of_more_streams(tmp_path: Path) -> None:
     """Each holds what enters it, the gradient that reaches it and its scores, little beside the graph: the difference shows."""
-    config = tf.GPT2Config(n_embd=96, n_layer=8, n_head=4, vocab_size=500)
+    config = tf.GPT2Config(n_embd=96, n_layer=8, n_head=4, vocab_size=100)
     asked = config, Sampled(1), 128, tmp_path
-    one, nine = (planned_and_allocated(asked[0], layers, *asked[1:]) for layers in ((0,), tuple(range(9))))
-    assert nine[0] - one[0] == pytest.approx(nine[1] - one[1], rel=0.1)
+    two, nine = (planned_and_allocated(asked[0], layers, *asked[1:]) for layers in ((0, 4), tuple(range(9))))
+    assert nine[0] - two[0] == pytest.approx(nine[1] - two[1], rel=0.1)
 
 
 def planned_and_allocated(

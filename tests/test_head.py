@@ -239,11 +239,23 @@ def test_an_altered_head_is_refused(change: str, dtype: torch.dtype, gradients: 
 
 
 @pytest.mark.parametrize(
-    "estimator", [Exact(), Sampled(1), Sampled(8), Sampled(8, top_p=0.9), Deflated(24, 8), Deflated(0, 8)], ids=repr
+    ("estimator", "n"),
+    [
+        (Exact(), 4),
+        (Exact(0.1), 4),
+        (Sampled(1), 4),
+        (Sampled(1), 64),
+        (Sampled(8), 4),
+        (Sampled(8, top_p=0.9), 4),
+        (Sampled(8, temperature=0.7), 4),
+        (Deflated(24, 8), 4),
+        (Deflated(0, 8), 4),
+    ],
+    ids=repr,
 )
-def test_what_an_estimator_holds(estimator: Estimator):
-    """Of a vocabulary that is large beside all else."""
-    n, vocab_size, d_z = 4, 200_000, 4
+def test_what_an_estimator_holds(estimator: Estimator, n: int):
+    """Of a vocabulary that is large beside all else; a softmax takes ten rows of it together."""
+    vocab_size, d_z = 200_000, 4
     weight, z = (torch.randn(rows, d_z, dtype=torch.float32) for rows in (vocab_size, n))
     zeros = torch.zeros(n, dtype=torch.long)
     with LiveBytes([weight]) as live:

@@ -170,6 +170,19 @@ def test_what_is_summed_over_the_vocabulary():
     assert found.tail.isnan().nonzero().tolist() == found.prob.isnan().all(1).nonzero().tolist() == [[2]]
 
 
+def test_a_softmax_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch):
+    """Rows that end before they start anew, as products write them; a last block with fewer."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 112, generator=generator, dtype=torch.float64).mul_(5)[:, :100]
+    whole = kernels._softmax(x)
+    monkeypatch.setattr(kernels, "SOFTMAX_BLOCK", 299)  # two rows
+    blocks = kernels._softmax(x)
+    for got, expected in zip(blocks, whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(blocks.prob, x.softmax(-1), rtol=1e-13, atol=0)
+    assert blocks.prob.stride() == (112, 1)
+
+
 def test_a_fused_softmax_is_taken_where_it_is_right(fused: SimpleNamespace):
     tried = kernels._softmax_is_right.__wrapped__
     cpu = torch.device("cpu")
@@ -322,7 +335,9 @@ def test_sums_on_tensor_cores(sketch: int | None, tensor_cores: list[tuple[int, 
         sums = Sums([0], 16, sketch=sketch)
         sums.add(0, given, streams)
         found = sums.packed(0).groups[""]
-        assert len(tensor_cores) == (times if sketch is None else 0)
+        # What is scaled is a sum of two, row by row.
+        shapes = [(16, 150, 16), (16, 300, 16), (16, 50, 16)] if times == 3 else [(16, 50, 16)]
+        assert tensor_cores == (shapes if sketch is None else [])
         g, h = given.double(), streams.double()
         trace = g.square().sum((1, 2), keepdim=True)
         unit = g / trace.sqrt().where(trace > 0, 1)

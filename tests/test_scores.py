@@ -13,6 +13,7 @@ from families import FAMILIES, build
 from torch import Tensor
 
 from fisher_ray import Deflated, Exact, Sampled, Scores, SplitModel, iter_scores, score_factors
+from fisher_ray.scores import _slices
 from fisher_ray.tape import Tape
 
 # Against brute force. With the observed token's key in the query's gradient .03 to .4, with its value in the scores'
@@ -468,3 +469,11 @@ def test_bad_encoder_arguments(case: str, models: Models, unchecked_shapes: None
     with pytest.raises(ValueError, match=message) as refusal:
         score_factors(models(name), IDS, layers=[1], estimator=Sampled(1), **arguments)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("n", "size"), [(512, 166), (7, 3), (1, 5), (5, 5), (6, 5), (0, 4)])
+def test_rows_are_cut_evenly(n: int, size: int):
+    """As few parts as there can be, and no short one at the end."""
+    sizes = [len(range(n)[some]) for some in _slices(n, size)]
+    assert sum(sizes) == n and len(sizes) == -(-n // size) and max(sizes, default=0) <= size
+    assert not sizes or sizes[0] - sizes[-1] < len(sizes)
