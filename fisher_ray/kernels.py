@@ -67,6 +67,29 @@ def as_bfloat16(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return half if bool((half == x).all()) else x
 
 
+def add_outer(
+    total: Float[Tensor, "d d"], left: Float[Tensor, "n d"], right: Float[Tensor, "n d"], divisor: int = 1
+) -> None:
+    """Add ``left^T right / divisor``, which is symmetric, to a sum of which the upper triangle is kept up."""
+    width = strip_width(len(total), right)
+    for start in range(0, len(total), width):
+        some, others = left[:, start : start + width].mT, right[:, start:]
+        strip = product(some, others) if right.dtype == torch.bfloat16 else some @ others
+        total[start : start + width, start:].add_(strip, alpha=1 / divisor)
+
+
+def strip_width(d: int, rows: Tensor | None = None) -> int:
+    """Columns of the strips in which a symmetric product is computed, what is below the diagonal left out.
+
+    Narrow ones leave out nearly half, and too narrow ones lose it again. Measured on a CPU at widths of 768 to 4,096: 0.65 to
+    0.52 of the time of the whole product. A GPU is filled by wider ones alone; measured on an H200 at 2,048 and 4,096: 0.75
+    and 0.66 of the time in float32, and in bfloat16 1 and 0.8.
+    """
+    if rows is not None and rows.is_cuda:
+        return 2048 if rows.dtype == torch.bfloat16 else 512
+    return max(192, -(-d // 8))
+
+
 def _multiplied(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
     return torch.mm(a, b, out_dtype=torch.float32)
 

@@ -128,7 +128,8 @@ def score_factors(
         MemoryError: not even one position fits.
 
     Cost: one forward pass, R backward passes over the blocks from the lowest layer up, ``2 vocab_size d_model`` flop a
-    position each for logits and for their mean row; exact: ``2 vocab_size d_model^2`` flop a position more.
+    position each for logits and for their mean row; exact: ``2 vocab_size d_model^2`` flop a position more, of which
+    up to half is left out.
     """
     chunks = list(
         iter_scores(

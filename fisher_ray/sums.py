@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisher_ray.kernels import as_bfloat16, parts, product
+from fisher_ray.kernels import add_outer, as_bfloat16, parts, strip_width
 from fisher_ray.sketch import FrequentDirections, Sketch, sketch_bytes
 
 # The group of all positions, where none are asked for.
@@ -36,20 +36,8 @@ def sums_memory(d_model: int, sketch: int | None = None) -> int:
 
 def square_flop(d_model: int) -> float:
     """flop to add the outer product of one row to a sum in full, on a CPU; a GPU's wider strips leave out less."""
-    width = _strip(d_model)
+    width = strip_width(d_model)
     return sum(2.0 * min(width, d_model - start) * (d_model - start) for start in range(0, d_model, width))
-
-
-def _strip(d_model: int, rows: Tensor | None = None) -> int:
-    """Columns of the strips in which a symmetric product is computed, what is below the diagonal left out.
-
-    Narrow ones leave out nearly half, and too narrow ones lose it again. Measured on a CPU at widths of 768 to 4,096: 0.65 to
-    0.52 of the time of the whole product. A GPU is filled by wider ones alone; measured on an H200 at 2,048 and 4,096: 0.75
-    and 0.66 of the time in float32, and in bfloat16 1 and 0.8.
-    """
-    if rows is not None and rows.is_cuda:
-        return 2048 if rows.dtype == torch.bfloat16 else 512
-    return max(192, -(-d_model // 8))
 
 
 class Sums:
@@ -153,11 +141,7 @@ class _Square:
             scale is not None and half
         ):  # what is scaled is no bfloat16 number: one factor of the two, as twice as many rows
             left, right = parts(rows * scale.square()[:, None]).flatten(0, 1), rows.repeat(2, 1)
-        width = _strip(len(self._total), rows)
-        for start in range(0, len(self._total), width):
-            some, others = left[:, start : start + width].mT, right[:, start:]
-            strip = product(some, others) if half else some @ others
-            self._total[start : start + width, start:].add_(strip, alpha=1 / divisor)
+        add_outer(self._total, left, right, divisor)
 
     def finished(self) -> Triangle:
         upper = torch.triu_indices(*self._total.shape, device=self._total.device)

@@ -66,8 +66,9 @@ def moments(log_prob: Tensor, scores: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("vocab_size", "d_z"), [(50, 12), (9, 12), (2500, 6)])  # 2,500 rows are two chunks
+@pytest.mark.parametrize(("vocab_size", "d_z"), [(50, 12), (9, 12), (2500, 6), (250, 200)])
 def test_prediction_equals_autograd(variant: str, vocab_size: int, d_z: int):
+    """2,500 rows are two chunks, 200 columns two strips."""
     head_ = head(variant, vocab_size, d_z)
     z = torch.randn(3, d_z, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
     log_prob, scores = truth(head_, z)

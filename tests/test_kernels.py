@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fisher_ray import Exact, SplitModel, attention, kernels, score_factors, scores
-from fisher_ray.kernels import as_bfloat16, diagonal, flash_attends, on_tensor_cores, parts, product, softmax
+from fisher_ray.kernels import add_outer, as_bfloat16, diagonal, flash_attends, on_tensor_cores, parts, product, softmax
 from fisher_ray.sums import Sums
 
 # Windows in every layer, soft-capping, sinks, position biases, values of another width than keys.
@@ -292,6 +292,17 @@ def test_products_keep_most_digits_of_float32(tensor_cores: list[tuple[int, int,
     assert on_tensor_cores(wide, half) and on_tensor_cores(half, half)
     assert not on_tensor_cores(wide.double(), half)
     assert not on_tensor_cores(wide, half.float()) and not on_tensor_cores(wide.half(), half.half())
+
+
+def test_a_symmetric_product_in_strips():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(30, 500, generator=generator, dtype=torch.float64)
+    weights = torch.rand(30, 1, generator=generator, dtype=torch.float64)
+    total = torch.eye(500, dtype=torch.float64)
+    add_outer(total, rows * weights, rows, 3)
+    expected = torch.eye(500) + rows.mT @ (rows * weights) / 3
+    torch.testing.assert_close(total.triu(), expected.triu(), rtol=1e-13, atol=1e-13)
+    assert (total[192:384, :192] == 0).all()  # what is left out
 
 
 def test_a_cpu_multiplies_in_float32():
