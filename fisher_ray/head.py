@@ -203,8 +203,8 @@ class Prediction:
     def second_moment_factor(self) -> Float[Tensor, "n rank d_z"]:
         """``A`` with ``A^T A = M``: the vocabulary's weighted scores, or the Cholesky factor of M, whichever is smaller.
 
-        Costs vocab_size d_z^2 flop a position and up to as many more, as most of the lower triangle is left out; memory beyond the
-        result is one [d_z, d_z] matrix in float64.
+        Costs vocab_size d_z^2 flop a position and up to as many more, as most of the lower triangle is left out; memory beyond
+        the result is one [d_z, d_z] matrix in float64.
         """
         head, dtype = self.head, self.logits.dtype
         if head.vocab_size <= head.d_z:
