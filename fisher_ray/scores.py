@@ -399,16 +399,17 @@ class Pass:
 
         # Of every query: its streams, its cotangents, and what they are pulled back to.
         tokens, kept, gathers = self._taped(rows, positions, longest)
-        pulled = self.num_factors * (model.head.d_z + num_layers * model.d_model) * number
+        asked = self.num_factors * model.head.d_z * number
         if gathers:
-            pulled += num_layers * stream
+            asked += num_layers * stream
+        pulled = self.num_factors * num_layers * model.d_model * number
         if self.walks:
             pulled += self.num_factors * stream
         # A backward pass holds the gradients of all streams; predictions stand on the graph before it.
         held = tokens * (model.working_bytes(longest) + num_layers * stream)
         head = model.head
         predicting = number * self.estimator.held(min(queries, head.rows()), head)
-        pulling = kept + max(held, predicting) + queries * pulled
+        pulling = kept + max(held + queries * pulled, predicting) + queries * asked
 
         finished = min(draws * self.num_factors, model.d_model) if draws > 1 else self.num_factors
         scores = num_layers * (finished * number + draws * number) * model.d_model
