@@ -76,7 +76,7 @@ class Head:
             return product(z, self.weight.T)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if self.weight.is_cuda and self.weight.dtype == z.dtype:
-            return z @ self.weight.T
+            return z @ self.weight.T  # chunks are for a CPU's caches
         flat = z.reshape(-1, self.d_z)
         found = flat.new_empty(len(flat), -(-self.vocab_size // _ALIGNED) * _ALIGNED)[:, : self.vocab_size]
         for chunk, rows in self.row_chunks(z.dtype):
@@ -251,8 +251,8 @@ class Prediction:
                 moment = torch.zeros(head.d_z, head.d_z, dtype=torch.float64, device=ranked.device)
                 for some in tokens.split(_VOCAB_CHUNK, 1):
                     part = self.weighted_scores(some, here)[0]
-                    moment += part.mT @ part
-                values, vectors = symmetric_eigh(moment)
+                    add_outer(moment, part, part)
+                values, vectors = symmetric_eigh(moment.mT)
                 rows = (vectors * values.clamp_min(0).sqrt()).mT
             tail = rest[i, count] if count < head.vocab_size else rest.new_zeros(())
             left = _suffix_sums(values.clamp_min(0)) + tail

@@ -10,6 +10,8 @@ gradients but on the diagonal, which the log-sum-exp of each query's scores is e
 
 *Fused passes.* The statistics of a softmax over the vocabulary, and that diagonal, are a dozen passes over memory each, which
 on a GPU cost more than the products between them; where Triton is there, one of :mod:`fisher_ray.fused`.
+
+Symmetric products and the softmax, which CPUs too have ways of their own for, are here beside theirs.
 """
 
 from __future__ import annotations

@@ -647,8 +647,9 @@ class Pass:
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
-    """As few as have at most ``size``, all alike: a short last one would be a slow product."""
-    step = max(1, -(-n // -(-n // size))) if n else 1
+    """As few as have at most ``size``, nearly alike: a short last one would be a slow product."""
+    count = max(1, -(-n // size))
+    step = max(1, -(-n // count))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 

@@ -40,7 +40,7 @@ def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> In
 
 
 def symmetric_eigh(matrix: Float[Tensor, "*n d d"]) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d d"]]:
-    """Eigenvalues, descending, and the eigenvectors as columns, each with its largest entry positive."""
+    """Eigenvalues, descending, and the eigenvectors as columns, each with its largest entry positive; of the lower triangle."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(-1), _oriented(vectors.flip(-1))
 

@@ -135,12 +135,12 @@ class _Square:
 
     def add(self, rows: Float[Tensor, "n d"], divisor: int = 1, scale: Float[Tensor, " n"] | None = None) -> None:
         """Add the outer products of n rows, each row scaled, divided by a number."""
-        half = rows.dtype == torch.bfloat16
-        left = right = rows if scale is None or half else rows * scale[:, None]
-        if (
-            scale is not None and half
-        ):  # what is scaled is no bfloat16 number: one factor of the two, as twice as many rows
+        left = right = rows
+        if scale is not None and rows.dtype == torch.bfloat16:
+            # What is scaled is no bfloat16 number: one factor of the two, and as the sum of two, twice as many rows.
             left, right = parts(rows * scale.square()[:, None]).flatten(0, 1), rows.repeat(2, 1)
+        elif scale is not None:
+            left = right = rows * scale[:, None]
         add_outer(self._total, left, right, divisor)
 
     def finished(self) -> Triangle:

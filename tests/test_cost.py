@@ -276,10 +276,10 @@ def test_memory_is_what_a_micro_batch_allocates(
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_memory_of_more_streams(tmp_path: Path) -> None:
     """Each holds what enters it, the gradient that reaches it and its scores, little beside the graph: the difference shows."""
-    config = tf.GPT2Config(n_embd=96, n_layer=8, n_head=4, vocab_size=100)
+    config = tf.GPT2Config(n_embd=96, n_layer=8, n_head=4, vocab_size=500)
     asked = config, Sampled(1), 128, tmp_path
-    two, nine = (planned_and_allocated(asked[0], layers, *asked[1:]) for layers in ((0, 4), tuple(range(9))))
-    assert nine[0] - two[0] == pytest.approx(nine[1] - two[1], rel=0.1)
+    one, nine = (planned_and_allocated(asked[0], layers, *asked[1:]) for layers in ((0,), tuple(range(9))))
+    assert nine[0] - one[0] == pytest.approx(nine[1] - one[1], rel=0.1)
 
 
 def planned_and_allocated(

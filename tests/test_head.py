@@ -90,10 +90,17 @@ def test_prediction_equals_autograd(variant: str, vocab_size: int, d_z: int):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_second_moment_of_several_strips(variant: str):
+    """Summed over all tokens, and over those that a tolerance leaves, more than the matrix is wide."""
     head_ = head(variant, 450, 400)
     z = torch.randn(2, 400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 4
-    factor = head_.predict(z).second_moment_factor()
-    assert error(factor.mT @ factor, moments(*truth(head_, z))) < MOMENT
+    expected = moments(*truth(head_, z))
+    prediction = head_.predict(z)
+    factor = prediction.second_moment_factor()
+    assert error(factor.mT @ factor, expected) < MOMENT
+    leading, captured = prediction.leading_factor(1e-9)
+    assert error(leading.mT @ leading, expected) < 1e-8
+    left = 1 - leading.square().sum((1, 2)) / expected.diagonal(0, 1, 2).sum(1)
+    assert (left < 1e-9).all() and (captured > 1 - 1e-9).all()
 
 
 def test_a_constant_on_all_logits_changes_nothing():
