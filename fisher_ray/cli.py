@@ -610,13 +610,14 @@ def _status(given: dict[str, Any]) -> int:
     ago = "" if heard is None else f", {_clock(heard)} ago"
     console.print(f"{store.uri}: {facts['state']}{ago}", soft_wrap=True, highlight=False)
     console.print(f"tasks:  {done:,} of {run['tasks']:,} done, {len(quarantine)} quarantined", highlight=False)
+    actors = ""
     if "counts" in facts:
+        actors = f", actors {facts['actors_alive']} alive {facts['actors_pending']} pending" if holders else ""
         speed = f", {facts['tokens_per_second']:,.0f} a second" if holders else ""
         left = facts["seconds_left"]
         left = f", {_clock(left)} left" if holders and left is not None else ""
         console.print(f"tokens: {facts['counts']['tokens']:,}{speed}{left}", highlight=False)
-        actors = f", actors {facts['actors_alive']} alive {facts['actors_pending']} pending" if holders else ""
-        console.print(f"driver: {facts['driver'] or 'none'}{actors}", highlight=False)
+    console.print(f"driver: {facts['driver'] or 'none'}{actors}", highlight=False)
     for line in quarantine[:_NAMED]:
         console.print(f"given up: {line}", markup=False, highlight=False, soft_wrap=True)
     return _without(reading.damaged)

@@ -369,7 +369,10 @@ def submit(
     try:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(f"no Ray job server answers: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(
+            f"no Ray job server answers: {' '.join(str(error).split())[:200]} Give the address of a running one's "
+            "dashboard (--address http://HOST:8265, or RAY_API_SERVER_ADDRESS)."
+        ) from error
     job = _submitted(client, entrypoint, {"working_dir": working_dir, "env_vars": dict(env)})
     say(f"job {job}: {entrypoint}\n")
 

@@ -76,15 +76,27 @@ def test_status_shows_what_can_still_be_read(run: Stored, capsys: pytest.Capture
     assert f"tasks:  {tasks} of {tasks} done" in shown.out
     assert "left out:" in shown.err and "progress.json is damaged" in " ".join(shown.err.split())
     path.unlink()
-    assert "starting" in said(capsys, "status", run.folder)
+    out = said(capsys, "status", run.folder)
+    assert "starting" in out and "driver: none" in out
 
 
 def test_status_of_a_run_at_work(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
     (run.folder / "done/00000001.json").unlink()
     lease = Lease(RunStore(str(run.folder)))
     facts = json.loads(said(capsys, "status", run.folder, "--json"))
+    out = said(capsys, "status", run.folder)
+    (run.folder / "progress.json").unlink()  # as in its first seconds
+    begun = said(capsys, "status", run.folder)
     lease.release()
     assert facts["tasks_done"] == facts["tasks"] - 1 and facts["driver"].startswith("process ")
+    assert f"driver: {facts['driver']}, actors " in out
+    assert f"driver: {facts['driver']}\n" in begun
+
+
+def test_a_job_that_nobody_takes_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--address", "http://127.0.0.1:1", "--", "run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no Ray job server answers: ") and "127.0.0.1:1" in line and "--address" in line
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "clean"])

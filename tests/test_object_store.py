@@ -218,7 +218,7 @@ def test_a_run_in_this_process(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("seed", "kind"), enumerate(FORMATS))
+@pytest.mark.parametrize(("seed", "kind"), list(enumerate(FORMATS)))
 def test_a_run_through_a_network_that_stumbles(
     kind: str, seed: int, remote: str, local: dict[str, Stored], address: str, s3: Flaky, gpt2: str,  # noqa: F811
     small_tasks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
