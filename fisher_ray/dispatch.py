@@ -255,9 +255,9 @@ class _Tries:
 class Dispatch:
     """Hands calls to a pool until each has ended: with a result, or a Failure that no further attempt would change.
 
-    A call that fails is tried again after a pause, ``max_attempts`` times; one whose process died is tried again with nothing
-    else on its worker, so that it cannot take an innocent one along twice. One whose machine was lost is tried again as
-    often as that can be bad luck. When nothing waits, slow ones get a second attempt on another worker; of two the first
+    A call that fails is tried again after a pause, ``max_attempts`` times, with nothing else on its worker: it cannot take an
+    innocent one along twice, and is given up for what it did itself. One whose machine was lost is tried again as often as
+    that can be bad luck. When nothing waits, slow ones get a second attempt on another worker; of two the first
     to commit counts.
 
     Args:
@@ -396,7 +396,7 @@ class Dispatch:
             tries.lost += 1
         else:
             tries.failed += 1
-        tries.alone = tries.alone or outcome.kind in ("died", "hung")
+            tries.alone = True
         final = outcome.kind in ("input", "fatal", "damaged")
         if final or tries.failed >= self._max_attempts or tries.lost >= _MAX_LOST:
             self._forget(call)

@@ -160,6 +160,23 @@ def test_what_kills_its_worker_takes_nobody_along_twice(clock: Clock) -> None:
     assert max(count for name, count in pool.attempts.items() if name not in ("task 4", "task 5")) == 2
 
 
+def test_further_attempts_are_alone(clock: Clock) -> None:
+    """Another one that kills the worker would count against it, and it would be given up for that."""
+    beside = set()
+
+    def behave(call: Call, attempt: int) -> Any:
+        others = {pool.calls[key][0].name for keys in pool.on.values() for key in keys}
+        if call.args[0] == 0 and attempt > 1:
+            beside.update(others)
+        elif "task 0" in others and pool.attempts["task 0"] > 1:
+            beside.add(call.name)
+        return Failure("error", "always") if call.args[0] == 0 else "fine"
+
+    pool = Pool(clock, 1, behave)
+    assert outcomes(pool, 40)["task 0"] == Failure("error", "always")
+    assert pool.attempts["task 0"] == 3 and not beside
+
+
 def test_lost_machines_are_not_the_tasks_fault(clock: Clock) -> None:
     pool = Pool(clock, 2, lambda call, attempt: Failure("lost", "") if call.args[0] == 1 and attempt <= 12 else "fine")
     assert set(outcomes(pool, 6).values()) == {"fine"}
