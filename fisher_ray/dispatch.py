@@ -248,7 +248,6 @@ class _Tries:
 
     failed: int = 0
     lost: int = 0
-    alone: bool = False
     running: set[Any] = field(default_factory=set)
 
 
@@ -332,7 +331,7 @@ class Dispatch:
                 if self._next is None:
                     return
                 call = self._next
-            alone = call.name in self._tries and self._tries[call.name].alone
+            alone = call.name in self._tries and self._tries[call.name].failed > 0
             # One that has to be alone holds up the others until a worker has run empty.
             worker = self._pool.room(alone, ())
             if worker is None:
@@ -367,7 +366,14 @@ class Dispatch:
                 self._pool.kill(running.worker)
             tries = self._tries.get(call.name)
             slow = pace is not None and taken > max(_SLOW_AT_LEAST, _SLOW * pace * call.weight)
-            if may_start and slow and not waiting and tries is not None and len(tries.running) == 1 and not tries.alone:
+            if (
+                may_start
+                and slow
+                and not waiting
+                and tries is not None
+                and len(tries.running) == 1
+                and not tries.failed
+            ):
                 worker = self._pool.room(True, [running.worker])
                 if worker is not None:
                     self._submit(worker, call, alone=False)
@@ -396,7 +402,6 @@ class Dispatch:
             tries.lost += 1
         else:
             tries.failed += 1
-            tries.alone = True
         final = outcome.kind in ("input", "fatal", "damaged")
         if final or tries.failed >= self._max_attempts or tries.lost >= _MAX_LOST:
             self._forget(call)
