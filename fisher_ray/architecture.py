@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.activations import ACT2CLS, NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from fisher_ray.head import Head
+from fisher_ray.kernels import linear, onednn_is_right
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -237,6 +239,37 @@ class _WithSlope(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
         return grad * slope, None
+
+
+def fuse_products(blocks: nn.ModuleList) -> None:
+    """Have linear layers of float32 weights on a CPU multiply by :func:`fisher_ray.kernels.linear`; the functions are the same.
+
+    They stay what they were to whoever asks: their new classes are subclasses. Those whose weights are fetched for each pass
+    are left alone.
+    """
+    if not onednn_is_right():
+        return
+    for module in blocks.modules():
+        fused = _FUSED.get(type(module))
+        if fused is not None and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+            module.__class__ = fused
+
+
+class FusedLinear(nn.Linear):
+    """A linear layer of :func:`fisher_ray.kernels.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+class FusedConv1D(Conv1D):
+    """The same of GPT-2, whose weights are [in, out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.T, self.bias)
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FusedLinear, Conv1D: FusedConv1D}
 
 
 def keep_softcapping(model: nn.Module) -> None:

@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisher_ray.kernels import add_outer, on_tensor_cores, product, softmax
+from fisher_ray.kernels import add_outer, linear, on_tensor_cores, product, softmax
 from fisher_ray.spectrum import symmetric_eigh
 
 # Rows of W in one product of the exact second moment: large enough for the product to run at its peak, small enough
 # for the centred copy of the rows to stay in cache.
 _VOCAB_CHUNK = 2048
-# Rows of logits start at multiples of so many numbers: a product of 166 rows by GPT-2's vocabulary runs at 0.9 of the peak in
-# chunks and so aligned, at 0.7 in chunks alone, and at 0.55 as a whole.
+# Rows of logits start at multiples of so many numbers, which MKL's products need: one of 166 rows by GPT-2's vocabulary ran at
+# 0.9 of the peak in chunks and so aligned, at 0.7 in chunks alone, and at 0.55 as a whole.
 _ALIGNED = 16
 # Probabilities of one prediction.
 _NUMBERS, _GPU_NUMBERS = 2**24, 2**27
@@ -80,18 +80,18 @@ class Head:
         flat = z.reshape(-1, self.d_z)
         found = flat.new_empty(len(flat), -(-self.vocab_size // _ALIGNED) * _ALIGNED)[:, : self.vocab_size]
         for chunk, rows in self.row_chunks(z.dtype):
-            torch.mm(flat, rows.T, out=found[:, chunk])
+            found[:, chunk] = linear(flat, rows)
         return found.view(*z.shape[:-1], self.vocab_size)
 
     def weighted_rows(self, weights: Float[Tensor, "n vocab_size"]) -> Float[Tensor, "n d_z"]:
         """``sum_y weights_y w_y`` in the dtype of the weights."""
         if on_tensor_cores(weights, self.weight):
             return product(weights, self.weight)
-        if self.weight.dtype == weights.dtype:
+        if self.weight.is_cuda and self.weight.dtype == weights.dtype:
             return weights @ self.weight
         total = weights.new_zeros(len(weights), self.d_z)
         for chunk, rows in self.row_chunks(weights.dtype):
-            total += weights[:, chunk] @ rows
+            total += linear(weights[:, chunk], rows.T)
         return total
 
     @cached_property

@@ -30,6 +30,7 @@ from fisher_ray.architecture import (
     find_blocks,
     find_head,
     fuse_activations,
+    fuse_products,
     keep_softcapping,
     load_pretrained,
     offloaded_blocks,
@@ -135,6 +136,7 @@ class SplitModel:
         self.streamed = not self.head.weight.is_meta and any(p.is_meta for p in self.blocks.parameters())
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         fuse_activations(model)
+        fuse_products(self.blocks)
         keep_softcapping(model)
         if compile:
             self._compile()

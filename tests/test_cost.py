@@ -112,6 +112,8 @@ class Products(TorchDispatchMode):
         left = self.LEFT.get(func.overloadpacket)
         if left is not None:
             self.flop += 2 * args[left].numel() * args[left + 1].shape[-1]
+        elif func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            self.flop += 2 * args[0].numel() * args[1].shape[0]
         return func(*args, **(kwargs or {}))
 
 
