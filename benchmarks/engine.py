@@ -8,7 +8,9 @@ sequence; a plain forward pass of the same tokens with all logits; and a matrix 
 rounds; what takes longer than 100 s runs once. The exact estimator runs on one sequence, at the first length alone.
 
 Flop are those of matrix products, counted as they run, attention over all keys. Beside each ratio of times is the ratio of
-flop: what lies between the two is how well the products run. Shares are of the peak measured in the run.
+flop: what lies between the two is how well the products run. Shares are of the peak measured in the run: that of torch.mm,
+and on a CPU also that of oneDNN, which the engine multiplies by, and so do the peers and the forward pass, as they run on the
+same modules.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peers import Problem, Taken, cached, gpt2, hardware, interleaved, recomputed, reference, sweep
@@ -24,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 
 from fisher_ray import Exact, Sampled, SplitModel
+from fisher_ray.kernels import linear
 
 # (what, the alternative, its runs, ours)
 _RATIOS = (
@@ -53,16 +57,21 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """What cases took a position, and flop/s of a large matrix product beside them."""
+    """What cases took a position, and beside them flop/s of a large matrix product: torch.mm's, and the engine's own."""
 
     batch: int
     seq_len: int
     peak: float
+    own_peak: float
     cases: dict[str, Taken]
 
     def share(self, name: str) -> float:
-        """Of the peak."""
-        return self.cases[name].flop / self.cases[name].seconds / self.peak
+        """Of torch.mm's peak."""
+        return self.cases[name].rate / self.peak
+
+    def own_share(self, name: str) -> float:
+        """Of the peak of the engine's own product."""
+        return self.cases[name].rate / self.own_peak
 
     def ratios(self) -> Iterator[tuple[str, float, float]]:
         """(ours and the alternative, how many times ours that takes, how many times the flop)."""
@@ -89,7 +98,8 @@ def measure(model: PreTrainedModel, batch: int, seq_len: int, repeats: int, exac
         return torch.enable_grad()(lambda: run(problem, positions))
 
     cases: dict[str, tuple[Callable[[], object], int]] = {  # what runs, and how many positions it covers
-        "matrix product": (product(device, model.dtype), 1),
+        "torch.mm": (product(device, model.dtype), 1),
+        "linear": (product(device, model.dtype, linear), 1),
         "forward": (lambda: model(input_ids=ids, use_cache=False), ids.numel()),
         "one layer, S=8": (lambda: sweep(split, ids, [middle], Sampled(8)), ids.numel()),
         "all layers, S=8": (lambda: sweep(split, ids, everything, Sampled(8)), ids.numel()),
@@ -108,28 +118,45 @@ def measure(model: PreTrainedModel, batch: int, seq_len: int, repeats: int, exac
         }
     taken = interleaved({name: case for name, (case, _) in cases.items()}, repeats, device)
     each = {name: taken[name] * (1 / count) for name, (_, count) in cases.items()}
-    multiplied = each.pop("matrix product")
+    peaks = [each.pop(name).rate for name in ("torch.mm", "linear")]
     # Linear in the number of blocks above the layer: the mean of the first and the last is that of all.
     ends = each.pop("recomputed, first block") + each.pop("recomputed, last block")
     each["recomputed, every block"] = ends * (split.num_layers / 2)
     if exact:
         each["reference, every block"] = each["reference"] * split.num_layers
-    return Measured(batch, seq_len, multiplied.flop / multiplied.seconds, each)
+    return Measured(batch, seq_len, *peaks, each)
 
 
-def product(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """Matrix products as large as those of GPT-2's widest layer; on a GPU larger, which alone reach its peak."""
-    rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (16384, 768, 3072)
+def product(
+    device: torch.device, dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], object] | None = None
+) -> Callable[[], object]:
+    """Eight matrix products ``x W^T`` of GPT-2's widest layer; on a GPU larger ones, which alone reach its peak.
+
+    By torch.mm, the result in a place of its own, unless told otherwise.
+    """
+    rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (2048, 768, 3072)
     left = torch.randn(rows, inner, device=device, dtype=dtype)
     right = torch.randn(inner, columns, device=device, dtype=dtype)
     out = torch.empty(rows, columns, device=device, dtype=dtype)
-    return lambda: torch.mm(left, right, out=out)
+    once = partial(multiply, left, right.T) if multiply else partial(torch.mm, left, right, out=out)
+
+    def eight() -> None:
+        for _ in range(8):
+            once()
+
+    return eight
 
 
 def report(measured: Measured) -> None:
-    print(f"\n{measured.batch} x {measured.seq_len} tokens; matrix-multiply peak {measured.peak / 1e9:.0f} GFLOP/s")
+    print(
+        f"\n{measured.batch} x {measured.seq_len} tokens; matrix-multiply peak {measured.peak / 1e9:.0f} GFLOP/s, the engine's "
+        f"own product {measured.own_peak / 1e9:.0f}"
+    )
     for name, taken in measured.cases.items():
-        print(f"{name:26s} {1 / taken.seconds:9.2f} positions/s  {measured.share(name):5.0%} of the peak")
+        print(
+            f"{name:26s} {1 / taken.seconds:9.2f} positions/s  {measured.share(name):5.0%} of the peak  "
+            f"{measured.own_share(name):5.0%} of its own"
+        )
     print(f"\n{'':56s} {'time':>7s} {'flop':>7s}")
     for what, times, flop in measured.ratios():
         print(f"{what:56s} {times:7.2f} {flop:7.2f}", flush=True)

@@ -40,7 +40,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers import logging as transformers_logging
 
-from fisher_ray import Exact, Sampled, Scores, SplitModel, score_factors
+from fisher_ray import Exact, Sampled, Scores, SplitModel, iter_scores, score_factors
 from fisher_ray.architecture import on_stream
 from fisher_ray.estimators import Estimator
 from fisher_ray.sums import Sums
@@ -127,13 +127,16 @@ class Problem:
 # ---- ours ----------------------------------------------------------------------------------------------------------------
 
 
-def sweep(split: SplitModel, ids: Tensor, layers: Sequence[int], estimator: Estimator) -> Scores:
-    """Score factors of all positions, added up as a worker adds them."""
-    scores = score_factors(split, ids, layers=layers, estimator=estimator)
+def sweep(split: SplitModel, ids: Tensor, layers: Sequence[int], estimator: Estimator) -> None:
+    """Score all positions and add them up, as a worker does it: a micro-batch after the other, of which nothing is kept."""
     sums = Sums(layers, split.d_model, device=split.device)
-    for layer in layers:
-        sums.add(layer, scores.factors[layer], scores.activations[layer])
-    return scores
+    for scores in iter_scores(split, ids, layers=layers, estimator=estimator):
+        _add(sums, scores)
+
+
+def _add(sums: Sums, scores: Scores) -> None:
+    for layer, factors in scores.factors.items():
+        sums.add(layer, factors, scores.activations[layer])
 
 
 def ours_sampled(problem: Problem, positions: Sequence[int]) -> Tensor:
@@ -147,7 +150,9 @@ def ours_exact(problem: Problem, positions: Sequence[int]) -> Tensor:
 
 
 def _ours(problem: Problem, positions: Sequence[int], ids: Tensor, estimator: Estimator) -> Tensor:
-    factors = sweep(problem.split, ids, [problem.layer], estimator).factors[problem.layer]
+    scores = score_factors(problem.split, ids, layers=[problem.layer], estimator=estimator)
+    _add(Sums([problem.layer], problem.split.d_model, device=ids.device), scores)
+    factors = scores.factors[problem.layer]
     return _square(factors[torch.tensor(positions, device=factors.device)])
 
 
@@ -463,6 +468,11 @@ class Taken:
 
     seconds: float
     flop: float
+
+    @property
+    def rate(self) -> float:
+        """flop/s."""
+        return self.flop / self.seconds
 
     def __mul__(self, times: float) -> Taken:
         return Taken(self.seconds * times, self.flop * times)

@@ -163,6 +163,9 @@ def score_factors(
 
 
 def _joined(chunks: list[Scores]) -> Scores:
+    if len(chunks) == 1:
+        return chunks[0]
+
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(chunk, name) for chunk in chunks])
 
