@@ -120,8 +120,8 @@ def _add_in_float32(device: torch.device) -> bool:
 def linear(
     x: Float[Tensor, "*n k"], weight: Float[Tensor, "m k"], bias: Float[Tensor, " m"] | None = None
 ) -> Float[Tensor, "*n m"]:
-    """``x W^T + b``."""
-    if not _onednn_multiplies(x, weight):
+    """``x W^T + b``: by oneDNN for float32 numbers on a CPU, where weights and bias are constants."""
+    if not _onednn_multiplies(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
     found: Tensor = _Linear.apply(x, weight, bias)
     return found
@@ -152,12 +152,12 @@ class _Linear(torch.autograd.Function):
         return torch.vmap(torch.nn.functional.linear, in_dims)(x, weight, bias), 0
 
 
-def _onednn_multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are float32 on a CPU whose oneDNN was seen to be right, and the weights constant."""
+def _onednn_multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not weight.requires_grad
+        and not (bias is not None and bias.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and onednn_is_right()
     )
@@ -180,7 +180,7 @@ if torch.backends.mkldnn.is_available():
 def onednn_is_right() -> bool:
     """Whether this build has it, and it multiplies float32 numbers as such: tried once, and not assumed."""
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((64, 96), (80, 96), (80,)))
+    x, weight, bias = (torch.randn(s, generator=generator, device="cpu") for s in ((64, 96), (80, 96), (80,)))
     found = _tried(lambda: (_onednn(x, weight, bias), _onednn(x, weight.T.contiguous().T)))
     expected = x.double() @ weight.double().T
     return found is not None and _agree(found, (expected + bias, expected), 1e-6)
