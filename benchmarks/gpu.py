@@ -51,7 +51,7 @@ from precision import errors, read_sequences, scored
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from fisher_ray import Exact, ModelError, Sampled, SplitModel, attention, iter_scores, open_run, score_factors
+from fisher_ray import Deflated, Exact, ModelError, Sampled, SplitModel, attention, iter_scores, open_run, score_factors
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.driver import run
 from fisher_ray.kernels import flash_attends, on_tensor_cores
@@ -125,7 +125,7 @@ FULL = Scale(
     ),
     documents=8,
     max_docs=30,
-    tests=("tests/test_scores.py", "tests/test_devices.py", "tests/test_kernels.py"),
+    tests=("tests/test_scores.py", "tests/test_devices.py", "tests/test_kernels.py", "tests/test_fused.py"),
     repeats=3,
 )
 QUICK = Scale(
@@ -308,6 +308,17 @@ def llama(device: torch.device, scale: Scale) -> Iterator[Row]:
             }  # fmt: skip
 
 
+def estimators(device: torch.device, scale: Scale) -> Iterator[Row]:
+    """bfloat16 weights, the middle layer, eight backward passes by different estimators, and the leading part alone."""
+    batch, seq_len = max(1, scale.llama_tokens[0] // 4), scale.llama_tokens[1]
+    split = SplitModel(_llama(scale.llama, device, torch.bfloat16), check=False)
+    ids = torch.randint(split.head.vocab_size, (batch, seq_len), device=device)
+    asked = (Sampled(8), Deflated(4, 4), Deflated(4, 0))
+    cases = {repr(each): lambda each=each: sweep(split, ids, [split.num_layers // 2], each) for each in asked}
+    for name, taken in interleaved(cases, scale.repeats, device).items():
+        yield {"estimator": name, "tokens/s": round(ids.numel() / taken.seconds), "s": taken.seconds}
+
+
 def precision(device: torch.device, scale: Scale) -> Iterator[Row]:
     """Relative Frobenius errors of each position's F, exact estimator, demo model, against float64 on the same device."""
     load = {"device": device}
@@ -361,6 +372,8 @@ def tests(device: torch.device, scale: Scale) -> Iterator[Row]:
         yield {"tests": " ".join(scale.tests), "result": f"not run: {missing[0]} is not installed"}
         return
     argv = [sys.executable, "-m", "pytest", "-x", *scale.tests]
+    if importlib.util.find_spec("xdist") is not None:
+        argv += ["-n", str(max(1, (os.cpu_count() or 1) // 2))]
     found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     ended = subprocess.run(argv, cwd=ROOT, env={**os.environ, "PYTHONPATH": found}, capture_output=True, text=True)
     yield {"tests": " ".join(scale.tests), "result": (ended.stdout.strip().splitlines() or [""])[-1]}
@@ -431,7 +444,7 @@ def _two_actors(config: RunConfig, device: torch.device, truth: dict[str, str]) 
 Section = Callable[[torch.device, Scale], Iterator[Row]]
 SECTIONS: dict[str, Section] = {
     section.__name__: section
-    for section in (peaks, kernels, llama, memory, bits, engine, correctness, precision, tests, peers)
+    for section in (peaks, kernels, llama, estimators, memory, bits, engine, correctness, precision, tests, peers)
 }
 
 

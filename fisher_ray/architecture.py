@@ -217,6 +217,8 @@ class Pointwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
+            if torch.compiler.is_compiling():
+                x = x.contiguous()  # half of a gate's product has no tangent of its strides there
             return _WithSlope.apply(x, self.activation)[0]
         return self.activation(x)
 

@@ -371,10 +371,11 @@ class _OwnPosition(torch.autograd.Function):
         replayed = seen.where is not None
         own_score = _dots(scaled, own_key) if replayed else None
         block = _Scores(seen, own_score, bias, softcap)
-        ctx.block, ctx.scale, ctx.num_kept, ctx.flash = block, scale, 0, None
+        ctx.block, ctx.scale, ctx.num_kept, ctx.flash = block, scale, 0, False
         plain = not replayed and seen.mask is None and bias is None and sinks is None and softcap is None
         if plain and flash_attends(query, value):
-            out, log_total, ctx.flash = flash_attention(scaled, key, value)
+            out, log_total = flash_attention(scaled, key, value)
+            ctx.flash = True
             ctx.save_for_backward(scaled, own_key, own_value, key, value, out, log_total[..., None])
             return out
         key, value = key.contiguous(), value.contiguous()
@@ -411,11 +412,11 @@ class _OwnPosition(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled, own_key, own_value, key, value, out, log_total, *kept = (x.detach() for x in ctx.saved_tensors)
         block, group = ctx.block, scaled.shape[1] // key.shape[1]
-        if ctx.flash is not None and not torch.is_grad_enabled():  # its backward pass has no backward pass
+        if ctx.flash and not torch.is_grad_enabled():  # its backward pass has no backward pass
             log_total = log_total.squeeze(-1)
-            dquery = flash_query_gradient(grad, scaled, key, value, out, log_total, ctx.flash)
+            dquery = flash_query_gradient(grad, scaled, key, value, out, log_total, ctx.scale)
             dkey, dvalue = diagonal(scaled, key, value, grad, out, log_total)
-            return dquery.mul_(ctx.scale), dkey, dvalue, *(None,) * 7
+            return dquery, dkey, dvalue, *(None,) * 7
         mean_rise = (grad * out).sum(-1, keepdim=True)
         own_rise = _dots(grad, own_value) if block.own is not None else None
         dquery = torch.empty_like(scaled)

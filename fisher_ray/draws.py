@@ -17,21 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fisher_ray.kernels import philox
+
 _STREAMS = {"score": 0, "token": 1}
-_MASK = 0xFFFFFFFF
-
-
-def philox(counter: tuple[Int[Tensor, "*#n"], ...], key: tuple[Int[Tensor, "*#n"], ...]) -> Int[Tensor, "*n 4"]:
-    """Philox4x32-10: four 32-bit words of a 128-bit counter under a 64-bit key, each word held in an int64."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = key
-    for _ in range(10):
-        # An int64 product keeps the low 64 bits of the unsigned one, and the mask undoes the arithmetic shift.
-        left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((right >> 32) & _MASK) ^ c1 ^ k0, right & _MASK
-        c2, c3 = ((left >> 32) & _MASK) ^ c3 ^ k1, left & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.stack([c0, c1, c2, c3], -1)
 
 
 def sequence_key(seed: int, name: str | int | bytes) -> tuple[int, int]:

@@ -11,8 +11,9 @@ what that leaves out is 2^-18, where the other factor was rounded to 2^-9.
 *Flash attention.* Own-position attention under the plain causal mask is ordinary attention whose keys and values have no
 gradients but on the diagonal, which the log-sum-exp of each query's scores is enough for.
 
-*Fused passes.* The statistics of a softmax over the vocabulary, and that diagonal, are a dozen passes over memory each, which
-on a GPU cost more than the products between them; where Triton is there, one of :mod:`fisher_ray.fused`.
+*Fused passes.* The statistics of a softmax over the vocabulary, that diagonal, random words, and what float32 numbers are in
+bfloat16, are a dozen passes over memory each, or hundreds of launches, which on a GPU cost more than the products between
+them; where Triton is there, one of :mod:`fisher_ray.fused`.
 
 Symmetric products and the softmax, which CPUs too have ways of their own for, are here beside theirs.
 """
@@ -20,8 +21,8 @@ Symmetric products and the softmax, which CPUs too have ways of their own for, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from torch.utils.flop_counter import register_flop_formula
 SOFTMAX_BLOCK = 2**21
 # On a CPU, neither is faster: measured for attention, and of its bfloat16 products torch gives no float32 sums.
 _DEVICES = ("cuda",)
+_WORD = 0xFFFFFFFF
 
 
 # ---- products on tensor cores --------------------------------------------------------------------------------------------
@@ -55,23 +57,66 @@ def product(a: Float[Tensor, "*n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, 
     return found.view(*a.shape[:-1], b.shape[-1])
 
 
-def parts(x: Float[Tensor, "*n"]) -> Tensor:
-    """[2, *n], bfloat16: two that add up to a float32 one, but for 2^-18 of each number."""
+def parts(x: Float[Tensor, "n k"], scale: Float[Tensor, " n"] | None = None) -> Float[Tensor, "2 n k"]:
+    """Two in bfloat16 that add up to rows in float32, each scaled, but for 2^-18 of each number."""
+    if x.device.type in _DEVICES and _parts_are_right(x.device):
+        return _fused().parts(x, scale)
+    return _parts(x, scale)
+
+
+def _parts(x: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        x = x * scale[:, None]
     found = torch.empty(2, *x.shape, dtype=torch.bfloat16, device=x.device)
     found[0] = x
     torch.sub(x, found[0], out=found[1])
     return found
 
 
-def as_bfloat16(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+@lru_cache
+def _parts_are_right(device: torch.device) -> bool:
+    """Whether the fused pass gives two that add up to as much as those of the plain one."""
+    generator = torch.Generator().manual_seed(0)
+    x, scale = (torch.randn(size, generator=generator).to(device) for size in ((50, 301), (50,)))
+    found = _tried(
+        "the fused split of float32 numbers", lambda: (_fused().parts(x, None), _fused().parts(x.bfloat16(), scale))
+    )
+    expected = x.double(), x.bfloat16().double() * scale.double()[:, None]
+    return (
+        found is not None
+        and all(each.dtype == torch.bfloat16 for each in found)
+        and _agree([each.double().sum(0) for each in found], expected, 2**-17)
+    )
+
+
+def as_bfloat16(x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """A float32 tensor in bfloat16, where :func:`product` multiplies it and no digit is lost: a bfloat16 model's gradients.
 
     Anything else as it is.
     """
     if x.dtype != torch.float32 or not _have_cores(x.device):
         return x
+    half, exact = (_fused().rounded if _rounded_is_right(x.device) else _rounded)(x)
+    return half if bool(exact) else x
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """In bfloat16, and whether nothing was lost."""
     half = x.to(torch.bfloat16)
-    return half if bool((half == x).all()) else x
+    return half, (half == x).all()
+
+
+@lru_cache
+def _rounded_is_right(device: torch.device) -> bool:
+    """Whether the fused pass gives what the plain one gives."""
+    off = torch.randn(50, 301, generator=torch.Generator().manual_seed(0)).to(device)
+    whole = off.bfloat16().float()
+    nan = whole.masked_fill(whole == whole[-1, -1], torch.nan)
+    found = _tried(
+        "fused rounding", lambda: (*_fused().rounded(off), *_fused().rounded(whole), _fused().rounded(nan)[1])
+    )
+    expected = *_rounded(off), *_rounded(whole), _rounded(nan)[1]
+    return found is not None and all(map(torch.equal, found, expected))
 
 
 def add_outer(
@@ -110,7 +155,7 @@ def _add_in_float32(device: torch.device) -> bool:
     """Whether this device's products of bfloat16 numbers have float32's digits: tried once, and not assumed."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator).to(device, torch.bfloat16) for _ in range(2))
-    found = _tried(lambda: (_multiplied(a, b),))
+    found = _tried("products on tensor cores", lambda: (_multiplied(a, b),))
     return found is not None and _agree(found, (a.double() @ b.double(),), 1e-5)
 
 
@@ -181,7 +226,7 @@ def onednn_is_right() -> bool:
     """Whether this build has it, and it multiplies float32 numbers as such: tried once, and not assumed."""
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=generator, device="cpu") for s in ((64, 96), (80, 96), (80,)))
-    found = _tried(lambda: (_onednn(x, weight, bias), _onednn(x, weight.T.contiguous().T)))
+    found = _tried("oneDNN", lambda: (_onednn(x, weight, bias), _onednn(x, weight.T.contiguous().T)))
     expected = x.double() @ weight.double().T
     return found is not None and _agree(found, (expected + bias, expected), 1e-6)
 
@@ -201,43 +246,28 @@ def flash_attention(
     query: Float[Tensor, "batch heads seq dim"],
     key: Float[Tensor, "batch kv_heads seq dim"],
     value: Float[Tensor, "batch kv_heads seq dim"],
-) -> tuple[Float[Tensor, "batch heads seq dim"], Float[Tensor, "batch heads seq"], tuple[Any, ...]]:
-    """Causal attention of scaled queries: o, the log-sum-exp of each query's scores, and what else its gradient asks for."""
-    out, log_total, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(
+) -> tuple[Float[Tensor, "batch heads seq dim"], Float[Tensor, "batch heads seq"]]:
+    """Causal attention of scaled queries: o, and the log-sum-exp of each query's scores."""
+    out, log_total, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, is_causal=True, scale=1.0
     )
-    return out, log_total, tuple(rest)
+    return out, log_total
 
 
 def flash_query_gradient(
     grad: Float[Tensor, "batch heads seq dim"],
-    query: Float[Tensor, "batch heads seq dim"],
+    scaled: Float[Tensor, "batch heads seq dim"],
     key: Float[Tensor, "batch kv_heads seq dim"],
     value: Float[Tensor, "batch kv_heads seq dim"],
     out: Float[Tensor, "batch heads seq dim"],
     log_total: Float[Tensor, "batch heads seq"],
-    rest: tuple[Any, ...],
+    scale: float,
 ) -> Float[Tensor, "batch heads seq dim"]:
-    """``sum_i ds_ti k_i`` for a cotangent at o. The kernel computes keys' and values' gradients too, asked or not."""
-    *sizes, seed, offset = rest
-    with _in_order():
-        dquery: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, out, log_total, *sizes, 0.0, True, seed, offset, scale=1.0
-        )[0]
+    """``dq = scale sum_i ds_ti k_i`` for a cotangent at o, by three products; torch's kernel has those of keys and values
+    too, by five, and no order of its sums unless told to.
+    """
+    dquery: Tensor = _fused().query_gradient(grad, scaled, key, value, out, log_total, scale)
     return dquery
-
-
-@contextmanager
-def _in_order() -> Iterator[None]:
-    """Where the same bits are asked for, the kernel adds in a fixed order only if it may raise; told to warn, it warns."""
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def diagonal(
@@ -274,27 +304,26 @@ def _diagonal_is_right(device: torch.device, dtype: torch.dtype, width: int) -> 
     scaled, key, value, grad, out = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     scaled /= width**0.5
     log_total = torch.rand(2, 4, 200, generator=generator).to(device) + 5
-    found = _tried(lambda: _fused().diagonal(scaled, key, value, grad, out, log_total))
+    found = _tried(
+        "the fused diagonal of attention", lambda: _fused().diagonal(scaled, key, value, grad, out, log_total)
+    )
     expected = _diagonal(scaled, key, value, grad, out, log_total)
     return found is not None and _agree(found, expected, 2 * torch.finfo(dtype).eps)
 
 
 @lru_cache
 def _flash_is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether flash attention gives this device's o, log-sum-exp and dq to rounding: tried once a width, and not assumed.
-
-    Some GPUs have its forward pass for wide heads and not its backward pass.
-    """
+    """Whether flash attention gives this device's o, log-sum-exp and dq to rounding: tried once a width, and not assumed."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, heads, 200, width) for heads in (4, 2, 2, 4))
     query, key, value, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     query /= width**0.5
 
     def attend() -> tuple[Tensor, ...]:
-        out, log_total, rest = flash_attention(query, key, value)
-        return out, log_total, flash_query_gradient(grad, query, key, value, out, log_total, rest)
+        out, log_total = flash_attention(query, key, value)
+        return out, log_total, flash_query_gradient(grad, query, key, value, out, log_total, 0.5)
 
-    found = _tried(attend)
+    found = _tried("flash attention", attend)
     if found is None:
         return False
     key, value = (x.repeat_interleave(2, 1) for x in (key, value))
@@ -303,7 +332,7 @@ def _flash_is_right(device: torch.device, dtype: torch.dtype, width: int) -> boo
     scores = (query @ key.mT).masked_fill(later, -torch.inf)
     probs = scores.softmax(-1)
     out = probs @ value
-    dquery = (probs * (grad @ value.mT - (grad * out).sum(-1, keepdim=True))) @ key
+    dquery = 0.5 * (probs * (grad @ value.mT - (grad * out).sum(-1, keepdim=True))) @ key
     expected = out, scores.logsumexp(-1), dquery
     return _agree(found, expected, 2 * torch.finfo(dtype).eps)
 
@@ -366,8 +395,43 @@ def _softmax_is_right(device: torch.device) -> bool:
     logits = 10 * torch.randn(50, 9001, generator=torch.Generator().manual_seed(0))
     logits[3, 40:] = -torch.inf
     logits = logits.to(device)
-    found = _tried(lambda: _fused().softmax(logits))
+    found = _tried("the fused softmax", lambda: _fused().softmax(logits))
     return found is not None and _agree(found, _softmax(logits.double()), 5e-6)
+
+
+# ---- random words --------------------------------------------------------------------------------------------------------
+
+
+def philox(counter: tuple[Int[Tensor, "*#n"], ...], key: tuple[Int[Tensor, "*#n"], ...]) -> Int[Tensor, "*n 4"]:
+    """Philox4x32-10: four 32-bit words of a 128-bit counter under a 64-bit key, each word held in an int64."""
+    device = counter[0].device
+    if device.type in _DEVICES and _philox_is_right(device):
+        found: Tensor = _fused().philox(counter, key)
+        return found
+    return _philox(counter, key)
+
+
+def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        # An int64 product keeps the low 64 bits of the unsigned one, and the mask undoes the arithmetic shift.
+        left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((right >> 32) & _WORD) ^ c1 ^ k0, right & _WORD
+        c2, c3 = ((left >> 32) & _WORD) ^ c3 ^ k1, left & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+@lru_cache
+def _philox_is_right(device: torch.device) -> bool:
+    """Whether the fused pass gives the same words: which tokens are drawn depends on no device."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5,), (3, 2, 1), (3, 1, 1), (), (3, 1, 1), (3, 1, 1))
+    words = [torch.randint(1 << 32, shape, generator=generator).to(device) for shape in shapes]
+    counter, key = tuple(words[:4]), tuple(words[4:])
+    found = _tried("fused random words", lambda: (_fused().philox(counter, key),))
+    return found is not None and torch.equal(found[0], _philox(counter, key))
 
 
 # ---- trials --------------------------------------------------------------------------------------------------------------
@@ -379,13 +443,15 @@ def _fused() -> Any:
     return fused
 
 
-def _tried(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None:
-    """What a kernel gives, or None where this torch or this device has none."""
+def _tried(what: str, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None:
+    """What a kernel gives; a warning and None where this torch or this device has none, or no compiler to make it."""
     try:
         return run()
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # of a compiler as well
+    except Exception as error:  # of a compiler as well
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        warnings.warn(f"{what} cannot run here, and what takes its place is slower: {reason}", stacklevel=2)
         return None
 
 

@@ -624,8 +624,10 @@ class Pass:
     def _pulled(self, tape: Tape, cotangents: Float[Tensor, "n R d_z"], copies: int) -> dict[int, Tensor]:
         """Score factors [n, R, d_model] a layer: one backward pass for every ``copies`` cotangents that are not all zero."""
         n, num_factors, d_z = cotangents.shape
-        factors = {layer: cotangents.new_zeros(n, num_factors, self.model.d_model) for layer in self.layers}
         together = [some for some in _slices(num_factors, copies) if cotangents[:, some].any()]
+        complete = sum(some.stop - some.start for some in together) == num_factors
+        new = cotangents.new_empty if complete else cotangents.new_zeros
+        factors = {layer: new(n, num_factors, self.model.d_model) for layer in self.layers}
 
         def group(some: slice) -> Float[Tensor, "m d_z"]:
             missing = copies - (some.stop - some.start)

@@ -138,7 +138,7 @@ class _Square:
         left = right = rows
         if scale is not None and rows.dtype == torch.bfloat16:
             # What is scaled is no bfloat16 number: one factor of the two, and as the sum of two, twice as many rows.
-            left, right = parts(rows * scale.square()[:, None]).flatten(0, 1), rows.repeat(2, 1)
+            left, right = parts(rows, scale.square()).flatten(0, 1), rows.repeat(2, 1)
         elif scale is not None:
             left = right = rows * scale[:, None]
         add_outer(self._total, left, right, divisor)

@@ -35,7 +35,7 @@ def scores(split: SplitModel, batch: int, seq_len: int, **more: Any) -> dict[int
     return score_factors(split, ids, layers=[0, 1, 3], estimator=Sampled(2), **more, **encoder).factors
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi3", "mixtral", "t5"])
 def test_the_same_scores_from_graphs_made_at_the_start(name: str):
     plain, compiled = SplitModel(build(FAMILIES[name])), SplitModel(build(FAMILIES[name]), compile=True)
     made = graphs()

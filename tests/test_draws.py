@@ -8,26 +8,27 @@ from conftest import Models
 from oracles import inputs
 
 from fisher_ray import Sampled, score_factors
-from fisher_ray.draws import Draws, philox, sequence_key
+from fisher_ray.draws import Draws, sequence_key
+from fisher_ray.kernels import philox
 
 # Standard errors. Under the null a |z| this large comes once in 1.6 million; the tests are fixed by their seeds anyway.
 Z = 5.0
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "answer"),
-    [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-)
+# Philox4x32-10 of the Random123 distribution's kat_vectors: counter, key, answer.
+PUBLISHED = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def words(text: str) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(int(word, 16)) for word in text.split())
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), PUBLISHED)
 def test_philox_gives_the_published_answers(counter: str, key: str, answer: str):
-    """Philox4x32-10 of the Random123 distribution's kat_vectors."""
-
-    def words(text: str) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.tensor(int(word, 16)) for word in text.split())
-
     assert [f"{int(word):08x}" for word in philox(words(counter), words(key))] == answer.split()
 
 
