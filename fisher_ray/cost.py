@@ -97,11 +97,11 @@ def _gpu(name: str, gib: int, float32: float, bfloat16: float) -> Hardware:
 
 # Dense peaks and memory from NVIDIA's data sheets (L4; A10G as in AWS's G5; A100 80 GB SXM; H100 SXM; H200 SXM), memory less
 # what the driver keeps. The shares are those of an H200 (benchmarks/README.md: GPT-2 in float32 0.47 to 0.49, a 1B shape in
-# bfloat16 0.33, with --compile 0.37); that others reach as much is an ASSUMPTION. The CPU is one core of a Zen 4 server, its
+# bfloat16 0.36, with --compile 0.43); that others reach as much is an ASSUMPTION. The CPU is one core of a Zen 4 server, its
 # peak and share measured by benchmarks/engine.py, with half precision taken to be no faster.
-_GPU_SHARE = {"float32": 0.48, "bfloat16": 0.33}
+_GPU_SHARE = {"float32": 0.48, "bfloat16": 0.36}
 HARDWARE: dict[str, Hardware] = {
-    "cpu": Hardware("cpu", 4 << 30, *(dict.fromkeys(("float32", "bfloat16"), x) for x in (82e9, 0.83))),
+    "cpu": Hardware("cpu", 4 << 30, *(dict.fromkeys(("float32", "bfloat16"), x) for x in (82e9, 0.98))),
     "l4": _gpu("l4", 22, 30.3, 121),
     "a10g": _gpu("a10g", 22, 35, 70),
     "a100": _gpu("a100", 79, 19.5, 312),

@@ -1,4 +1,4 @@
-"""Triton kernels: what otherwise passes over memory many times, in one pass. Only GPUs with Triton import this module.
+"""Triton kernels: what otherwise passes over memory many times, or is many launches, in one. Only GPUs with Triton import this.
 
 Sums inside them are taken in a fixed order, so that the same numbers give the same bits.
 """
