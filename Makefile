@@ -18,7 +18,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-faults: .venv/ready
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m faults -n 2
 
 # Needs Debian's chromium.
 test-browser: .venv/ready
