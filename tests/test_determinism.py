@@ -13,7 +13,6 @@ from families import FAMILIES, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisher_ray import Exact, Sampled, SplitModel, score_factors
-from fisher_ray.kernels import flash_query_gradient
 from fisher_ray.spectrum import factor_eigenvalues, symmetric_eigh, trace_rank, whitened_eigenvalues
 from fisher_ray.split import deterministic_kernels
 
@@ -76,26 +75,6 @@ def test_a_gpu_has_no_flash_attention_that_may_warn(as_it_was: None, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     deterministic_kernels()
     assert not torch.backends.cuda.flash_sdp_enabled()
-
-
-@pytest.mark.parametrize(("asked", "warn"), [(False, False), (True, True), (True, False)])
-def test_flash_attention_goes_back_in_order(asked: bool, warn: bool, as_it_was: None, monkeypatch: pytest.MonkeyPatch):
-    """torch's kernel does so where deterministic algorithms are asked for and it may raise."""
-    seen = []
-
-    def kernel(grad: torch.Tensor, *rest: Any, **more: Any) -> tuple[torch.Tensor]:
-        seen.append(state())
-        return (grad,)
-
-    def state() -> tuple[bool, bool]:
-        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", kernel)
-    torch.use_deterministic_algorithms(asked, warn_only=warn)
-    before = state()
-    x = torch.ones(1, 1, 2, 8)
-    flash_query_gradient(x, x, x, x, x, x[..., 0], (None, None, 2, 2, None, None))
-    assert seen == [(asked, False)] and state() == before
 
 
 def test_memory_is_not_filled_before_use(as_it_was: None):
