@@ -124,19 +124,12 @@ def _diagonal(  # type: ignore[no-untyped-def]
     tl.store(dvalue + row * dv0 + kv_head * dv1 + at * dv2 + column, dv.to(dvalue.dtype.element_ty), mask=there)
 
 
+# An operator of torch, so that its counters see what is multiplied.
+@torch.library.custom_op("fisher_ray::query_gradient", mutates_args=())
 def query_gradient(
     grad: Tensor, scaled: Tensor, key: Tensor, value: Tensor, out: Tensor, log_total: Tensor, scale: float
 ) -> Tensor:
     """See :func:`fisher_ray.kernels.flash_query_gradient`."""
-    found: Tensor = torch.ops.fisher_ray.query_gradient(grad, scaled, key, value, out, log_total, scale)
-    return found
-
-
-# An operator of torch, so that its counters see what is multiplied.
-@torch.library.custom_op("fisher_ray::query_gradient", mutates_args=())
-def _query_gradient_op(
-    grad: Tensor, scaled: Tensor, key: Tensor, value: Tensor, out: Tensor, log_total: Tensor, scale: float
-) -> Tensor:
     batch, heads, seq_len, width = scaled.shape
     grad, scaled, key, value, out = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (grad, scaled, key, value, out)
