@@ -196,7 +196,7 @@ _POINTWISE = {nn.GELU} | {entry[0] if isinstance(entry, tuple) else entry for en
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Have activations keep their slopes, and exchange transformers' tanh GELU for PyTorch's; the functions are the same."""
+    """Have activations keep their slopes where asked, and exchange transformers' tanh GELU for PyTorch's, the same function."""
     for module in list(model.modules()):
         for child, activation in list(module.named_children()):
             if isinstance(activation, NewGELUActivation):
@@ -205,18 +205,33 @@ def fuse_activations(model: nn.Module) -> None:
                 setattr(module, child, Pointwise(activation))
 
 
-class Pointwise(nn.Module):
-    """A pointwise activation whose graph keeps its slope in place of its input.
+@contextmanager
+def slopes_kept(model: nn.Module) -> Iterator[None]:
+    """While in force, graphs of the model keep the slopes of its activations in place of their inputs.
 
-    Every backward pass of the many that a graph is for then multiplies, where it would compute the slope anew.
+    Every backward pass of the many that a graph is for then multiplies, where it would compute the slope anew. The slopes are
+    constants there: backward passes may be differentiated in their cotangents, not in x.
     """
+    activations = [module for module in model.modules() if isinstance(module, Pointwise)]
+    for each in activations:
+        each.keeps_slope = True
+    try:
+        yield
+    finally:
+        for each in activations:
+            each.keeps_slope = False
+
+
+class Pointwise(nn.Module):
+    """A pointwise activation whose graph can keep its slope, see :func:`slopes_kept`."""
 
     def __init__(self, activation: nn.Module):
         super().__init__()
         self.activation = activation
+        self.keeps_slope = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
+        if self.keeps_slope and torch.is_grad_enabled() and x.requires_grad:
             if torch.compiler.is_compiling():
                 x = x.contiguous()  # half of a gate's product has no tangent of its strides there
             return _WithSlope.apply(x, self.activation)[0]
@@ -224,8 +239,6 @@ class Pointwise(nn.Module):
 
 
 class _WithSlope(torch.autograd.Function):
-    generate_vmap_rule = True  # the model is its owner's too, who may want torch.func
-
     @staticmethod
     def forward(x: Tensor, activation: nn.Module) -> tuple[Tensor, Tensor]:
         y, slope = torch.func.jvp(activation.forward, (x,), (torch.ones_like(x),))[:2]

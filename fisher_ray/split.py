@@ -35,6 +35,7 @@ from fisher_ray.architecture import (
     load_pretrained,
     offloaded_blocks,
     on_stream,
+    slopes_kept,
     uncompiled,
 )
 from fisher_ray.attention import Context, attention_mode, held_keys, kept_keys
@@ -91,8 +92,8 @@ class _ReachedError(Exception):
 class SplitModel:
     """A transformers causal LM (or T5-like encoder-decoder) that can be cut before any block.
 
-    The weights are frozen and dropout is off from here on; activations are exchanged for ones that keep their slopes, the
-    same functions.
+    The weights are frozen and dropout is off from here on; activations and linear layers are exchanged for ones that are the
+    same functions, with all their derivatives.
 
     Args:
         model: a loaded ``PreTrainedModel`` with an output head.
@@ -295,14 +296,20 @@ class SplitModel:
         hidden: tuple[int, Tensor] | None = None,
     ) -> Tape:
         lowest = min(layers)
+
+        @contextmanager
+        def taping() -> Iterator[None]:
+            with torch.enable_grad(), slopes_kept(self.model), attending():
+                yield
+
         if not walk and not self.streamed:
-            with torch.enable_grad(), attending():
+            with taping():
                 streams, z = self._run(input_ids, encoded, layers, positions, hidden, leaf=lowest)
             return Tape(z, streams, where)
-        with torch.enable_grad(), attending(), block_calls(self.blocks) as calls:
+        with taping(), block_calls(self.blocks) as calls:
             every = range(lowest, self.num_layers + 1)
             inputs, z = self._run(input_ids, encoded, every, positions, hidden, leaf=self.num_layers)
-        return Walk(z, inputs, where, calls, layers, attending)
+        return Walk(z, inputs, where, calls, layers, taping)
 
     def tape(
         self,

@@ -97,7 +97,7 @@ class Walk(Tape):
         inputs: what enters each block from the lowest layer up, and last what leaves the last one, a leaf of z's graph.
         calls: of the blocks.
         layers: those of ``streams``.
-        attending: the attention mode of a pass.
+        taping: what is in force while a pass makes its graph.
 
     Attributes:
         num_blocks: of the model.
@@ -110,10 +110,10 @@ class Walk(Tape):
         where: Where,
         calls: Sequence[Callable[[Tensor], Tensor]],
         layers: Sequence[int],
-        attending: Callable[[], AbstractContextManager[Any]],
+        taping: Callable[[], AbstractContextManager[Any]],
     ):
         super().__init__(z, {layer: inputs[layer] for layer in layers}, where)
-        self._inputs, self._calls, self._attending = dict(inputs), calls, attending
+        self._inputs, self._calls, self._taping = dict(inputs), calls, taping
         self.num_blocks = len(calls)
 
     def pull_each(
@@ -141,6 +141,6 @@ class Walk(Tape):
         if layer == self.num_blocks:
             return self._z, self._inputs[layer]
         entering = self._inputs[layer].detach().requires_grad_()
-        with torch.enable_grad(), self._attending():
+        with self._taping():
             # Not the leaf itself: torch's flop counter takes none that enters a module.
             return self._calls[layer](entering.view_as(entering)), entering

@@ -21,6 +21,11 @@ from fisher_ray.kernels import linear
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def small_weights_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_LARGE", 0)
+
+
 @pytest.fixture
 def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of the weights that oneDNN has multiplied by."""
@@ -92,6 +97,35 @@ def test_other_numbers_are_multiplied_as_before(multiplied: list[torch.Size]):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(randn(3, 6), weight).dtype == torch.bfloat16
     assert not multiplied
+
+
+def test_small_weights_are_left_to_pytorch(multiplied: list[torch.Size], monkeypatch: pytest.MonkeyPatch):
+    """A call and a new shape cost more there than the product; it is the weight that decides, however many rows there are."""
+    monkeypatch.undo()
+    onednn = kernels._onednn
+    monkeypatch.setattr(kernels, "_onednn", lambda *given: multiplied.append(given[1].shape) or onednn(*given))
+    for rows in (1, 300):
+        for width in (511, 512, 1024):
+            linear(randn(rows, width), randn(1024, width))
+    assert multiplied == [(1024, 512), (1024, 1024)] * 2
+
+
+def test_rates_of_change():
+    """Forward mode, along x, the weight and the bias, alone and together; and over reverse mode."""
+    x, weight, bias = randn(3, 6), randn(5, 6), randn(5)
+    rates = (randn(6, 3).T, randn(6, 5).T, randn(1, 5)[0])
+    plain = torch.nn.functional.linear
+    for function, at, along in (
+        ((lambda f: f), (x, weight, bias), rates),
+        ((lambda f: f), (x, weight), rates[:2]),
+        ((lambda f: lambda x: f(x, weight, bias)), (x,), rates[:1]),
+        ((lambda f: lambda weight: f(x, weight, bias)), (weight,), rates[1:2]),
+        ((lambda f: lambda bias: f(x, weight, bias)), (bias,), rates[2:]),
+    ):
+        found, expected = (torch.func.jvp(function(f), at, along) for f in (linear, plain))
+        torch.testing.assert_close(found, expected)
+    found, expected = (torch.func.hessian(lambda x, f=f: f(x, weight, bias).pow(3).sum())(x) for f in (linear, plain))
+    torch.testing.assert_close(found, expected)
 
 
 def test_transforms_of_functions():
