@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.activations import ACT2FN, NewGELUActivation
 
 from fisher_ray import Sampled, SplitModel, kernels, score_factors
 from fisher_ray.architecture import Pointwise, fuse_activations, slopes_kept
+from fisher_ray.tape import Walk
 
 NAMES = [
     "gelu",
@@ -103,3 +105,22 @@ def test_a_model_keeps_all_its_derivatives(name: str, monkeypatch: pytest.Monkey
     assert expected[1].abs().max() > 1e-3
     for found, truth in zip(derivatives(split.model), expected, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("walk", [False, True])
+def test_tapes_keep_slopes(walk: bool):
+    """One graph of all blocks does, and each block's graph of a walk."""
+    split = SplitModel(build(FAMILIES["llama"]))
+    tape = split.own_tape(torch.arange(6)[None], {}, [0], None, walk=walk)
+    outputs = [tape.block(k)[0] for k in range(split.num_layers)] if isinstance(tape, Walk) else [tape._z]
+
+    def nodes(node: Any) -> set[Any]:
+        found, left = set(), [node]
+        while left:
+            if (one := left.pop()) is not None and one not in found:
+                found.add(one)
+                left += [following for following, _ in one.next_functions]
+        return found
+
+    with_slopes = [sum("WithSlope" in node.name() for node in nodes(output.grad_fn)) for output in outputs]
+    assert with_slopes == ([1] * split.num_layers if walk else [split.num_layers])
