@@ -319,6 +319,22 @@ def estimators(device: torch.device, scale: Scale) -> Iterator[Row]:
         yield {"estimator": name, "tokens/s": round(ids.numel() / taken.seconds), "s": taken.seconds}
 
 
+def streamed(device: torch.device, scale: Scale) -> Iterator[Row]:
+    """The same model with sums, its weights on the device, and read from disk for each pass of a block."""
+    ids = torch.randint(scale.llama["vocab_size"], scale.llama_tokens, device=device)
+    layers = list(range(scale.llama["num_hidden_layers"] + 1))
+    cases: dict[str, Callable[[], object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        _llama(scale.llama, device, torch.bfloat16).save_pretrained(folder)
+        for name, stream in (("on the device", False), ("on disk", True)):
+            split = SplitModel.from_pretrained(
+                folder, device=device, dtype="bfloat16", stream_weights=stream, check=False
+            )
+            cases[name] = lambda split=split: sweep(split, ids, layers, Sampled(1))  # type: ignore[misc]
+        for name, taken in interleaved(cases, scale.repeats, device).items():
+            yield {"weights": name, "tokens/s": round(ids.numel() / taken.seconds), "s": taken.seconds}
+
+
 def precision(device: torch.device, scale: Scale) -> Iterator[Row]:
     """Relative Frobenius errors of each position's F, exact estimator, demo model, against float64 on the same device."""
     load = {"device": device}
@@ -444,7 +460,20 @@ def _two_actors(config: RunConfig, device: torch.device, truth: dict[str, str]) 
 Section = Callable[[torch.device, Scale], Iterator[Row]]
 SECTIONS: dict[str, Section] = {
     section.__name__: section
-    for section in (peaks, kernels, llama, estimators, memory, bits, engine, correctness, precision, tests, peers)
+    for section in (
+        peaks,
+        kernels,
+        llama,
+        estimators,
+        streamed,
+        memory,
+        bits,
+        engine,
+        correctness,
+        precision,
+        tests,
+        peers,
+    )
 }
 
 
