@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import oracles
 import pytest
@@ -108,6 +109,17 @@ def test_small_weights_are_left_to_pytorch(multiplied: list[torch.Size], monkeyp
         for width in (511, 512, 1024):
             linear(randn(rows, width), randn(1024, width))
     assert multiplied == [(1024, 512), (1024, 1024)] * 2
+
+
+def test_a_graph_holds_no_input():
+    """What a micro-batch takes in memory counts on it; forward mode would have it kept for its pass alone."""
+    leaf = randn(3, 6).requires_grad_()
+    x = leaf * 2
+    y, held = linear(x, randn(5, 6)), weakref.ref(x)
+    del x
+    assert held() is None
+    y.sum().backward()
+    assert leaf.grad is not None
 
 
 def test_rates_of_change():
