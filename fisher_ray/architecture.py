@@ -195,24 +195,28 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 _POINTWISE = {nn.GELU} | {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 
-def fuse_activations(model: nn.Module) -> None:
-    """Have activations keep their slopes where asked, and exchange transformers' tanh GELU for PyTorch's, the same function."""
-    for module in list(model.modules()):
+def fuse_activations(model: nn.Module) -> list[Pointwise]:
+    """Have activations keep their slopes where asked, and exchange transformers' tanh GELU for PyTorch's, the same function.
+
+    Returns:
+        those of the model, also where they had been exchanged before.
+    """
+    for module in [module for module in model.modules() if not isinstance(module, Pointwise)]:
         for child, activation in list(module.named_children()):
             if isinstance(activation, NewGELUActivation):
                 activation = nn.GELU(approximate="tanh")
             if type(activation) in _POINTWISE and not any(activation.parameters()):
                 setattr(module, child, Pointwise(activation))
+    return [module for module in model.modules() if isinstance(module, Pointwise)]
 
 
 @contextmanager
-def slopes_kept(model: nn.Module) -> Iterator[None]:
-    """While in force, graphs of the model keep the slopes of its activations in place of their inputs.
+def slopes_kept(activations: Sequence[Pointwise]) -> Iterator[None]:
+    """While in force, graphs keep the slopes of these activations in place of their inputs.
 
     Every backward pass of the many that a graph is for then multiplies, where it would compute the slope anew. The slopes are
     constants there: backward passes may be differentiated in their cotangents, not in x.
     """
-    activations = [module for module in model.modules() if isinstance(module, Pointwise)]
     for each in activations:
         each.keeps_slope = True
     try:

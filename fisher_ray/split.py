@@ -136,7 +136,7 @@ class SplitModel:
         # that of all blocks would keep all of them.
         self.streamed = not self.head.weight.is_meta and any(p.is_meta for p in self.blocks.parameters())
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
-        fuse_activations(model)
+        self._activations = fuse_activations(model)
         fuse_products(self.blocks)
         keep_softcapping(model)
         if compile:
@@ -299,7 +299,7 @@ class SplitModel:
 
         @contextmanager
         def taping() -> Iterator[None]:
-            with torch.enable_grad(), slopes_kept(self.model), attending():
+            with torch.enable_grad(), slopes_kept(self._activations), attending():
                 yield
 
         if not walk and not self.streamed:

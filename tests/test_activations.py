@@ -38,7 +38,7 @@ def test_values_and_gradients(name: str):
     kept = Pointwise(plain)
     along = torch.randn(41, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for each, leaf in zip((plain, kept), inputs, strict=True):
-        with slopes_kept(kept):
+        with slopes_kept([kept]):
             y = each(leaf)
         torch.testing.assert_close(y, plain(x), rtol=1e-14, atol=1e-14)
         y.backward(along)
@@ -47,9 +47,10 @@ def test_values_and_gradients(name: str):
 
 def test_only_pointwise_activations_are_exchanged():
     model = nn.Sequential(nn.Linear(3, 3), nn.SiLU(), nn.Softmax(-1), nn.PReLU(), NewGELUActivation())
-    fuse_activations(model)
+    exchanged = fuse_activations(model)
     assert [type(module) for module in model] == [nn.Linear, Pointwise, nn.Softmax, nn.PReLU, Pointwise]
     assert isinstance(model[4].activation, nn.GELU)
+    assert exchanged == fuse_activations(model) == [model[1], model[4]]
 
 
 def test_slopes_are_kept_where_asked_alone():
@@ -65,9 +66,9 @@ def test_slopes_are_kept_where_asked_alone():
         return saved
 
     (before,) = held()
-    with slopes_kept(kept):
+    with slopes_kept([kept]):
         (within,) = held()
-    with contextlib.suppress(RuntimeError), slopes_kept(kept):
+    with contextlib.suppress(RuntimeError), slopes_kept([kept]):
         raise RuntimeError
     (after,) = held()
     assert torch.equal(before, x) and torch.equal(after, x)
