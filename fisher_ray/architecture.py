@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fisher_ray.head import Head
 from fisher_ray.kernels import linear, onednn_is_right
+from fisher_ray.streaming import map_rewritten
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -110,6 +113,7 @@ def load_pretrained(
     """A transformers model and its tokenizer (None where there is none), weights from safetensors only.
 
     Where ``device_map`` leaves weights to main memory or disk, accelerate's hooks fetch a module's for each of its passes.
+    Those that the library joins on loading, experts mostly, are written to the directory for temporary files first.
 
     Raises:
         ModelError: not found, not readable, or not a language model.
@@ -123,15 +127,18 @@ def load_pretrained(
     with _load_errors(name):
         config = AutoConfig.from_pretrained(name, **common)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, report = auto.from_pretrained(
-            name,
-            config=config,
-            dtype=weights,
-            use_safetensors=True,
-            output_loading_info=True,
-            device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
-            **common,
-        )
+        with TemporaryDirectory(prefix="fisher_ray_") as folder:
+            model, report = auto.from_pretrained(
+                name,
+                config=config,
+                dtype=weights,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
+                offload_folder=folder,
+                **common,
+            )
+            map_rewritten(model, folder)
         tokenizer = AutoTokenizer.from_pretrained(name, **common) if _may_have_tokenizer(name) else None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -263,15 +270,16 @@ class _WithSlope(torch.autograd.Function):
 def fuse_products(blocks: nn.ModuleList) -> None:
     """Have linear layers of float32 weights on a CPU multiply by :func:`fisher_ray.kernels.linear`; the functions are the same.
 
-    They stay what they were to whoever asks: their new classes are subclasses. Those whose weights are fetched for each pass
-    are left alone.
+    They stay what they were to whoever asks: their new classes are subclasses.
     """
     if not onednn_is_right():
         return
     for module in blocks.modules():
         fused = _FUSED.get(type(module))
-        if fused is not None and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+        if fused is not None and module.weight.device.type in ("cpu", "meta") and module.weight.dtype == torch.float32:
             module.__class__ = fused
+            if hasattr(module, "_old_forward"):  # accelerate's hook has taken the place of forward, and calls this
+                vars(module)["_old_forward"] = MethodType(fused.forward, module)
 
 
 class FusedLinear(nn.Linear):
@@ -409,14 +417,21 @@ def attention_reading(
     Raises:
         ModelError: projections that are not known, or something else than a norm with a scale before them.
     """
-    projection, weights = _projections(model, block)
-    like = next(projection.parameters())
-    d = weights["query"].shape[-1]
+    projection, _ = _projections(model, block)
+    d = ModelFacts.of(model.config).d_model
     signs = 1.0 - 2.0 * (torch.arange(d) % 2)
     other = torch.randn(d, generator=torch.Generator().manual_seed(0)) + 0.5
-    probes = torch.stack([signs, -signs, other, -other])[:, None].to(like)
+    probes = torch.stack([signs, -signs, other, -other])[:, None]
     arrived: list[Tensor] = []
-    handle = projection.register_forward_pre_hook(lambda _, args: arrived.append(args[0].detach()[:, 0].double().cpu()))
+    read: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        arrived.append(args[0].detach()[:, 0].double().cpu())
+        read.extend(
+            each.detach().double().cpu() for each in _projections(model, block)[1]
+        )  # fetched ones are there now
+
+    handle = projection.register_forward_pre_hook(note)
     try:
         upper(probes)
     finally:
@@ -431,15 +446,15 @@ def attention_reading(
         (scale * x, eye),  # none: the norm stands behind the block's parts
     ):
         if float((found - expected).norm()) <= 1e-2 * float(found.norm()):
-            return {name: each * scale @ matrix for name, each in weights.items()}
+            return {name: each * scale @ matrix for name, each in _of_heads(read, model).items()}
     raise ModelError(
         f"{type(block).__name__} of {type(model).__name__} has something else than a norm with a scale before its attention; "
         "what its heads read is not known."
     )
 
 
-def _projections(model: Any, block: nn.Module) -> tuple[nn.Module, dict[Literal["query", "key", "value"], Tensor]]:
-    """A module that the attention's input enters, and the heads' weights [heads, head_dim, d_model], float64."""
+def _projections(model: Any, block: nn.Module) -> tuple[nn.Module, Sequence[Tensor]]:
+    """A module that the attention's input enters, and the weights of queries, keys and values."""
     config = model.config.get_text_config(decoder=True)
     heads = int(config.num_attention_heads)
     found = [each for module in block.modules() if (each := _queries_keys_values(module, heads, config)) is not None]
@@ -449,14 +464,17 @@ def _projections(model: Any, block: nn.Module) -> tuple[nn.Module, dict[Literal[
             "q_proj, k_proj and v_proj (LLaMA and its like), or of GPT-2, GPT-BigCode, GPT-NeoX or Phi-3. What heads read is "
             "known for one of those only."
         )
-    projection, weights = found[0]
+    return found[0]
+
+
+def _of_heads(weights: Sequence[Tensor], model: Any) -> dict[Literal["query", "key", "value"], Tensor]:
+    """Weights of queries, keys and values as [heads, head_dim, d_model]; heads of a group have its key and value head."""
+    heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
     size = weights[0].shape[0] // heads
-    # Heads of a group have the key and value head of the group.
     query, key, value = (
-        each.detach().double().cpu().unflatten(0, (-1, size)).repeat_interleave(heads * size // len(each), 0)
-        for each in weights
+        each.unflatten(0, (-1, size)).repeat_interleave(heads * size // len(each), 0) for each in weights
     )
-    return projection, {"query": query, "key": key, "value": value}
+    return {"query": query, "key": key, "value": value}
 
 
 def _queries_keys_values(module: Any, heads: int, config: Any) -> tuple[nn.Module, Sequence[Tensor]] | None:

@@ -258,11 +258,13 @@ def default_memory_budget(model: SplitModel) -> int:
     """
     if model.device.type != "cuda":
         return 2 << 30
-    weights: dict[torch.device, int] = {}
+    weights = {model.device: 0}
     for parameter in model.model.parameters():
-        weights[parameter.device] = weights.get(parameter.device, 0) + parameter.nbytes
+        if not parameter.is_meta:
+            weights[parameter.device] = weights.get(parameter.device, 0) + parameter.nbytes
     return min(
-        (torch.cuda.get_device_properties(device).total_memory - taken) // 2 for device, taken in weights.items()
+        (torch.cuda.get_device_properties(device).total_memory - taken - model.fetched_bytes) // 2
+        for device, taken in weights.items()
     )
 
 

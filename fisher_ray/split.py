@@ -40,6 +40,7 @@ from fisher_ray.architecture import (
 )
 from fisher_ray.attention import Context, attention_mode, held_keys, kept_keys
 from fisher_ray.footprint import Footprint, LiveBytes
+from fisher_ray.streaming import stream_blocks
 from fisher_ray.tape import Tape, Walk, Where
 
 Gradients = Literal["own_position", "per_position"]
@@ -132,8 +133,8 @@ class SplitModel:
         self.blocks = find_blocks(self.decoder, self.num_layers, self.name)
         self.head = find_head(model)
         self.sliding_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
-        # Weights that accelerate's hooks fetch for each pass of a block and drop behind it. A graph keeps those it needs, so
-        # that of all blocks would keep all of them.
+        stream_blocks(self.blocks)
+        # A graph keeps the weights it needs, so that of all blocks would keep all of them.
         self.streamed = not self.head.weight.is_meta and any(p.is_meta for p in self.blocks.parameters())
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self._activations = fuse_activations(model)
@@ -203,6 +204,11 @@ class SplitModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of the weights that a pass of a block fetches, at most."""
+        return max(sum(p.nbytes for p in block.parameters() if p.is_meta) for block in self.blocks)
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 

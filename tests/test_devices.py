@@ -177,13 +177,23 @@ def test_what_mixes_devices_is_found():
 
 
 def test_the_budget_is_that_of_the_fullest_device(monkeypatch: pytest.MonkeyPatch, unchecked_shapes: None):
-    def on(device: int, nbytes: int) -> SimpleNamespace:
-        return SimpleNamespace(device=torch.device("cuda", device), nbytes=nbytes)
+    def on(device: int | None, nbytes: int) -> SimpleNamespace:
+        where = torch.device("meta") if device is None else torch.device("cuda", device)
+        return SimpleNamespace(device=where, nbytes=nbytes, is_meta=device is None)
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    def total_memory(device: torch.device) -> SimpleNamespace:
+        assert device.type == "cuda"
+        return SimpleNamespace(total_memory=1000)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", total_memory)
     weights = [on(0, 100), on(1, 300), on(0, 100), on(1, 100)]
-    split: Any = SimpleNamespace(device=torch.device("cuda", 0), model=SimpleNamespace(parameters=lambda: weights))
+    split: Any = SimpleNamespace(
+        device=torch.device("cuda", 0), model=SimpleNamespace(parameters=lambda: weights), fetched_bytes=0
+    )
     assert default_memory_budget(split) == 300
+    weights += [on(None, 900), on(None, 120)]  # fetched for passes, a block's at a time
+    split.fetched_bytes = 120
+    assert default_memory_budget(split) == 240
     split.device = torch.device("cpu")
     assert default_memory_budget(split) == 2 << 30
 

@@ -264,6 +264,14 @@ def planted(rows: Tensor, head: int, size: int, u: Tensor, scale: Tensor) -> Ten
     return read / scale
 
 
+def test_what_heads_read_is_known_of_weights_that_are_streamed(tmp_path: Path):
+    build(FAMILIES["llama"], torch.float32).save_pretrained(tmp_path)
+    whole, streamed = (SplitModel.from_pretrained(tmp_path, stream_weights=each, check=False) for each in (False, True))
+    expected, got = (fd.reading_heads(split, Fixed(np.diag(np.arange(24.0))), 1, 5) for split in (whole, streamed))
+    for name, shares in expected.items():
+        np.testing.assert_array_equal(got[name], shares)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma", "opt", "olmo2"])
 def test_one_head_alone_reads_a_direction(name: str):
     model = build(FAMILIES[name], torch.float64)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
 from conftest import Models
-from families import FAMILIES, build
 
-import jobs
-from fisher_ray import Sampled, open_run, score_factors
-from fisher_ray.cost import outline
-from fisher_ray.plan import RunConfig
+from fisher_ray import Sampled, score_factors
 from fisher_ray.scores import Pass
 from fisher_ray.split import SplitModel
 from fisher_ray.tape import Walk
-from fisher_ray.worker import load_model
-
-DEMO = Path(__file__).parents[1] / "demo"
 
 KINDS = ["gpt2", "llama", "gemma2", "gpt_oss", "mixtral", "opt", "t5"]
 
@@ -117,28 +109,6 @@ def test_a_walk_holds_one_blocks_graph(models: Models):
     assert held[True] < 0.45 * held[False]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "t5"])
-def test_streamed_weights_change_nothing(name: str, tmp_path: Path):
-    """Blocks' weights are read from disk for each pass: the same numbers, and none of them is there before or after."""
-    folder = str(tmp_path / name)
-    build(FAMILIES[name], torch.float32).save_pretrained(folder)
-    whole, streamed = SplitModel.from_pretrained(folder), SplitModel.from_pretrained(folder, stream_weights=True)
-    assert streamed.streamed
-    assert not whole.streamed
-    batch = oracles.inputs(whole, [12, 9])
-    asked: dict[str, Any] = dict(**batch.padded(["right"], 12), layers=[0, 2], estimator=Sampled(3))
-    for chosen in (None, (2, 7)):
-        expected, got = (score_factors(split, **asked, positions=chosen) for split in (whole, streamed))
-        for layer in (0, 2):
-            assert oracles.error(got.factors[layer].double(), expected.factors[layer].double()) < 1e-5
-    assert all(parameter.is_meta for parameter in streamed.blocks.parameters())
-    # But for z, the final norm and T5's position biases, which are much of so small a model.
-    assert streamed.graph_bytes(48, 0) == pytest.approx(whole.graph_bytes(48, 0), rel=0.2)
-    assert outline(folder, stream_weights=True).graph_bytes(48, 0) == pytest.approx(
-        streamed.graph_bytes(48, 0), rel=0.02
-    )
-
-
 def test_pushing_through_a_walk_is_pushing_through_the_whole(models: Models):
     split = models("llama")
     ids = torch.randint(61, (1, 10))
@@ -146,29 +116,3 @@ def test_pushing_through_a_walk_is_pushing_through_the_whole(models: Models):
     directions = torch.randn(2, split.d_model, dtype=torch.float64)
     whole, walk = (split.own_tape(ids, {}, [1], where, walk).push(1, directions) for walk in (False, True))
     assert oracles.error(walk, whole) < 1e-6
-
-
-def test_weights_are_streamed_or_placed(tmp_path: Path):
-    with pytest.raises(ValueError, match="give stream_weights or device_map, not both; got 'auto'"):
-        SplitModel.from_pretrained(tmp_path, stream_weights=True, device_map="auto")
-
-
-def test_a_run_streams_weights(tmp_path: Path):
-    """Told to, it reads them block by block, and finds the mean F that it finds without."""
-    found = {}
-    for streams in (None, True):
-        config = RunConfig(
-            model=str(DEMO / "model"),
-            corpus=(str(DEMO / "corpus.jsonl"),),
-            output=str(tmp_path / str(streams)),
-            layers="2,5",
-            max_docs=3,
-            stream_weights=streams,
-        )
-        assert load_model(config).streamed is bool(streams)
-        jobs.run_here(config)
-        found[streams] = open_run(config.output)
-    for layer in (2, 5):
-        whole, streamed = (torch.from_numpy(found[streams].fisher(layer)) for streams in (None, True))
-        assert oracles.error(streamed, whole) < 1e-5
-    assert found[True].description["fingerprint"] != found[None].description["fingerprint"]
