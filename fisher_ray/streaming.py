@@ -36,7 +36,8 @@ def stream_blocks(blocks: nn.ModuleList) -> None:
     for block in blocks:
         weights = [weight for module in block.modules() for weight in _taken_over(module)]
         if weights:
-            block.forward = _with_weights(weights, block.forward)
+            # A partial and no closure, so that a copy of the model is one: its block fetches into its own modules.
+            block.forward = functools.partial(_with_weights, weights, block.forward)
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,11 @@ def _fetching_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     return [each for each in every if isinstance(each, AlignDevicesHook) and each.offload]
 
 
-def _with_weights(weights: Sequence[_Stored], forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def fetching(*args: Any, **kwargs: Any) -> Any:
-        try:
-            for weight in weights:
-                weight.fetch()
-            return forward(*args, **kwargs)
-        finally:
-            for weight in weights:
-                weight.drop()
-
-    return fetching
+def _with_weights(weights: Sequence[_Stored], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        for weight in weights:
+            weight.fetch()
+        return forward(*args, **kwargs)
+    finally:
+        for weight in weights:
+            weight.drop()

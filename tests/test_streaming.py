@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,17 @@ def test_a_model_that_is_split_again_reads_as_often(tmp_path: Path, monkeypatch:
         reads.clear()
         model.states(ids, {})
         assert sorted(reads) == sorted(name for name, parameter in split.model.named_parameters() if parameter.is_meta)
+
+
+def test_a_copy_fetches_for_itself(tmp_path: Path):
+    split = SplitModel.from_pretrained(saved("llama", tmp_path), stream_weights=True)
+    copied = SplitModel(copy.deepcopy(split.model), check=False)
+    ids = torch.randint(61, (1, 12))
+    ran: list[str] = []
+    split.blocks[0].self_attn.register_forward_hook(lambda *_: ran.append("split"))
+    copied.blocks[0].self_attn.register_forward_hook(lambda *_: ran.append("copied"))
+    assert torch.equal(copied.states(ids, {}), split.states(ids, {}))
+    assert ran == ["copied", "split"]
 
 
 def test_streamed_layers_multiply_as_those_that_stay(tmp_path: Path):
