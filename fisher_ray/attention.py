@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -122,6 +123,7 @@ class _Mode:
     positions: Int[Tensor, "batch queries"] | None = None
 
 
+_ENTERING = Lock()
 _MODE: ContextVar[_Mode] = ContextVar("fisher_ray_attention_mode", default=_Mode())  # noqa: B039 (frozen)
 
 
@@ -132,15 +134,22 @@ def attention_mode(
     context: Context | None = None,
     positions: Int[Tensor, "batch queries"] | None = None,
 ) -> Iterator[None]:
-    """Run ``model`` on this module's attention in the given mode; its own implementation is restored on leaving."""
+    """Run ``model`` on this module's attention in the given mode; its own implementation is restored on leaving.
+
+    Raises:
+        RuntimeError: another thread is at it.
+    """
     configs: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
     }
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    token = _MODE.set(_Mode(name, context, positions))
-    try:
+    with _ENTERING:
+        before = {key: config._attn_implementation for key, config in configs.items()}
+        if IMPLEMENTATION in before.values():
+            raise RuntimeError(f"{type(model).__name__} is being scored by another thread. Let one score at a time.")
         for config in configs.values():
             config._attn_implementation = IMPLEMENTATION
+    token = _MODE.set(_Mode(name, context, positions))
+    try:
         yield
     finally:
         for key, config in configs.items():

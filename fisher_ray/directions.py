@@ -165,7 +165,7 @@ def model_of(run: Run, dtype: str | None = None) -> SplitModel:
             f"the weights of {config.model} are not those that {run.store.uri} was made with. Put those back, or run again in "
             "another directory."
         )
-    return load_model(replace(config, device=None, gpus_per_actor=None))
+    return load_model(replace(config, device=None))
 
 
 def worker_of(run: Run, model: SplitModel | None = None, dtype: str | None = None) -> Worker:
@@ -643,7 +643,8 @@ def steer(
 ) -> Steering:
     """The steps of least output change that raise tokens' log-probability by ``gain``.
 
-    ``v ~ (F + DAMPING tr F / d_model)^-1 grad_h log p(target)``, its length found on the model itself.
+    ``v ~ (F + DAMPING tr F / d_model)^-1 grad_h log p(target)``, its length found on the model itself. Take a model in float32:
+    half precision rounds h by as much as such steps change it.
 
     Args:
         model: the run's.
@@ -665,6 +666,7 @@ def steer(
     if bool((positions[1:] <= positions[:-1]).any()):
         raise ValueError(f"positions must ascend, got {positions.tolist()}.")
     (layer,) = model.check_layers([layer])
+    input_ids, positions, targets = (given.to(model.device) for given in (input_ids, positions, targets))
     with full_precision():
         tape = model.tape(input_ids, {}, [layer], positions)
         before = model.head.predict(tape.z)
@@ -678,9 +680,13 @@ def steer(
             direction = gradient
         direction = direction / direction.norm(dim=-1, keepdim=True)
 
+        stream = tape.streams[layer]
+
+        def stepped(length: Tensor) -> Tensor:
+            return stream + (length[:, None] * direction).to(stream)
+
         def moved(length: Tensor) -> Prediction:
-            h = tape.streams[layer] + (length[:, None] * direction).to(tape.streams[layer])
-            return model.head.predict(model.replaced(input_ids, positions, layer, h[None], {})[0])
+            return model.head.predict(model.replaced(input_ids, positions, layer, stepped(length)[None], {})[0])
 
         def gained(length: Tensor) -> Tensor:
             return (moved(length).log_prob(targets) - before.log_prob(targets)).double()
@@ -689,7 +695,7 @@ def steer(
         after = moved(length.nan_to_num())
     reached = length.isfinite()
     return Steering(
-        length[:, None] * direction,
+        stepped(length).double() - stream.double(),  # as taken: rounded where the model is of half precision
         gained(length.nan_to_num()).where(reached, torch.nan),
         _kl(before, after, targets).where(reached, torch.nan),
     )

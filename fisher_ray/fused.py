@@ -1,6 +1,7 @@
 """Triton kernels: what otherwise passes over memory many times, or is many launches, in one. Only GPUs with Triton import this.
 
-Sums inside them are taken in a fixed order, so that the same numbers give the same bits.
+Sums inside them are taken in a fixed order, so that the same numbers give the same bits. Triton launches on the current device,
+whichever the numbers are on; so that is made theirs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     top = torch.empty(n, dtype=torch.int64, device=logits.device)
     highest, tail, moment = (torch.empty(n, dtype=logits.dtype, device=logits.device) for _ in range(3))
     prob = torch.empty_like(logits)
-    _softmax[(n,)](logits, prob, top, highest, tail, moment, vocab_size, _VOCAB_BLOCK, num_warps=16)
+    with torch.cuda.device_of(logits):
+        _softmax[(n,)](logits, prob, top, highest, tail, moment, vocab_size, _VOCAB_BLOCK, num_warps=16)
     return highest, top, tail, moment, prob
 
 
@@ -91,10 +93,11 @@ def diagonal(
     strides: list[Any] = [s for x in (scaled, key, value, grad, out, dkey, dvalue) for s in x.stride()[:3]]
     grid = (triton.cdiv(seq_len, _POSITIONS), kv_heads, batch)
     group = scaled.shape[1] // kv_heads
-    _diagonal[grid](
-        scaled, key, value, grad, out, log_total.contiguous(), dkey, dvalue, *strides, seq_len, width, group,
-        _POSITIONS, triton.next_power_of_2(width),
-    )  # fmt: skip
+    with torch.cuda.device_of(scaled):
+        _diagonal[grid](
+            scaled, key, value, grad, out, log_total.contiguous(), dkey, dvalue, *strides, seq_len, width, group,
+            _POSITIONS, triton.next_power_of_2(width),
+        )  # fmt: skip
     return dkey, dvalue
 
 
@@ -141,10 +144,12 @@ def query_gradient(
     # keys would not fit into the shared memory of older GPUs.
     keys, num_warps = (64, 4) if width <= 128 else (32, 8)
     grid = (triton.cdiv(seq_len, _QUERIES), heads, batch)
-    _query_gradient[grid](
-        grad, scaled, key, value, out, log_total.contiguous(), dquery, *strides, seq_len, width, heads // key.shape[1],
-        scale, _QUERIES, keys, max(16, triton.next_power_of_2(width)), num_warps=num_warps, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(scaled):
+        _query_gradient[grid](
+            grad, scaled, key, value, out, log_total.contiguous(), dquery, *strides, seq_len, width,
+            heads // key.shape[1], scale, _QUERIES, keys, max(16, triton.next_power_of_2(width)),
+            num_warps=num_warps, num_stages=2,
+        )  # fmt: skip
     return dquery
 
 
@@ -190,9 +195,10 @@ def parts(x: Tensor, scale: Tensor | None) -> Tensor:
     x = x.contiguous()
     found = torch.empty(2, *x.shape, dtype=torch.bfloat16, device=x.device)
     grid = (triton.cdiv(x.numel(), _NUMBERS),)
-    _parts[grid](
-        x, x if scale is None else scale.contiguous(), found, x.numel(), x.shape[1], scale is not None, _NUMBERS
-    )
+    with torch.cuda.device_of(x):
+        _parts[grid](
+            x, x if scale is None else scale.contiguous(), found, x.numel(), x.shape[1], scale is not None, _NUMBERS
+        )
     return found
 
 
@@ -213,7 +219,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     half = torch.empty_like(x, dtype=torch.bfloat16)
     lost = torch.zeros((), dtype=torch.int32, device=x.device)
-    _rounded[(triton.cdiv(x.numel(), _NUMBERS),)](x, half, lost, x.numel(), _NUMBERS)
+    with torch.cuda.device_of(x):
+        _rounded[(triton.cdiv(x.numel(), _NUMBERS),)](x, half, lost, x.numel(), _NUMBERS)
     return half, lost == 0
 
 
@@ -235,7 +242,8 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
     found = torch.empty(*shape, 4, dtype=torch.int64, device=words[0].device)
     size = math.prod(shape)
     strides = [s for word in words for s in word.stride()]
-    _philox[(triton.cdiv(size, _NUMBERS),)](*words, found, *strides, size, *words[0].shape[1:], _NUMBERS)
+    with torch.cuda.device_of(found):
+        _philox[(triton.cdiv(size, _NUMBERS),)](*words, found, *strides, size, *words[0].shape[1:], _NUMBERS)
     return found
 
 

@@ -12,8 +12,9 @@ scores stay accurate in float32 when p is peaked, where ``M = U^T diag(p) U - m 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +42,7 @@ class Head:
     bias: Float[Tensor, " vocab_size"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+    _squared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def vocab_size(self) -> int:
@@ -94,11 +96,16 @@ class Head:
             total += linear(weights[:, chunk], rows.T)
         return total
 
-    @cached_property
+    @property
     def squared_rows(self) -> Float[Tensor, " vocab_size"]:
-        """``|w_y|^2``, at least in float32."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return torch.cat([rows.square().sum(-1) for _, rows in self.row_chunks(dtype)])
+        """``|w_y|^2``, at least in float32; kept until the weights move or change."""
+        state = self.weight.data_ptr(), self.weight._version
+        if self._squared.get("of") != state:
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            rows = torch.cat([rows.square().sum(-1) for _, rows in self.row_chunks(dtype)])
+            self._squared.update(of=state, rows=rows)
+        squared: Tensor = self._squared["rows"]
+        return squared
 
     def row_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "chunk d_z"]]]:
         """Slices of the vocabulary with their rows of W in ``dtype``."""
@@ -192,13 +199,19 @@ class Prediction:
 
         Costs 2 vocab_size d_z flop a direction.
         """
+        return (self.prob[:, None] * self.rates(tangents).square()).sum(-1)
+
+    def rates(self, tangents: Float[Tensor, "n k d_z"]) -> Float[Tensor, "n k vocab_size"]:
+        """``u . c_y``, how fast log p(y) changes as z moves along each of k directions u a position; nats.
+
+        Costs 2 vocab_size d_z flop a direction.
+        """
         rates = self.head.products(tangents.to(self.logits.dtype))
         slope = self._slope(self.logits)
         rates = rates * (slope[:, None] if isinstance(slope, Tensor) else slope)
         # Relative to the likeliest token's: where p is peaked, the mean is small and nothing cancels.
         rates = rates - rates.gather(2, self.top[:, None, None].expand(-1, rates.shape[1], 1))
-        prob = self.prob[:, None]
-        return (prob * (rates - (prob * rates).sum(-1, keepdim=True)).square()).sum(-1)
+        return rates - (self.prob[:, None] * rates).sum(-1, keepdim=True)
 
     def second_moment_factor(self) -> Float[Tensor, "n rank d_z"]:
         """``A`` with ``A^T A = M``: the vocabulary's weighted scores, or the Cholesky factor of M, whichever is smaller.

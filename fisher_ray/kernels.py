@@ -220,7 +220,14 @@ def _onednn_multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x,
+        weight,
+        None if bias is None else bias.contiguous(),
+        "none",
+        [],
+        "",  # strides of a bias are not read
+    )
     return found
 
 

@@ -250,8 +250,8 @@ def iter_scores(
     return pass_.run(chosen)
 
 
-def default_memory_budget(model: SplitModel) -> int:
-    """Bytes for one micro-batch: 2 GiB, on a GPU half of what the weights leave of its memory, on several the least.
+def default_memory_budget(model: SplitModel, share: float = 1.0) -> int:
+    """Bytes for one micro-batch: 2 GiB, on a GPU half of what the weights leave of a share of its memory, on several the least.
 
     The other half is for sums, for what the allocator keeps, and for what is not counted: on a GPU attention goes by larger
     blocks than :func:`fisher_ray.attention.held_keys` says, up to 1.5 GiB of them.
@@ -263,7 +263,7 @@ def default_memory_budget(model: SplitModel) -> int:
         if not parameter.is_meta:
             weights[parameter.device] = weights.get(parameter.device, 0) + parameter.nbytes
     return min(
-        (torch.cuda.get_device_properties(device).total_memory - taken - model.fetched_bytes) // 2
+        int(share * torch.cuda.get_device_properties(device).total_memory - taken - model.fetched_bytes) // 2
         for device, taken in weights.items()
     )
 
@@ -427,12 +427,12 @@ class Pass:
         """Tokens of the tape, padding and copies included, the bytes that it keeps, and whether it holds more than queries."""
         model, queries = self.model, sum(map(len, positions)) * self.num_token_draws
         token = model.graph_bytes(longest, self.layers[0])
-        if model.gradients == "per_position":
-            tokens = queries * self.copies(queries) * longest
-            return tokens, tokens * token, True
         if self.walks:  # the graph of one block, and what enters each
             blocks = model.num_layers - self.layers[0]
             token = model.graph_bytes(longest, model.num_layers - 1) + blocks * model.d_model * model.dtype.itemsize
+        if model.gradients == "per_position":
+            tokens = queries * self.copies(queries) * longest
+            return tokens, tokens * token, True
         if self.whole(rows, positions):
             tokens = len(rows) * longest
             return tokens, tokens * token, tokens > queries

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,6 +136,12 @@ class SplitModel:
         stream_blocks(self.blocks)
         # A graph keeps the weights it needs, so that of all blocks would keep all of them.
         self.streamed = not self.head.weight.is_meta and any(p.is_meta for p in self.blocks.parameters())
+        apart = getattr(model, "_keep_in_fp32_modules", None)
+        if self.streamed and apart and self.dtype == torch.float16:
+            raise ModelError(
+                f"{self.label} keeps {', '.join(sorted(apart))} in float32 where the rest is float16, which streamed weights "
+                "do not. Load it in bfloat16 or float32."
+            )
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self._activations = fuse_activations(model)
         fuse_products(self.blocks)
@@ -285,10 +291,15 @@ class SplitModel:
         last: Int[Tensor, " n"],
         hidden: tuple[int, Tensor] | None = None,
         walk: bool = False,
+        twice: bool = False,
     ) -> Tape:
-        """One row a query, whose score is taken at position ``last``: ordinary autograd, right for any causal model."""
+        """One row a query, whose score is taken at position ``last``: ordinary autograd, right for any causal model.
+
+        ``twice``: its backward passes are to be differentiated, which fused kernels have no way for.
+        """
         where = (torch.arange(len(last), device=last.device), last)
-        return self._taped(walk, nullcontext, input_ids, encoded, layers, where, hidden=hidden)
+        attending = partial(sdpa_kernel, SDPBackend.MATH) if twice else nullcontext
+        return self._taped(walk, attending, input_ids, encoded, layers, where, hidden=hidden)
 
     def _taped(
         self,
@@ -301,11 +312,13 @@ class SplitModel:
         positions: Tensor | None = None,
         hidden: tuple[int, Tensor] | None = None,
     ) -> Tape:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("scores are gradients, and torch.inference_mode() has none. Use torch.no_grad().")
         lowest = min(layers)
 
         @contextmanager
         def taping() -> Iterator[None]:
-            with torch.enable_grad(), slopes_kept(self._activations), attending():
+            with torch.enable_grad(), attending(), slopes_kept(self._activations):
                 yield
 
         if not walk and not self.streamed:
@@ -328,9 +341,8 @@ class SplitModel:
         if self.gradients == "per_position":
             n = len(positions)
             each = {name: value.expand(n, *value.shape[1:]) for name, value in encoded.items()}
-            # Fused and compiled kernels have no backward pass of their backward pass.
-            with sdpa_kernel(SDPBackend.MATH), uncompiled():
-                return self.alone_tape(input_ids.expand(n, -1), each, layers, positions)
+            with uncompiled():
+                return self.alone_tape(input_ids.expand(n, -1), each, layers, positions, twice=True)
         with uncompiled():
             return self.own_tape(input_ids, encoded, layers, (torch.zeros_like(positions), positions))
 
@@ -362,20 +374,25 @@ class SplitModel:
         encoder_input_ids: Int[Tensor, "1 enc_seq"] | None = None,
         encoder_attention_mask: Bool[Tensor, "1 enc_seq"] | None = None,
     ) -> Float[Tensor, "k n vocab_size"]:
-        """``dp(y | h_t + e v, x_<t) / de`` at ``e = 0`` for each direction v, position and token; the context is held constant.
+        """``dp(y | h_t + e v, x_<t) / de = p(y) g_y . v`` at ``e = 0`` for each direction v, position and token.
 
-        Central differences with a step of 1e-2 of each position's own norm; ``v`` need not be a unit vector.
+        The context is held constant; ``v`` need not be a unit vector.
         """
+        input_ids, positions = input_ids.to(self.device), positions.to(self.device)
         encoded = (
             {} if encoder_input_ids is None else self.encode(encoder_input_ids.to(self.device), encoder_attention_mask)
         )
-        stream = self.lower(input_ids, encoded, [layer_idx])[layer_idx][0, positions]
-        along = directions.to(stream)[:, None]
-        step = 1e-2 * stream.norm(dim=-1, keepdim=True) / along.norm(dim=-1, keepdim=True)
-        sides = torch.cat([stream + step * along, stream - step * along])
-        moved = self.replaced(input_ids, positions, layer_idx, sides, encoded)
-        above, below = torch.stack([self.head.predict(z).prob for z in moved]).chunk(2)
-        return (above - below) / (2 * step)
+        if self.gradients == "per_position":
+            tape = self.tape(input_ids, encoded, [layer_idx], positions)
+        else:
+            with uncompiled():  # the positions alone, as a graph that is differentiated twice is large
+                context, _ = self.record(input_ids, encoded)
+                at = positions[None]
+                tape = self.replay_tape(input_ids[:, positions], at, context, encoded, [layer_idx], None)
+        with full_precision(), uncompiled():
+            pushed = tape.push(layer_idx, directions.to(tape.z))
+            prediction = self.head.predict(tape.z)
+            return (prediction.prob[:, None] * prediction.rates(pushed)).movedim(1, 0)
 
     @torch.no_grad()
     def replaced(
@@ -447,6 +464,8 @@ class SplitModel:
         The stream at ``leaf`` becomes a leaf of the graph, which does not grow below it. ``hidden = (layer, stream)``
         replaces the stream there.
         """
+        if self.model.training or self.decoder.training:
+            raise ModelError(f"{self.label} is in training mode, where dropout is on. Call model.eval() first.")
         streams: dict[int, Tensor] = {}
 
         def visit(layer: int, stream: Tensor) -> Tensor:

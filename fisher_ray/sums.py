@@ -23,6 +23,8 @@ ALL = ""
 
 # float32 products of at most this many rows are added into float64: longer ones lose digits.
 _ROWS = 4096
+# Roots of traces at most this are none: their reciprocals' squares are no float32 numbers.
+_NO_TRACE = 1e-18
 
 MATRICES = ("fisher", "normalised", "second_moment")
 _PLAIN = ("count", "traced", "captured", "activation")
@@ -111,8 +113,9 @@ class _Adding:
         g, h = (as_bfloat16(rows.flatten(0, 1)) for rows in (factors, activations))
         self.activation += h.sum(0, dtype=torch.float64) / num_streams
         root = torch.linalg.vector_norm(factors.flatten(1), dim=1)  # of the trace
-        self.traced += (root > 0).sum()
-        scale = root.reciprocal().where(root > 0, 0)
+        there = root > _NO_TRACE
+        self.traced += there.sum()
+        scale = root.reciprocal().where(there, 0)
         step = max(1, _ROWS // max(num_factors, num_streams))
         for start in range(0, len(factors), step):
             stop = start + step

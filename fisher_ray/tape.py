@@ -42,10 +42,11 @@ class Tape:
     ) -> Iterator[tuple[int, int, Float[Tensor, "n d_model"]]]:
         """The same for several: (layer, which of them, pulled) in any order."""
         for i, each in enumerate(cotangents):
+            each, exponent = _in_range(each, self._z.dtype)
             padded = self._padded(each, self._z)
             grads = torch.autograd.grad(self._z, list(self._streams.values()), padded, retain_graph=True)
             for layer, grad in zip(self._streams, grads, strict=True):
-                yield layer, i, self._gathered(grad)
+                yield layer, i, _restored(self._gathered(grad), exponent)
 
     def push(self, layer: int, directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "n k d_z"]:
         """``J_z v``: how fast z moves as the stream at ``layer`` moves along each of k directions, at every query.
@@ -119,14 +120,14 @@ class Walk(Tape):
     def pull_each(
         self, cotangents: Iterable[Float[Tensor, "n d_z"]]
     ) -> Iterator[tuple[int, int, Float[Tensor, "n d_model"]]]:
-        pulled = list(cotangents)
+        pulled, exponents = map(list, zip(*(_in_range(each, self._z.dtype) for each in cotangents), strict=True))
         for layer in sorted(self._inputs, reverse=True):
             above, entering = self.block(layer)
             for i, each in enumerate(pulled):
                 (grad,) = torch.autograd.grad(above, entering, self._padded(each, above), retain_graph=True)
                 pulled[i] = self._gathered(grad)
                 if layer in self._streams:
-                    yield layer, i, pulled[i]
+                    yield layer, i, _restored(pulled[i], exponents[i])
             del above, entering, grad  # this block's graph, before the next one's grows
 
     def push(self, layer: int, directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "n k d_z"]:
@@ -144,3 +145,19 @@ class Walk(Tape):
         with self._taping():
             # Not the leaf itself: torch's flop counter takes none that enters a module.
             return self._calls[layer](entering.view_as(entering)), entering
+
+
+def _in_range(rows: Float[Tensor, "n d"], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Rows that float16 has the digits of, and the exponents of the powers of two that they were divided by.
+
+    Scores of a token that is all but certain are smaller than float16's smallest normal number, 6e-5, and backward passes are
+    linear.
+    """
+    if dtype != torch.float16:
+        return rows, None
+    exponent = torch.frexp(rows.abs().amax(-1, keepdim=True)).exponent
+    return torch.ldexp(rows, -exponent), exponent
+
+
+def _restored(pulled: Tensor, exponent: Tensor | None) -> Tensor:
+    return pulled if exponent is None else torch.ldexp(pulled.float(), exponent)

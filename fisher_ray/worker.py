@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
 from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, RunConfig, Task, position_bucket
-from fisher_ray.scores import Scores, iter_scores
+from fisher_ray.scores import Scores, default_memory_budget, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
     Counts,
@@ -49,15 +49,14 @@ def at_once(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def load_model(config: RunConfig) -> SplitModel:
-    """The model of a run, in a process that gives the same bits each time."""
-    deterministic_kernels()
-    torch.set_num_threads(config.cpus_per_actor)
+    """The model of a run."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "this run computes on GPUs and a worker found none: torch.cuda.is_available() is false. Check the driver and "
             "the image of that node, or run on CPUs (--device cpu)."
         )
-    several = (config.gpus_per_actor or 0) > 1 and config.device == "cuda"
+    here = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    several = (config.gpus_per_actor or 0) > 1 and here == "cuda"
     return SplitModel.from_pretrained(
         config.model,
         device=None if several else config.device,
@@ -103,7 +102,8 @@ class _Scored:
 class Worker:
     """Holds one split model and turns tasks into shards.
 
-    Reading and writing of one task may go on while another is computed; computing is for one thread at a time.
+    A worker that loads its model makes its process one that gives the same bits each time. Reading and writing of one task may
+    go on while another is computed; computing is for one thread at a time.
 
     Args:
         plan: what is run; its sources are not needed here.
@@ -113,6 +113,9 @@ class Worker:
 
     def __init__(self, plan: Plan, store: RunStore, model: SplitModel | None = None):
         self.plan, self.config, self.store = plan, plan.config, store
+        if model is None:
+            deterministic_kernels()  # before the model comes
+            torch.set_num_threads(self.config.cpus_per_actor)
         self.model = load_model(self.config) if model is None else model
         self.layers = plan.layers
         self.max_seq_len, self.stride = self.config.window(plan.facts)
@@ -191,6 +194,7 @@ class Worker:
                         kept = factors if self.config.save == "factors" else scores.matrices(layer)
                         result.arrays[layer].append(kept.float().cpu().numpy())
                 result.columns[self.layers[0]][-1].update(_per_position(scores))
+                del scores, factors  # before the next micro-batch takes its own
         result.sums = {layer: sums.packed(layer) for layer in self.layers}
         return result, time.perf_counter() - start
 
@@ -373,7 +377,8 @@ class Worker:
             keys=[f"{work.documents[window.document].id}@{window.start}" for window in some],
             following=[window.following for window in some],
             seed=config.seed,
-            memory_budget=config.memory_budget,
+            memory_budget=config.memory_budget
+            or default_memory_budget(self.model, min(1.0, config.gpus_per_actor or 1.0)),
             **self._encoded(batch, work),
         )
 

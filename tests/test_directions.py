@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers as tf
 from families import FAMILIES, build
+from pretend import pretend_devices
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from fisher_ray import directions as fd
 from fisher_ray.cli import BAD_INPUT, COMPLETE, main
 from fisher_ray.head import Head
 from fisher_ray.run import Run
+from fisher_ray.worker import load_model
 from jobs import D_MODEL, LAYERS, MAX_POSITIONS, Stored, gpt2  # noqa: F401
 
 LAYER = 1
@@ -262,6 +265,55 @@ def planted(rows: Tensor, head: int, size: int, u: Tensor, scale: Tensor) -> Ten
     read = read - torch.outer(read @ u, u)
     read[head * size : (head + 1) * size] = torch.outer(torch.arange(1.0, size + 1).to(u), u)
     return read / scale
+
+
+def test_a_model_on_a_device_takes_what_is_in_main_memory(unchecked_shapes: None):
+    """Steering too: ids, positions and targets as anyone makes them."""
+    ids, at, targets = torch.arange(1, 13)[None], torch.tensor([3, 9]), torch.tensor([5, 6])
+    nothing: Any = None
+    expected = fd.steer(SplitModel(build(FAMILIES["llama"])), nothing, 1, ids, at, targets, "euclidean")
+    with pretend_devices():
+        split = SplitModel(build(FAMILIES["llama"]).to("meta:0"), check=False)
+        got = fd.steer(split, nothing, 1, ids, at, targets, "euclidean")
+        torch.testing.assert_close(got.steps.cpu(), expected.steps, rtol=1e-5, atol=1e-8)
+
+
+def test_steps_of_half_precision_are_those_that_were_taken():
+    """h and the step rounded together: what is given back, added to h, is the h that was tried."""
+    split = SplitModel(build(FAMILIES["llama"], torch.bfloat16))
+    ids, at, targets = torch.arange(1, 13)[None], torch.tensor([3, 9]), torch.tensor([5, 6])
+    nothing: Any = None
+    got = fd.steer(split, nothing, 1, ids, at, targets, "euclidean")
+    stream = split.tape(ids, {}, [1], at).streams[1]
+    moved = stream.double() + got.steps
+    assert torch.equal(moved, moved.bfloat16().double())
+
+
+def test_opening_the_model_of_a_run_leaves_the_process_as_it_is(run: Run, gpt2: str):  # noqa: F811
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+    )
+    torch.set_num_threads(before[0] + 1)
+    try:
+        fd.model_of(run)
+        assert (torch.get_num_threads() - 1, *before[1:]) == before
+        assert torch.are_deterministic_algorithms_enabled() == before[1]
+        assert torch.backends.cuda.flash_sdp_enabled() == before[2]
+    finally:
+        torch.set_num_threads(before[0])
+
+
+@pytest.mark.parametrize(("gpus", "placed"), [(None, None), (1.0, None), (2.0, "auto")])
+def test_a_model_that_took_several_gpus_takes_them_again(
+    gpus: float | None, placed: str | None, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(SplitModel, "from_pretrained", classmethod(lambda cls, *_, **given: asked.update(given)))
+    load_model(replace(run.config, device=None, gpus_per_actor=gpus))
+    assert (asked["device"], asked["device_map"]) == (None, placed)
 
 
 def test_what_heads_read_is_known_of_weights_that_are_streamed(tmp_path: Path):

@@ -30,6 +30,33 @@ def normal(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
+def test_kernels_are_launched_where_the_numbers_are(monkeypatch: pytest.MonkeyPatch):
+    """Triton takes the current device, which is another one where a model is on several."""
+    launched: list[torch.device] = []
+    entered = torch.cuda.device_of
+
+    def noted(tensor: Tensor) -> object:
+        launched.append(tensor.device)
+        return entered(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", noted)
+    from fisher_ray import fused
+
+    q, kv = normal(1, 2, 20, 16, dtype=HALF), normal(1, 2, 20, 16, dtype=HALF)
+    total, word = torch.ones(1, 2, 20, device=DEVICE), torch.arange(4, device=DEVICE)
+    for run in (
+        lambda: fused.softmax(normal(3, 50)),
+        lambda: fused.diagonal(q, kv, kv, q, q, total),
+        lambda: fused.query_gradient(q, q, kv, kv, q, total, 1.0),
+        lambda: fused.parts(normal(3, 4), None),
+        lambda: fused.rounded(normal(3, 4)),
+        lambda: fused.philox((word,) * 4, (word,) * 2),
+    ):
+        launched.clear()
+        run()
+        assert launched == [word.device]
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize(("seq_len", "width"), [(1, 8), (63, 64), (64, 16), (65, 80), (200, 128), (70, 256)])
 def test_the_gradient_of_queries(heads: int, kv_heads: int, seq_len: int, width: int):

@@ -181,6 +181,14 @@ def test_float32_keeps_its_digits_when_p_is_peaked(variant: str, target: float, 
     torch.testing.assert_close(prediction.tail.double(), 1 - log_prob.exp().max(-1).values, rtol=FLOAT32, atol=0)
 
 
+def test_rows_that_change_are_squared_again():
+    head_ = head("plain", 50, 12)
+    first = head_.squared_rows
+    assert head_.squared_rows is first
+    head_.weight.mul_(2)
+    torch.testing.assert_close(head_.squared_rows, 4 * first)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rows_are_used_as_float32(dtype: torch.dtype):
     """Weights in half precision are exact float32 numbers, so nothing but the rounding of z is lost."""

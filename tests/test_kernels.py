@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -295,6 +296,17 @@ def test_products_keep_most_digits_of_float32(tensor_cores: list[tuple[int, int,
     assert on_tensor_cores(wide, half) and on_tensor_cores(half, half)
     assert not on_tensor_cores(wide.double(), half)
     assert not on_tensor_cores(wide, half.float()) and not on_tensor_cores(wide.half(), half.half())
+
+
+def test_a_trace_of_next_to_nothing_is_none(tensor_cores: list[tuple[int, int, int]]):
+    """The square of its root's reciprocal is no float32 number, and one position must not make the sum NaN."""
+    factors = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    factors[1] *= 2.0**-70
+    sums = Sums([0], 8, [""], "cpu")
+    sums.add(0, factors, torch.ones(3, 1, 8), None, torch.ones(3))
+    packed = sums.packed(0).groups[""]
+    assert packed.traced == 2
+    assert math.isfinite(packed.normalised.trace)
 
 
 def test_a_symmetric_product_in_strips():

@@ -178,6 +178,13 @@ def test_what_is_relied_on_was_tried(off: float | None, monkeypatch: pytest.Monk
         kernels.onednn_is_right.cache_clear()
 
 
+def test_a_bias_of_any_stride(multiplied: list[torch.Size]):
+    x, weight = randn(5, 6), randn(4, 6)
+    for bias in (randn(8)[::2], randn(1).expand(4)):
+        torch.testing.assert_close(linear(x, weight, bias), x @ weight.T + bias)
+    assert multiplied
+
+
 def test_which_layers_are_exchanged():
     class Own(nn.Linear):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,12 @@ import transformers as tf
 from families import build
 
 import jobs
+from fisher_ray import worker
 from fisher_ray.cli import main
 from fisher_ray.corpus import Window
 from fisher_ray.estimators import Exact
 from fisher_ray.plan import RunConfig
-from fisher_ray.scores import score_factors
+from fisher_ray.scores import Pass, Scores, score_factors
 from fisher_ray.split import SplitModel
 from fisher_ray.worker import Worker
 from jobs import LAYERS, MAX_POSITIONS, VOCAB, Stored, cluster, gpt2  # noqa: F401
@@ -246,6 +248,47 @@ def test_token_ids_without_a_tokenizer(ending: str, tmp_path: Path) -> None:
         outcome.plan.make_tasks()[0], {2: np.eye(jobs.D_MODEL)[:1]}
     )
     assert all(0 <= int(token) < VOCAB for tokens in moved[2][0] for token in tokens)
+
+
+def test_a_micro_batch_is_gone_before_the_next_is_computed(
+    corpus: Path,
+    gpt2: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+    score = Pass._score
+
+    def watched(self: Pass, *batch: Any) -> Scores:
+        assert all(factors() is None for factors in seen)
+        scores = score(self, *batch)
+        seen.append(weakref.ref(scores.factors[1]))
+        return scores
+
+    monkeypatch.setattr(Pass, "_score", watched)
+    jobs.run_here(jobs.settings(gpt2, corpus, tmp_path / "run", layers="1", batch_tokens=16))
+    assert len(seen) > 5
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(None, 1.0), (0.25, 0.25), (1.0, 1.0), (2.0, 1.0)])
+def test_a_worker_of_a_share_of_a_gpu_has_a_share_of_the_memory(
+    gpus: float | None,
+    share: float,
+    corpus: Path,
+    gpt2: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[float] = []
+
+    def noted(model: SplitModel, share: float) -> int:
+        asked.append(share)
+        return 1 << 30
+
+    monkeypatch.setattr(worker, "default_memory_budget", noted)
+    config = jobs.settings(gpt2, corpus, tmp_path / "run", layers="1", max_docs=1, gpus_per_actor=gpus, device="cpu")
+    jobs.run_here(config)
+    assert set(asked) == {share}
 
 
 def test_positions_that_are_not_finite_are_left_out_and_counted(

@@ -16,9 +16,10 @@ from families import FAMILIES, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import jobs
-from fisher_ray import Sampled, open_run, score_factors
+from fisher_ray import ModelError, Sampled, open_run, score_factors
 from fisher_ray.cost import outline
 from fisher_ray.plan import RunConfig
+from fisher_ray.scores import Pass
 from fisher_ray.split import SplitModel
 from fisher_ray.worker import load_model
 
@@ -105,6 +106,41 @@ def test_a_model_that_is_split_again_reads_as_often(tmp_path: Path, monkeypatch:
         reads.clear()
         model.states(ids, {})
         assert sorted(reads) == sorted(name for name, parameter in split.model.named_parameters() if parameter.is_meta)
+
+
+def test_a_graph_of_one_block_is_budgeted(tmp_path: Path):
+    """Also where each position has a pass of its own; and such a pass can be differentiated twice."""
+    folder = saved("gpt2", tmp_path)
+    ids = torch.randint(61, (1, 12))
+    held, pushed = {}, {}
+    for streams in (False, True):
+        split = SplitModel.from_pretrained(folder, stream_weights=streams, gradients="per_position")
+        taken = Pass(
+            split,
+            list(ids),
+            [-1],
+            [0],
+            Sampled(1),
+            False,
+            1,
+            1.0,
+            1.0,
+            torch.zeros(1, 2, dtype=torch.long),
+            None,
+            None,
+            0,
+        )
+        held[streams] = taken._taped([0], [[5, 6]], 12)[1]
+        tape = split.tape(ids, {}, [0], torch.tensor([5, 6]))
+        pushed[streams] = tape.push(0, torch.eye(24)[:2])
+    assert held[True] < 0.6 * held[False]
+    torch.testing.assert_close(pushed[True], pushed[False])
+
+
+def test_parts_that_stay_in_float32_are_not_streamed_in_float16(tmp_path: Path):
+    folder = saved("t5", tmp_path)
+    with pytest.raises(ModelError, match="keeps wo in float32 where the rest is float16"):
+        SplitModel.from_pretrained(folder, dtype="float16", stream_weights=True)
 
 
 def test_a_copy_fetches_for_itself(tmp_path: Path):
