@@ -473,7 +473,8 @@ def _show(console: Console, outcome: Outcome) -> None:
             errors.print(f"given up: {line}", style="red", markup=False, soft_wrap=True)
         errors.print(
             f"error: {len(outcome.quarantined)} of {outcome.tasks} tasks were given up, and the means are without them; "
-            f"{uri}/quarantine says why. Once the cause is gone, the same command with --retry-quarantined completes the run.",
+            f"{uri}/quarantine says why. Once the cause is gone, the same command with --retry-quarantined completes the run; "
+            "where the corpus has to be corrected, that is another run, with an --output of its own.",
             style="red",
             markup=False,
             soft_wrap=True,
@@ -593,13 +594,13 @@ def _status(given: dict[str, Any]) -> int:
     notes = (reading(partial(store.read_sealed, path)) for path in store.list("quarantine"))
     quarantine = [note["error"] for note in notes if note is not None]
     done = len(store.names("done"))
-    holders = [store.read_sealed(path) for path in store.list("lease")][-1:]
+    driver, at_work = Lease.holder(store)
     facts = {
         **progress,
         "tasks_done": done,
         "tasks": run["tasks"],
         "quarantine": quarantine,
-        "driver": f"process {holders[0]['pid']} on {holders[0]['host']}" if holders else None,
+        "driver": driver,
         "seconds_since_written": round(time.time() - progress["written"], 1) if "written" in progress else None,
     }
     if given["json"]:
@@ -612,10 +613,10 @@ def _status(given: dict[str, Any]) -> int:
     console.print(f"tasks:  {done:,} of {run['tasks']:,} done, {len(quarantine)} quarantined", highlight=False)
     actors = ""
     if "counts" in facts:
-        actors = f", actors {facts['actors_alive']} alive {facts['actors_pending']} pending" if holders else ""
-        speed = f", {facts['tokens_per_second']:,.0f} a second" if holders else ""
+        actors = f", actors {facts['actors_alive']} alive {facts['actors_pending']} pending" if at_work else ""
+        speed = f", {facts['tokens_per_second']:,.0f} a second" if at_work else ""
         left = facts["seconds_left"]
-        left = f", {_clock(left)} left" if holders and left is not None else ""
+        left = f", {_clock(left)} left" if at_work and left is not None else ""
         console.print(f"tokens: {facts['counts']['tokens']:,}{speed}{left}", highlight=False)
     console.print(f"driver: {facts['driver'] or 'none'}{actors}", highlight=False)
     for line in quarantine[:_NAMED]:
@@ -637,7 +638,8 @@ def _verify(given: dict[str, Any]) -> int:
     if found:
         console.print(f"{found} problems. The command that made the run finds and mends them when it is given again.")
         return DAMAGED
-    console.print(f"{store.uri}: {run['tasks']:,} tasks, everything as it was written", soft_wrap=True, highlight=False)
+    done = f"{len(store.names('done')):,} of {run['tasks']:,} tasks"
+    console.print(f"{store.uri}: {done}, everything as it was written", soft_wrap=True, highlight=False)
     return COMPLETE
 
 

@@ -576,9 +576,7 @@ def _sample(source: Source, layout: Layout, offsets: list[int]) -> Iterator[Docu
 def _check_columns(schema: pa.Schema, layout: Layout, path: str) -> None:
     for column in layout.columns:
         if column not in schema.names:
-            raise CorpusError(
-                f"{path} has no column {column!r}; it has {', '.join(schema.names)}. Choose one (--column)."
-            )
+            raise CorpusError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}. Choose of those.")
     kind = schema.field(layout.column).type
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and not (
@@ -671,9 +669,7 @@ def _json_row(line: bytes, path: str, offset: int, layout: Layout) -> dict[str, 
         raise CorpusError(f"{path}, byte {offset}: expected a JSON object, got {type(row).__name__}.")
     for column in layout.columns:
         if column not in row:
-            raise CorpusError(
-                f"{path}, byte {offset}: no column {column!r}; it has {', '.join(row)}. Choose one (--column)."
-            )
+            raise CorpusError(f"{path}, byte {offset}: no column {column!r}; it has {', '.join(row)}. Choose of those.")
     return row
 
 

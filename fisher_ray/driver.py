@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_ray.dispatch import Call, Dispatch, Failure, Pool, RunError, StoppedError
-from fisher_ray.plan import Plan, RunConfig, Task, Tasks, make_plan
+from fisher_ray.plan import ConfigError, Plan, RunConfig, Task, Tasks, make_plan
 from fisher_ray.reduce import Checkpoint, Node, checkpoints, levels, manifest, roots, worst, write_summary
 from fisher_ray.report import spectra_png
 from fisher_ray.shards import RUN_VERSION, Counts, Lease, Receipt, RefusedError, RunStore, task_name
@@ -112,11 +112,11 @@ def run(
         show: given the plan, a context whose value is told how far the run is, about once a second.
 
     Raises:
-        ModelError, ConfigError, CorpusError, StorageError: input that cannot be; nothing is left behind where nothing was
-            there before and no task was done.
+        ModelError, ConfigError, CorpusError, StorageError: input that cannot be, or has nothing to score; nothing is left
+            behind where nothing was there before and no task was done.
         RefusedError: the directory holds another run, or another driver works on it.
         StoppedError: SIGTERM was received.
-        RunError: nothing could be computed, or nothing could be scored.
+        RunError: nothing could be computed.
     """
     plan, store = make_plan(config), RunStore(config.output)
     with contextlib.suppress(DamagedError):
@@ -248,12 +248,19 @@ def _estimand(config: RunConfig) -> str:
     return f"{what}, {where}"
 
 
+# Of fields that no flag is named like.
+_MEANING = {
+    "corpus": " (files are told by path, size and time of change)",
+    "shuffled": " (whether it may end early, by --until-relative-error or --until-relative-change)",
+}
+
+
 def _check_same(plan: Plan, existing: dict[str, Any], store: RunStore) -> None:
     if existing.get("fingerprint") == plan.fingerprint:
         return
     before, now = existing.get("result_fields", {}), plan.result_fields
     different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    named = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in different)
+    named = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}{_MEANING.get(key, '')}" for key in different)
     raise RefusedError(f"{store.uri} holds another run: {named}. Choose another output directory or the same settings.")
 
 
@@ -520,7 +527,7 @@ class _Run:
             files |= covering.files
         counts = covering.counts
         if counts.scored == 0:
-            raise RunError(
+            raise ConfigError(
                 f"nothing to score: {counts.documents} documents with {counts.tokens} tokens, {counts.empty} of them empty, "
                 f"{counts.skipped} tokens skipped, {counts.invalid} invalid. Check the corpus and --positions."
             )

@@ -83,9 +83,10 @@ def one_layer(run: Run, layer: int, group: str | None = None, count: int = TOP) 
 
 def _resolved(blocks: Blocks, count: int) -> dict[str, Any]:
     read, settled, angles = spectrum(blocks), convergence(blocks), half_angles(blocks, count)
-    cluster = {i: f"{c.start + 1}-{c.stop}" for c in read.clusters(count) if len(c) > 1 for i in c}
+    runs = read.clusters(count) if len(blocks) > 1 else []
+    cluster = {i: f"{c.start + 1}-{c.stop}" for c in runs if len(c) > 1 for i in c}
     values, errors = read.eigenvalues.value, read.eigenvalues.error
-    shares = values.cumsum() / values.sum()
+    shares = values.cumsum() / read.trace.value
     return {
         **_spectral(blocks),
         "relative_error": settled.error,
@@ -296,17 +297,20 @@ def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
         table.add_row(str(row["layer"]), *(_plus_minus(row[name]) for name in names), _sparkline(row["eigenvalues"]))
     console.print(table)
     blocks = min((row["blocks"] for row in facts["layers"]), default=0)
-    _say(
-        console,
-        f"± one standard error from {blocks} blocks of documents{_ROUGH if blocks < 8 else ''}, for the population they come "
-        "from. Only what is whitened compares over layers. Spectra span three decades, indices on a logarithmic axis.",
-    )
+    errors = f"± one standard error from {_of_blocks(blocks)}, for the population they come from"
+    if blocks == 1:
+        errors = f"No standard errors: {_of_blocks(blocks)}"
+    if blocks:
+        _say(
+            console,
+            f"{errors}. Only what is whitened compares over layers. Spectra span three decades, indices on a logarithmic axis.",
+        )
     if facts["sketch"] is not None:
         lost = ", ".join(f"{row['sketch_error']:.3g}" for row in facts["layers"])
         _say(
             console,
-            f"note: sums are sketches of {facts['sketch']} rows, so an eigenvalue may be too small by at most {lost} (of these "
-            "layers in turn), and ranks are those of the sketch",
+            f"note: sums are sketches of {facts['sketch']} rows, so an eigenvalue of F may be too small by at most {lost} (of "
+            f"these layers in turn), and ranks are those of the sketch. {_SKETCHED}",
             style="yellow",
         )
     for line in (*facts["quarantined"], *facts["problems"]):
@@ -332,14 +336,14 @@ def _show_resolved(console: Console, facts: Mapping[str, Any]) -> None:
     group = "" if facts["group"] is None else f", group {facts['group']}"
     _say(
         console,
-        f"layer {facts['layer']}{group}: {facts['positions']:,} positions in {facts['blocks']} blocks of documents"
-        f"{_ROUGH if facts['blocks'] < 8 else ''}; relative standard error of the mean F {_share(facts['relative_error'])}",
+        f"layer {facts['layer']}{group}: {facts['positions']:,} positions in {_of_blocks(facts['blocks'])}; "
+        f"relative standard error of the mean F {_share(facts['relative_error'])}",
     )
     if facts["sketch_error"]:
         _say(
             console,
-            f"note: of a sketch; an eigenvalue may be too small by at most {facts['sketch_error']:.3g}, and ranks are those of "
-            "the sketch",
+            f"note: of a sketch; an eigenvalue of F may be too small by at most {facts['sketch_error']:.3g}, and ranks are "
+            f"those of the sketch. {_SKETCHED}",
             style="yellow",
         )
     table = _table("quantity", "F", "after whitening")
@@ -348,10 +352,10 @@ def _show_resolved(console: Console, facts: Mapping[str, Any]) -> None:
             _NAMES.get(name, name.replace("_", " ")), _plus_minus(facts[name]), _plus_minus(facts[f"whitened_{name}"])
         )
     console.print(table)
-    table = _table("direction", "eigenvalue", "share so far", "angle of halves", "not told apart from")
+    table = _table("direction", "eigenvalue", "share so far", "angle of halves", "in one cluster")
     for row in facts["directions"]:
         angle = "-" if row["half_angle"] is None else f"{row['half_angle']:.0f}°"
-        value = _plus_minus([row["eigenvalue"], row["error"]])
+        value = _plus_minus([row["eigenvalue"], None if np.isnan(row["error"]) else row["error"]])
         table.add_row(str(row["index"]), value, f"{row['cumulative_share']:.1%}", angle, row["not_told_apart"] or "")
     console.print(table)
 
@@ -370,7 +374,7 @@ def show_position(console: Console, facts: Mapping[str, Any]) -> None:
         values = " ".join(f"{value:.3g}" for value in own[:TOP])
         table.add_row(str(row["layer"]), f"{row['trace']:.4g}", *(f"{row[name]:.1f}" for name in RANKS), values)
     console.print(table)
-    _say(console, "Ranks of a single position's matrix cannot exceed the number of samples.")
+    _say(console, "Ranks of a single position's matrix cannot exceed the number of its factors.")
 
 
 def show_difference(console: Console, facts: Mapping[str, Any]) -> None:
@@ -416,11 +420,18 @@ def _plus_minus(pair: Sequence[float | None]) -> str:
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
+def _of_blocks(count: int) -> str:
+    if count == 1:
+        return "one block of documents"
+    return f"{count} blocks of documents{_ROUGH if count < 8 else ''}"
+
+
 def _share(value: float) -> str:
     return "unknown" if np.isnan(value) else f"{value:.2%}"
 
 
 _NAMES = {"trace_rank_99": "99 % rank"}
+_SKETCHED = "What is whitened is so by a sketch too: a lower bound, which may be many times too small."
 _ROUGH = " (few, so the errors are rough)"
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 

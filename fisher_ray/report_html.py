@@ -257,7 +257,8 @@ def _health(
             (
                 False,
                 f"sums are sketches of {run.config.sketch} rows: an eigenvalue may be too small by up to {lost[worst]:.2g} of "
-                f"the largest (layer {worst}), and effective dimensions are those of the sketch",
+                f"the largest (layer {worst}), and effective dimensions are those of the sketch; what is whitened is a lower "
+                "bound that may be many times too small",
             )
         )
     if validation is not None:
@@ -468,7 +469,7 @@ def _overlaps(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> Sectio
 def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     body = missing("One block of documents cannot be halved.")
     if layers and len(layers[0].angles):
-        angles = np.stack([each.angles.mean(0) for each in layers])
+        angles = np.stack([np.median(each.angles, 0) for each in layers])
         figure = go.Figure(
             go.Heatmap(
                 x=list(range(1, angles.shape[1] + 1)), y=[str(each.layer) for each in layers], z=angles.astype(np.float32),
@@ -483,7 +484,7 @@ def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     return Section(
         "resolution",
         "Resolution",
-        "Angles between the same eigenvector of two random halves of the corpus, in the mean over splits: a few degrees where "
+        "Angles between the same eigenvector of two random halves of the corpus, the median over splits: a few degrees where "
         "the corpus determines it, near 90° where it does not and only the space that it spans with its neighbours means "
         "anything.",
         _shown(layers, lost, body),
@@ -507,7 +508,7 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
                     i + 1,
                     _pm(Estimate(values.value[i], values.error[i], values.blocks)),
                     f"{100 * values.value[i] / each.spectrum.trace.value:.1f} %",
-                    f"{each.angles[:, i].mean():.0f}°" if len(each.angles) else "–",
+                    f"{np.median(each.angles[:, i]):.0f}°" if len(each.angles) else "–",
                     beside.get(i, ""),
                     token_marks(row.get("raised")),
                     token_marks(row.get("lowered")),

@@ -375,6 +375,18 @@ class Lease:
             self._store.remove(self._path(self._number))
 
     @staticmethod
+    def holder(store: RunStore) -> tuple[str | None, bool]:
+        """Who holds the lease of a run, in words, and whether it may be at work: not where it has died on this machine."""
+        paths = list(store.list("lease"))
+        if not paths:
+            return None, False
+        held = store.read_sealed(paths[-1])
+        who = f"process {held['pid']} on {held['host']}"
+        if held["machine"] == _machine() and not _alive(held):
+            return f"{who}, which has died: the same command goes on", False
+        return who, True
+
+    @staticmethod
     def _path(number: int) -> str:
         return f"lease/{number:06d}.json"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from rich.console import Console
 
 import jobs
-from fisher_ray import cli, cost
+from fisher_ray import cli, cost, shards
 from fisher_ray.cli import main
 from fisher_ray.driver import Progress
 from fisher_ray.plan import ConfigError, make_plan, reckon
@@ -93,6 +94,19 @@ def test_status_of_a_run_at_work(run: Stored, capsys: pytest.CaptureFixture[str]
     assert f"driver: {facts['driver']}\n" in begun
 
 
+def test_status_of_a_run_whose_driver_has_died(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    """On this machine it can be seen to be gone; of others only how long nothing was written."""
+    progress = json.loads((run.folder / "progress.json").read_text())
+    for machine, died in ((shards._machine(), True), ("another", False)):
+        holder = {"host": "there", "machine": machine, "pid": os.getpid(), "started": "before", "beat": 3}
+        (run.folder / "lease").mkdir(exist_ok=True)
+        (run.folder / "lease/000001.json").write_bytes(shards.seal(holder))
+        out = said(capsys, "status", run.folder)
+        assert ("which has died: the same command goes on" in out) is died
+        assert ("actors" in out) is not died
+    assert "counts" in progress
+
+
 def test_a_job_that_nobody_takes_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", "--address", "http://127.0.0.1:1", "--", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -111,7 +125,8 @@ def test_of_no_run(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_verify_names_what_is_wrong(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "everything as it was written" in said(capsys, "verify", run.folder)
+    tasks = len(run.receipts)
+    assert f"{tasks} of {tasks} tasks, everything as it was written" in said(capsys, "verify", run.folder)
     victim = run.folder / run.receipts[1]["files"]["positions"]["path"]
     raw = bytearray(victim.read_bytes())
     raw[100] ^= 4

@@ -55,6 +55,16 @@ def test_an_overview(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  #
     assert "complete" in said and "±" in said and "8 blocks of documents" in said and "rough" not in said
 
 
+def test_one_block_has_no_errors(gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    (tmp_path / "one.txt").write_text(jobs.some_text(300))
+    jobs.run_here(jobs.settings(gpt2, tmp_path / "one.txt", tmp_path / "run", layers="1"))
+    for argv in ([], ["--layer", "1"]):
+        assert main(["inspect", str(tmp_path / "run"), *argv]) == COMPLETE
+        said = capsys.readouterr().out
+        assert "one block of documents" in said
+        assert "nan" not in said and "±" not in said and "1-" not in said
+
+
 def test_one_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     facts, stored = told(capsys, "inspect", made, "--layer", 1), Stored(made)
     values = stored.reduced(1, "eigenvalues")

@@ -464,6 +464,15 @@ def test_of_many_drivers_at_once_one_works(store: RunStore) -> None:
     held[0].release()
 
 
+def test_a_corpus_whose_files_were_touched_is_said_to_be_told_by_time(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "text.txt").write_text(jobs.some_text(300))
+    config = jobs.settings(gpt2, tmp_path / "text.txt", tmp_path / "run", layers="1")
+    jobs.run_here(config)
+    os.utime(tmp_path / "text.txt", (1, 1))
+    with pytest.raises(RefusedError, match=r"corpus was .*told by path, size and time of change"):
+        jobs.run_here(config)
+
+
 def test_a_dead_drivers_lease_is_taken_over(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once where the process can be seen to be gone, after some patience from elsewhere."""
     gone = seal(

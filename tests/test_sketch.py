@@ -216,10 +216,15 @@ def test_readers_say_that_sums_are_sketches(runs: tuple[Run, Run], capsys: pytes
     for run, said in zip(runs, (False, True), strict=True):
         assert (f"sums are sketches of {SKETCH} rows: an eigenvalue may be too small" in html_report(run).html) is said
         assert main(["inspect", run.store.uri]) == 0
-        assert (f"sums are sketches of {SKETCH} rows" in capsys.readouterr().out) is said
+        told = capsys.readouterr().out
+        assert (f"sums are sketches of {SKETCH} rows" in told) is said
+        assert ("What is whitened is so by a sketch too: a lower bound" in told) is said
         assert main(["inspect", run.store.uri, "--layer", "1", "--json"]) == 0
         total = run.blocks(1).total  # added up in another order than what is stored, and with a bound of its own
-        assert json.loads(capsys.readouterr().out)["sketch_error"] == pytest.approx(total.fisher.shrunk / total.count)
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["sketch_error"] == pytest.approx(total.fisher.shrunk / total.count)
+        held = sum(row["eigenvalue"] for row in facts["directions"])
+        assert facts["directions"][-1]["cumulative_share"] == pytest.approx(held / facts["trace"][0])
         assert run.sketch_error(1) == pytest.approx(total.fisher.shrunk / total.count, rel=0.05)
 
 
