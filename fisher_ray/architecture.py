@@ -427,9 +427,8 @@ def attention_reading(
 
     def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         arrived.append(args[0].detach()[:, 0].double().cpu())
-        read.extend(
-            each.detach().double().cpu() for each in _projections(model, block)[1]
-        )  # fetched ones are there now
+        # Now, as weights that are fetched are there for the pass alone.
+        read.extend(each.detach().double().cpu() for each in _projections(model, block)[1])
 
     handle = projection.register_forward_pre_hook(note)
     try:

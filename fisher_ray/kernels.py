@@ -220,14 +220,8 @@ def _onednn_multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(
-        x,
-        weight,
-        None if bias is None else bias.contiguous(),
-        "none",
-        [],
-        "",  # strides of a bias are not read
-    )
+    bias = bias.contiguous() if bias is not None else None  # its strides are not read
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
 
 

@@ -371,7 +371,7 @@ def _dimensions(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> Sect
                 showlegend=column == 1,
             )  # fmt: skip
     figure.add_hline(run.d_model, line={"dash": "dash", "color": "#5b6675", "width": 1})
-    figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
+    figure.update_xaxes(**_layer_axis(layers))
     figure.update_yaxes(rangemode="tozero", range=[0, 1.08 * run.d_model])
     figure.update_yaxes(title="effective dimension", col=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.2})
@@ -407,7 +407,7 @@ def _traces(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
         # Ticks at 2 and 5 of each decade, where those are enough.
         wide = bool(values) and max(values) > 5 * min(values)
         figure.update_yaxes(type="log", dtick="D2" if wide else None, tickformat="~g", col=column)
-    figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
+    figure.update_xaxes(**_layer_axis(layers))
     figure.update_yaxes(title=f"trace ({_UNIT})", col=1)
     figure.update_yaxes(title="trace (nats²)", col=2)
     return Section(
@@ -428,7 +428,7 @@ def _anisotropies(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> Se
         _over_layers(
             figure, 1, layers, [getattr(each, of).anisotropy for each in layers], color=colour, symbol=symbol, name=name
         )
-    figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12))
+    figure.update_xaxes(**_layer_axis(layers))
     figure.update_yaxes(title="anisotropy", rangemode="tozero")
     return Section(
         "anisotropy",
@@ -464,6 +464,12 @@ def _overlaps(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> Sectio
         "have nothing to do with each other.",
         _shown(layers, lost, figure_of(figure, 400)),
     )
+
+
+def _layer_axis(layers: Sequence[_Layer]) -> dict[str, Any]:
+    """Ticks at whole numbers, a dozen at most."""
+    span = layers[-1].layer - layers[0].layer if layers else 0
+    return {"title": "layer", "dtick": max(1, -(-span // 12))}
 
 
 def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
@@ -558,7 +564,7 @@ def _convergence(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     )  # fmt: skip
     figure.update_xaxes(type="log", title="positions", dtick="D2", tickformat="~s", col=1)
     figure.update_yaxes(type="log", title="relative change, |ΔF| / |F|", dtick="D2", tickformat="~p", col=1)
-    figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 12), col=2)
+    figure.update_xaxes(**_layer_axis(layers), col=2)
     figure.update_yaxes(title="relative, in the Frobenius norm", tickformat=".2~p", rangemode="tozero", col=2)
     if layers and len(layers[0].convergence.positions) > 1:
         body = figure_of(figure, 420)
