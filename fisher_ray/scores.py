@@ -155,7 +155,7 @@ def score_factors(
     try:
         return _joined(chunks)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise MemoryError(
             f"the scores of {sum(map(len, chunks))} positions do not fit in memory; use iter_scores."
@@ -480,7 +480,7 @@ class Pass:
         try:
             scores = self._score(batch)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             halves = batch.halves()
             if halves is None:
@@ -660,5 +660,6 @@ def _slices(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that main memory or a GPU's has run out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

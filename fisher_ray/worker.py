@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
 from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, RunConfig, Task, position_bucket
-from fisher_ray.scores import Scores, default_memory_budget, iter_scores
+from fisher_ray.scores import Scores, default_memory_budget, is_out_of_memory, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
     Counts,
@@ -189,7 +189,9 @@ class Worker:
                 for layer in self.layers:
                     factors = scores.factors[layer]
                     sums.add(layer, factors, scores.activations[layer], group, scores.captured_share)
-                    result.columns[layer].append(statistics(factors))
+                    found, halvings = _fitting(factors)
+                    result.columns[layer].append(found)
+                    result.halvings += halvings
                     if self.config.save != "summary":
                         kept = factors if self.config.save == "factors" else scores.matrices(layer)
                         result.arrays[layer].append(kept.float().cpu().numpy())
@@ -444,6 +446,18 @@ def statistics(factors: Tensor) -> dict[str, np.ndarray]:
         "trace_rank_99": trace_rank(eigenvalues),
     }
     return {name: value.float().cpu().numpy() for name, value in values.items()}
+
+
+def _fitting(factors: Tensor) -> tuple[dict[str, np.ndarray], int]:
+    """Statistics, of half the positions at a time where memory runs out, and how often it did."""
+    try:
+        return statistics(factors), 0
+    except (RuntimeError, MemoryError) as error:
+        if len(factors) < 2 or not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()
+    parts, halvings = zip(*map(_fitting, factors.chunk(2)), strict=True)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, 1 + sum(halvings)
 
 
 def _per_position(scores: Scores) -> dict[str, np.ndarray]:

@@ -270,6 +270,30 @@ def test_a_micro_batch_is_gone_before_the_next_is_computed(
     assert len(seen) > 5
 
 
+def test_statistics_that_do_not_fit_are_of_fewer_positions(
+    corpus: Path,
+    gpt2: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"layers": "1", "save": "factors", "max_docs": 3}
+    expected, _ = jobs.run_here(jobs.settings(gpt2, corpus, tmp_path / "whole", **settings))
+    made = worker.statistics
+
+    def statistics(factors: torch.Tensor) -> dict[str, np.ndarray]:
+        if len(factors) > 3:
+            raise torch.OutOfMemoryError("no more")
+        return made(factors)
+
+    monkeypatch.setattr(worker, "statistics", statistics)
+    got, _ = jobs.run_here(jobs.settings(gpt2, corpus, tmp_path / "halved", **settings))
+    assert got.counts()["halvings"] > 0 == expected.counts()["halvings"]
+    for row, other in zip(expected.rows(1), got.rows(1), strict=True):
+        assert row["position"] == other["position"]
+        assert row["top_eigenvalues"] == pytest.approx(other["top_eigenvalues"], rel=1e-5)
+    np.testing.assert_array_equal(got.reduced(1), expected.reduced(1))
+
+
 @pytest.mark.parametrize(("gpus", "share"), [(None, 1.0), (0.25, 0.25), (1.0, 1.0), (2.0, 1.0)])
 def test_a_worker_of_a_share_of_a_gpu_has_a_share_of_the_memory(
     gpus: float | None,
