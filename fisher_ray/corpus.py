@@ -8,6 +8,7 @@ to the range in which it starts, and its id, file and row or byte offset, does n
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import posixpath
@@ -292,7 +293,8 @@ def _expand(uri: str) -> dict[str, dict[str, Any]]:
             return {fs.unstrip_protocol(path): info}
         listed = fs.glob(path, detail=True) if info is None else fs.find(path, detail=True)
         found = {}
-        for name in sorted(filter(_wanted, listed)):
+        below = path.rstrip("/") if info is not None else None
+        for name in sorted(name for name in listed if _wanted(name, below)):
             info = listed[name]
             if info.get("islink") or info.get("size") is None:  # the listing describes the link, or nothing at all
                 info = fs.info(name)
@@ -315,15 +317,18 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _known(path: str) -> bool:
-    stem, suffix = posixpath.splitext(path)
+    stem, suffix = posixpath.splitext(path.lower())
     if suffix in _CODECS:
         return _FORMATS.get(posixpath.splitext(stem)[1]) in ("text", "jsonl")
     return suffix in _FORMATS
 
 
-def _wanted(path: str) -> bool:
-    """Whether a file found in a folder is part of the corpus: hidden ones and datasets' caches are not."""
-    return _known(path) and not posixpath.basename(path).startswith(("cache-", "."))
+def _wanted(path: str, folder: str | None) -> bool:
+    """Whether a file found in a folder, or by a glob, is part of the corpus: hidden ones and datasets' caches are not."""
+    name = posixpath.basename(path)
+    parts = [name] if folder is None else path.removeprefix(folder).split("/")
+    cached = name.startswith("cache-") and name.endswith(".arrow")
+    return _known(path) and not cached and not any(part.startswith(".") for part in parts)
 
 
 def _format(path: str) -> tuple[str, str | None]:
@@ -332,7 +337,7 @@ def _format(path: str) -> tuple[str, str | None]:
         raise CorpusError(
             f"{path} has no known ending. Expected {', '.join(_FORMATS)}; text and jsonl may also end in .gz or .zst."
         )
-    stem, suffix = posixpath.splitext(path)
+    stem, suffix = posixpath.splitext(path.lower())
     if suffix in _CODECS:
         return _FORMATS[posixpath.splitext(stem)[1]], _CODECS[suffix]
     return _FORMATS[suffix], None
@@ -443,6 +448,11 @@ def _bytes(source: Source, start: int, stop: int) -> bytes:
 def _look(source: Source, layout: Layout) -> None:
     """Refuse a file whose beginning is not what its ending claims, before anything is computed."""
     kind, codec = _format(source.path)
+    if layout.encoder_column is not None and kind in ("text", "npy"):
+        raise CorpusError(
+            f"{source.path} has no columns, and the encoder's text is to be in {layout.encoder_column!r}. Give JSON lines, "
+            "Parquet or a saved dataset."
+        )
     if kind == "arrow":
         with _batches(source) as reader:
             _check_columns(reader.schema, layout, source.path)
@@ -775,6 +785,8 @@ def _check_unicode(name: str, text: str) -> None:
 
 
 def _decode(raw: bytes, path: str, offset: int) -> str:
+    if offset == 0:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
     if b"\0" in raw:
         raise CorpusError(f"{path} is a binary file: a zero byte at {offset + raw.index(0)}. Expected UTF-8 text.")
     try:

@@ -518,7 +518,9 @@ def safe_directions(
             "Allow a larger share."
         )
     if norm is None:
-        norm = 0.1 * float(np.trace(run.activation(layer)[1])) ** 0.5
+        of_all = run.blocks(layer).total  # also of sketches, whose traces are exact
+        mean = of_all.activation / of_all.count
+        norm = 0.1 * (of_all.second_moment.trace / of_all.count - float(mean @ mean)) ** 0.5
     bottom = vectors[:, -m:].flip(1)
     generator = torch.Generator().manual_seed(seed)
     corpus = _Corpus(run, model)

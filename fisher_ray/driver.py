@@ -519,6 +519,7 @@ class _Run:
 
     def _reduce_once(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Receipt]:
         self._sum_nodes(trees)
+        self.store.remove("reduced/manifest.json")  # before its files become others
         rows: list[dict[str, Any]] = []
         files: dict[str, StoredFile] = {}
         finished = self._all(Call(f"mean {tree.name}", "finish", (tree,)) for tree in trees)

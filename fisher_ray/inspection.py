@@ -439,6 +439,8 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 def _sparkline(eigenvalues: Sequence[float], width: int = 16) -> str:
     """A spectrum over three decades, indices on a logarithmic axis."""
     values = np.asarray(eigenvalues)
+    if values[0] <= 0:
+        return ""
     at = np.unique(np.geomspace(1, len(values), width).round().astype(int)) - 1
     heights = 1 + np.log10((values[at] / values[0]).clip(1e-3)) / 3
     return "".join(_BLOCKS[round(float(h) * (len(_BLOCKS) - 1))] for h in heights)

@@ -398,7 +398,10 @@ def manifest(
             "first": chunks[0].first,
             "last": chunks[0].last,
             "without": list(chunks[0].missing),
-            "receipts": [f"done/{task_name(b.first)}" if b.is_task else f"tree/{b.name}" for b in chunks],
+            # A task's receipt is of all layers, and the same in each of the roots.
+            "receipts": list(
+                dict.fromkeys(f"done/{task_name(b.first)}" if b.is_task else f"tree/{b.name}" for b in chunks)
+            ),
         }
         for chunks in zip(*(root.children() for root in roots), strict=True)
     ]

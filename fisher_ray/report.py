@@ -70,7 +70,7 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
         (spectra, "Eigenvalues of the mean F", "nats² per squared unit of h"),
         (whitened, r"Eigenvalues of $\Sigma^{1/2} F\, \Sigma^{1/2}$ (compares over layers)", "nats²"),
     ):
-        axes.set(xscale="log", yscale="log", title=title, xlabel="index", ylabel=unit)
+        axes.set(xscale="log", yscale=_scale(axes), title=title, xlabel="index", ylabel=unit)
     norm = matplotlib.colors.Normalize(min(layers), max(max(layers), min(layers) + 1))
     scale = matplotlib.cm.ScalarMappable(
         norm, matplotlib.colors.ListedColormap(colours([0.92 * i / 255 for i in range(256)]))
@@ -78,7 +78,7 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
     figure.colorbar(scale, ax=[spectra, whitened], label="layer", shrink=0.9, aspect=30)
     for name, label, marker in (("trace", "tr F", "o"), ("whitened_trace", r"tr $\Sigma^{1/2} F\, \Sigma^{1/2}$", "s")):
         traces.plot(layers, [row[name] for row in rows], marker=marker, ms=4, label=label)
-    traces.set(yscale="log", title="Trace", xlabel="layer", ylabel="nats²")
+    traces.set(yscale=_scale(traces), title="Trace", xlabel="layer", ylabel="nats²")
     for name, label, marker in (
         ("participation_ratio", "participation ratio", "o"),
         ("entropy_rank", "entropy rank", "s"),
@@ -97,3 +97,8 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
+
+
+def _scale(axes: Any) -> str:
+    """Logarithmic where there is anything above zero."""
+    return "log" if any((line.get_ydata() > 0).any() for line in axes.lines) else "linear"

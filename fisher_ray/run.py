@@ -231,7 +231,10 @@ class Run:
         return total.fisher.shrunk / total.count
 
     def activation(self, layer: int, group: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [d_model] and covariance [d_model, d_model] of the residual stream."""
+        """Mean [d_model] and covariance [d_model, d_model] of the residual stream.
+
+        Of sketches the second moment is a lower bound, and what is left of it need not be positive semi-definite.
+        """
         blocks = self.blocks(layer, group)
         mean = blocks.mean("activation").numpy()
         return mean, blocks.mean("second_moment").numpy() - np.outer(mean, mean)
@@ -369,7 +372,8 @@ class Run:
         """Receipts that together hold each block's sums: of the tree where there is one, else of tasks."""
         if self.complete:
             return [
-                [self.store.receipt(*path.split("/")) for path in block["receipts"]] for block in self._made["blocks"]
+                [self.store.receipt(*path.split("/")) for path in dict.fromkeys(block["receipts"])]
+                for block in self._made["blocks"]
             ]
         parts = np.array_split(np.array(self.done_tasks), min(FAN_IN, max(1, self.done)))
         return [list(self.store.receipts(part.tolist())) for part in parts if len(part)]

@@ -314,6 +314,39 @@ def test_a_name_with_glob_characters(tmp_path: Path) -> None:
     assert names([str(tmp_path / "a[1].txt")]) == [("a[1].txt:0", "x")]
 
 
+def test_what_of_a_folder_is_read(tmp_path: Path) -> None:
+    """Endings in any case, names that begin like datasets' caches; nothing that is hidden, nor in what is."""
+    for name in (
+        "cache-control.md",
+        "D.TXT",
+        "sub/e.txt",
+        ".hidden.txt",
+        ".git/f.txt",
+        "sub/.g/h.txt",
+        "cache-0.arrow",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("text\n")
+    sources = [Path(source.path.removeprefix("file://")) for source in find_sources([str(tmp_path)])]
+    assert sorted(str(path.relative_to(tmp_path)) for path in sources) == ["D.TXT", "cache-control.md", "sub/e.txt"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    text = '{"text": "one"}\n{"text": "two"}\n' if name.endswith("jsonl") else "one\n\ntwo\n"
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [document.content for document in every(tmp_path / name)] == ["one", "two"]
+
+
+def test_an_encoders_text_is_in_a_column(tmp_path: Path) -> None:
+    """Of files without columns it would be the text of other documents."""
+    (tmp_path / "a.txt").write_text("one")
+    np.save(tmp_path / "b.npy", np.ones((1, 3), np.int64))
+    for name in ("a.txt", "b.npy"):
+        with pytest.raises(CorpusError, match=f"{name} has no columns, and the encoder's text is to be in 'said'"):
+            every(tmp_path / name, Layout(encoder_column="said"))
+
+
 def test_an_unknown_ending_says_what_is_known(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(CorpusError, match=r"no known ending.*\.parquet"):

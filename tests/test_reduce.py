@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from test_run import rewrite
 
 import jobs
-from fisher_ray import cost, reduce
+from fisher_ray import cost, driver, open_run, reduce
 from fisher_ray.cli import main
 from fisher_ray.plan import position_bucket
 from fisher_ray.reduce import FAN_IN, Node, levels
@@ -155,6 +156,38 @@ def test_blocks_add_up_to_the_whole_and_share_no_document(run: Stored) -> None:
             table = pq.read_table(run.folder / receipt["files"]["positions"]["path"], columns=["document"])
             for document in set(table["document"].to_pylist()):
                 assert of_block.setdefault(document, block) == block
+
+
+def test_blocks_of_single_tasks_count_them_once(gpt2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Where a layer a call is added up, and some blocks are single tasks, whose receipts are of all layers."""
+    make_small(monkeypatch)
+    (tmp_path / "docs.txt").write_text(jobs.some_text(4_000))
+    config = jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run")
+    stored, outcome = jobs.run_here(config)
+    assert 3 < outcome.tasks < 6  # in three blocks: one or two tasks each
+    for layer in range(LAYERS + 1):
+        total = open_run(config.output).blocks(layer).total
+        assert total.count == len(stored.rows(layer))
+        np.testing.assert_allclose(total.fisher.mean(total.count), stored.reduced(layer), rtol=1e-6, atol=1e-12)
+    before = json.loads((tmp_path / "run/reduced/manifest.json").read_text())
+    twice = [{**block, "receipts": [*block["receipts"], *block["receipts"]]} for block in before["blocks"]]
+    rewrite(tmp_path / "run/reduced/manifest.json", blocks=twice)  # as manifests were written
+    assert open_run(config.output).blocks(1).total.count == len(stored.rows(1))
+
+
+def test_a_reduction_that_ends_half_way_is_none(gpt2: str, run: Stored, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Its files replace those of the one before, whose manifest must not stand over them."""
+    make_small(monkeypatch)
+
+    def stop(*_: Any) -> bytes:
+        raise RuntimeError("stopped")
+
+    (run.folder / "reduced/layer_000/fisher.npy").unlink()
+    monkeypatch.setattr(driver, "spectra_png", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        jobs.run_here(jobs.settings(gpt2, run.folder.parent / "docs.txt", run.folder))
+    assert not (run.folder / "reduced/manifest.json").exists()
+    assert open_run(run.folder).status != "complete"
 
 
 def test_a_reduction_that_was_interrupted_goes_on(run: Stored, gpt2: str, small_tree: None) -> None:  # noqa: F811

@@ -6,13 +6,15 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import jobs
-from fisher_ray import Exact, SplitModel, cost, iter_scores, open_run, reduce
+from fisher_ray import Exact, SplitModel, cost, directions, inspection, iter_scores, open_run, reduce, report
 from fisher_ray.cli import main
 from fisher_ray.plan import ConfigError, make_plan
 from fisher_ray.report_html import html_report
@@ -210,6 +212,23 @@ def test_the_summary_says_what_a_sketch_has_lost(runs: tuple[Run, Run]) -> None:
         assert row["captured_share"] == pytest.approx(kept / row["trace"], rel=1e-6)
         assert other["captured_share"] == 1 and other["sketch_error"] == 0
         assert row["captured_share"] + D_MODEL * row["sketch_error"] / row["trace"] > 1 - 1e-6
+
+
+def test_steps_are_as_long_by_sketches(runs: tuple[Run, Run]) -> None:
+    """A tenth of the standard deviation of h, whose trace is exact where its sketch lacks most of it."""
+    whole, sketched = (directions.safe_directions(run, 1, share=0.5, documents=1) for run in runs)
+    assert sketched.norm == pytest.approx(whole.norm, rel=1e-5)
+    assert sketched.random_kl.value > 0
+
+
+def test_spectra_of_nothing_are_drawn(runs: tuple[Run, Run]) -> None:
+    rows = [{**row, "trace": 0.0, "whitened_trace": 0.0} for row in runs[0].summary if row["group"] is None]
+    layers = [row["layer"] for row in rows]
+    plan: Any = SimpleNamespace(layers=layers, facts=SimpleNamespace(d_model=D_MODEL), config=runs[0].config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "read_array", lambda *_: np.zeros(D_MODEL))
+        assert report.spectra_png(plan, runs[0].store, rows).startswith(b"\x89PNG")
+    assert inspection._sparkline([0.0, 0.0]) == ""
 
 
 def test_readers_say_that_sums_are_sketches(runs: tuple[Run, Run], capsys: pytest.CaptureFixture[str]) -> None:
