@@ -170,6 +170,7 @@ def test_blocks_of_single_tasks_count_them_once(gpt2: str, tmp_path: Path, monke
         assert total.count == len(stored.rows(layer))
         np.testing.assert_allclose(total.fisher.mean(total.count), stored.reduced(layer), rtol=1e-6, atol=1e-12)
     before = json.loads((tmp_path / "run/reduced/manifest.json").read_text())
+    assert all(len(set(block["receipts"])) == len(block["receipts"]) for block in before["blocks"])
     twice = [{**block, "receipts": [*block["receipts"], *block["receipts"]]} for block in before["blocks"]]
     rewrite(tmp_path / "run/reduced/manifest.json", blocks=twice)  # as manifests were written
     assert open_run(config.output).blocks(1).total.count == len(stored.rows(1))
