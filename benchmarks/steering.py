@@ -14,7 +14,6 @@ import tempfile
 from contextlib import nullcontext
 from itertools import islice
 
-import numpy as np
 import torch
 from transformers import logging as transformers_logging
 
@@ -87,10 +86,9 @@ def _show(args: argparse.Namespace, layers: list[int], found: dict[tuple[int, st
         plain, *_ = together = torch.cat(some, 1)
         sums = torch.stack([kl.sum(1) for kl in some])  # [document, form]
         without = sums.sum(0) - sums
-        weights = np.array([kl.shape[1] for kl in some], np.float64)
         for i, form in enumerate(FORMS):
             mine = together[i]
-            ratio = jackknife(plain.sum() / mine.sum(), without[:, 0] / without[:, i], weights)
+            ratio = jackknife(plain.sum() / mine.sum(), without[:, 0] / without[:, i])
             size = torch.cat([each.steps for each in found[layer, form]]).norm(dim=1).median()
             missed = sum(int(each.kl_others.isnan().sum()) for each in found[layer, form])
             print(

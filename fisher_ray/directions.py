@@ -548,7 +548,7 @@ def safe_directions(
         raise ValueError(f"no position of {run.store.uri} is scored yet at layer {layer}.")
     whole = each.sum(0)
     rest = whole - each if len(each) > 1 else each
-    both = jackknife(whole[:2] / whole[2], rest[:, :2] / rest[:, 2:], each[:, 2].numpy())
+    both = jackknife(whole[:2] / whole[2], rest[:, :2] / rest[:, 2:])
     estimates = [
         Estimate(np.asarray(v), np.asarray(e), both.blocks) for v, e in zip(both.value, both.error, strict=True)
     ]

@@ -43,7 +43,7 @@ from fisher_ray.shards import POSITION_FIELDS
 from fisher_ray.split import Gradients
 
 # Raised whenever the same configuration would give other numbers.
-RESULT_VERSION = 10
+RESULT_VERSION = 11
 
 Device = Literal["cpu", "cuda"]
 Executor = Literal["ray", "local"]

@@ -2,8 +2,8 @@
 
 The corpus is taken for a sample of documents from a larger population, and an error says how far the population's value may
 be from the one computed. Positions of one document depend on each other, so what is left out at a time is a block of whole
-documents. Blocks may hold different numbers of positions: the jackknife is the delete-m_j one of Busing, Meijer and van der
-Leeden (Statistics and Computing 9, 1999), which for equal blocks is the usual one.
+documents, as with clusters in surveys (Wolter, Introduction to Variance Estimation, 2007, chapter 4). How many positions a
+block holds is as random as what they are, so blocks are not weighed by it.
 """
 
 from __future__ import annotations
@@ -48,22 +48,18 @@ class Estimate:
         return self.value - reach, self.value + reach
 
 
-def jackknife(value: Tensor, without: Tensor, weights: np.ndarray) -> Estimate:
-    """Standard error from the values that leaving out each block gives.
+def jackknife(value: Tensor, without: Tensor) -> Estimate:
+    """Standard error from the values that leaving out each block gives: ``sqrt((B - 1) / B sum_b (without_b - value)^2)``.
 
     Args:
         value: [...], of all blocks.
         without: [B, ...], of all but one.
-        weights: [B], positions in each block.
     """
-    count = len(weights)
+    count = len(without)
     all_, left = value.double().numpy(), without.double().numpy()
     if count < 2:
         return Estimate(all_, np.full_like(all_, np.nan), count)
-    ratio = (weights.sum() / weights).reshape(-1, *[1] * all_.ndim)  # h_j = n / m_j
-    pseudo = ratio * all_ - (ratio - 1) * left
-    centre = count * all_ - ((1 - 1 / ratio) * left).sum(0)
-    return Estimate(all_, np.sqrt(((pseudo - centre) ** 2 / (ratio - 1)).mean(0)), count)
+    return Estimate(all_, np.sqrt((count - 1) / count * np.square(left - all_).sum(0)), count)
 
 
 class Blocks:
@@ -77,7 +73,6 @@ class Blocks:
         self.sums = [block for block in sums if block.count]
         if not self.sums:
             raise ValueError("no block of documents has a position.")
-        self.weights = np.array([block.count for block in self.sums], np.float64)
         self.total = GroupSums(**vars(self.sums[0]))
         for block in self.sums[1:]:
             self.total.add(block)
@@ -93,7 +88,7 @@ class Blocks:
         counts = np.array([self.total.count, *(self.total.count - block.count for block in self.sums)])
         traces = np.array([block.fisher.trace for block in self.sums])
         value, *without = torch.from_numpy(np.array([traces.sum(), *(traces.sum() - traces)]) / counts.clip(1))
-        return jackknife(value, torch.stack(without), self.weights)
+        return jackknife(value, torch.stack(without))
 
     def mean(self, name: Literal["fisher", "second_moment", "activation"], without: GroupSums | None = None) -> Tensor:
         """The mean over all positions, or over those of all other blocks; [d, d], of ``activation`` [d]."""
@@ -166,12 +161,12 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
     left = torch.stack(without)
 
     def estimate(function: Callable[[Tensor], Tensor]) -> Estimate:
-        return jackknife(function(values.clamp_min(0)), function(left.clamp_min(0)), blocks.weights)
+        return jackknife(function(values.clamp_min(0)), function(left.clamp_min(0)))
 
     return Spectrum(
         estimate(lambda each: each),
         vectors.numpy(),
-        jackknife(values.sum(-1), left.sum(-1), blocks.weights) if whitened else blocks.trace(),
+        jackknife(values.sum(-1), left.sum(-1)) if whitened else blocks.trace(),
         estimate(participation_ratio),
         estimate(entropy_rank),
         replace(rank := estimate(trace_rank), error=np.full_like(rank.error, np.nan)),
@@ -188,7 +183,7 @@ def quadratic_form(blocks: Blocks, directions: Tensor) -> Estimate:
     """``v^T F v`` with the mean F for directions [k, d], one a row; nats^2 per squared unit of v."""
     means = [blocks.mean("fisher"), *(blocks.mean("fisher", without=block) for block in blocks.sums if len(blocks) > 1)]
     value, *without = (_quadratic(directions.mT, mean) for mean in means)
-    return jackknife(value, torch.stack(without or [value]), blocks.weights)
+    return jackknife(value, torch.stack(without or [value]))
 
 
 def half_angles(blocks: Blocks, count: int, splits: int = 8, seed: int = 0) -> np.ndarray:
@@ -246,9 +241,8 @@ def convergence(blocks: Iterable[GroupSums]) -> Convergence:
         raise ValueError("no block of documents has a position.")
     n, variance = positions[-1], 0.0
     for block in filter(lambda sums: sums.count, blocks if len(positions) > 1 else ()):
-        # What the delete-m_j jackknife of a mean comes to, summed over its entries.
-        away = block.square("fisher") / block.count - total / n
-        variance += block.count / (n - block.count) * float(np.square(away).sum()) / len(positions)
+        moved = (total - block.square("fisher")) / (n - block.count) - total / n
+        variance += (len(positions) - 1) / len(positions) * float(np.square(moved).sum())  # as in jackknife
     error = variance**0.5 / float(np.linalg.norm(total / n)) if len(positions) > 1 else float("nan")
     return Convergence(np.array(positions), np.array(changes), error)
 

@@ -115,14 +115,14 @@ def test_cost_is_the_quadratic_form_of_the_mean_with_the_error_of_a_mean(run: Ru
     factors = Stored(made / "factors").saved("factors", LAYER).astype(np.float64)
     each = ((factors @ directions.T) ** 2).sum(1) / 2  # one row a position
     np.testing.assert_allclose(got.value, each.mean(0), rtol=1e-5)
-    # The blocks of a run this small are its tasks; the delete-m_j jackknife of a mean in closed form.
+    # The blocks of a run this small are its tasks; the jackknife by leaving out one after the other.
     sizes = [size for receipt in Stored(made / "factors").receipts if (size := receipt["counts"]["scored"])]
     assert got.blocks == len(sizes) > 4
     variance, n = 0, len(each)
     for block in np.split(each, np.cumsum(sizes)[:-1]):
         m = len(block)
         moved = (each.sum(0) - block.sum(0)) / (n - m) - each.mean(0)
-        variance = variance + (n / m - 1) * moved**2 / len(sizes)
+        variance = variance + (1 - 1 / len(sizes)) * moved**2
     np.testing.assert_allclose(got.error, variance**0.5, rtol=1e-3)
     one = fd.cost(run, LAYER, directions[1])
     assert one.value.shape == () and float(one.value) == pytest.approx(got.value[1]) and one.blocks == got.blocks

@@ -97,14 +97,10 @@ def test_errors_and_changes_against_factors(whole: tuple[Stored, Outcome]) -> No
             bounds = [each.tasks * i // count for i in range(count + 1)]
             blocks = [block for first, last in pairwise(bounds) if sum(map(len, block := tasks[first:last]))]
             count = len(blocks)
-            n, m = sum(map(len, tasks)), np.array([sum(map(len, block)) for block in blocks])
-            total = mean(tasks)
+            n, total = sum(map(len, tasks)), mean(tasks)
             left = [mean([t for j, block in enumerate(blocks) if j != i for t in block]) for i in range(count)]
-            h = n / m
-            centre = count * total - sum((1 - 1 / h[i]) * left[i] for i in range(count))
-            pseudo = [h[i] * total - (h[i] - 1) * left[i] for i in range(count)]
-            variance = sum((pseudo[i] - centre) ** 2 / (h[i] - 1) for i in range(count)) / count
-            errors.append(variance.sum() ** 0.5 / np.linalg.norm(total))
+            variance = (count - 1) / count * sum(np.square(each - total).sum() for each in left)
+            errors.append(variance**0.5 / np.linalg.norm(total))
             means.append(total)
             if before:
                 changes.append(np.linalg.norm(total - before[layer]) / np.linalg.norm(total))
