@@ -170,7 +170,9 @@ def find_sources(corpus: Sequence[str]) -> list[Source]:
         if info["size"]
     ]
     if not sources:
-        raise CorpusError(f"the corpus {', '.join(corpus)} is empty: {len(found)} files without a single byte.")
+        raise CorpusError(
+            f"the corpus {', '.join(corpus)} is empty: no byte in {len(found)} file{'s' * (len(found) > 1)}."
+        )
     return sources
 
 
@@ -294,8 +296,14 @@ def _expand(uri: str) -> dict[str, dict[str, Any]]:
         listed = fs.glob(path, detail=True) if info is None else fs.find(path, detail=True)
         found = {}
         below = path.rstrip("/") if info is not None else None
-        for name in sorted(name for name in listed if _wanted(name, below)):
-            info = listed[name]
+        for name, info in sorted(listed.items()):
+            if below is not None and info.get("islink") and not _hidden(name, below) and fs.isdir(name):
+                raise CorpusError(
+                    f"{name} is a link to a folder, and links are followed to files only. Name the folder itself beside "
+                    f"{uri}, or take the link away."
+                )
+            if not _wanted(name, below):
+                continue
             if info.get("islink") or info.get("size") is None:  # the listing describes the link, or nothing at all
                 info = fs.info(name)
             if info["type"] != "directory":
@@ -326,9 +334,13 @@ def _known(path: str) -> bool:
 def _wanted(path: str, folder: str | None) -> bool:
     """Whether a file found in a folder, or by a glob, is part of the corpus: hidden ones and datasets' caches are not."""
     name = posixpath.basename(path)
-    parts = [name] if folder is None else path.removeprefix(folder).split("/")
     cached = name.startswith("cache-") and name.endswith(".arrow")
-    return _known(path) and not cached and not any(part.startswith(".") for part in parts)
+    return _known(path) and not cached and not _hidden(path, folder)
+
+
+def _hidden(path: str, folder: str | None) -> bool:
+    parts = [posixpath.basename(path)] if folder is None else path.removeprefix(folder).split("/")
+    return any(part.startswith(".") for part in parts)
 
 
 def _format(path: str) -> tuple[str, str | None]:
@@ -762,8 +774,9 @@ def _document(name: str, row: dict[str, Any], layout: Layout) -> Document:
         raise CorpusError(
             f"{name}: column {layout.column!r} must hold text or a list of token ids, got {type(content).__name__}."
         )
-    if isinstance(content, str):
-        _check_unicode(name, content)
+    for column in (layout.column, *layout.carried):
+        if isinstance(row[column], str):
+            _check_unicode(name, column, row[column])
     encoder_text = None
     if layout.encoder_column is not None:
         encoder_text = row[layout.encoder_column]
@@ -771,17 +784,19 @@ def _document(name: str, row: dict[str, Any], layout: Layout) -> Document:
             raise CorpusError(
                 f"{name}: column {layout.encoder_column!r} must hold text, got {type(encoder_text).__name__}."
             )
-        _check_unicode(name, encoder_text)
+        _check_unicode(name, layout.encoder_column, encoder_text)
     carried = tuple(None if row[column] is None else str(row[column]) for column in layout.carried)
     return Document(name, content, encoder_text, carried)
 
 
-def _check_unicode(name: str, text: str) -> None:
+def _check_unicode(name: str, column: str, text: str) -> None:
     """JSON can spell half of a surrogate pair, which is no character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CorpusError(f"{name}: character {error.start} is half of a surrogate pair, not text.") from error
+        raise CorpusError(
+            f"{name}: character {error.start} of column {column!r} is half of a surrogate pair, not text."
+        ) from error
 
 
 def _decode(raw: bytes, path: str, offset: int) -> str:

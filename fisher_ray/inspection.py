@@ -84,7 +84,7 @@ def one_layer(run: Run, layer: int, group: str | None = None, count: int = TOP) 
 def _resolved(blocks: Blocks, count: int) -> dict[str, Any]:
     read, settled, angles = spectrum(blocks), convergence(blocks), half_angles(blocks, count)
     runs = read.clusters(count) if len(blocks) > 1 else []
-    cluster = {i: f"{c.start + 1}-{c.stop}" for c in runs if len(c) > 1 for i in c}
+    cluster = {i: f"{c.start}-{c.stop - 1}" for c in runs if len(c) > 1 for i in c}
     values, errors = read.eigenvalues.value, read.eigenvalues.error
     shares = values.cumsum() / read.trace.value
     return {
@@ -93,7 +93,7 @@ def _resolved(blocks: Blocks, count: int) -> dict[str, Any]:
         "convergence": {"positions": settled.positions.tolist(), "relative_change": settled.change[1:].tolist()},
         "directions": [
             {
-                "index": i + 1,
+                "direction": i,
                 "eigenvalue": float(values[i]),
                 "error": float(errors[i]),
                 "cumulative_share": float(shares[i]),
@@ -144,15 +144,27 @@ def stronger(best: list[dict[str, Any]], rows: pa.Table, count: int) -> list[dic
         first = max(0, i - _AROUND)
         near = rows.slice(first, i - first + _AROUND + 1).to_pylist()
         here = near[i - first]
-        # Ids of a model without tokenizer would run together.
-        words = [f" {row['text']} " if row["text"] == str(row["token"]) else row["text"] for row in near]
-        beside = [
-            row["document"] == here["document"] and abs(row["position"] - here["position"]) <= _AROUND for row in near
-        ]
-        text = [word if close else "" for word, close in zip(words, beside, strict=True)]
-        before, after = "".join(text[: i - first]), "".join(text[i - first + 1 :])
-        places.append({**{name: here[name] for name in _PLACE}, "before": before, "after": after})
+        beside = [row for row in near if row["document"] == here["document"]]
+        places.append({name: here[name] for name in _PLACE} | _text_around(beside, here["position"]))
     return sorted([*best, *places], key=lambda place: -place["trace"])[:count]
+
+
+def _text_around(rows: Sequence[Mapping[str, Any]], position: int) -> dict[str, str]:
+    """Text ``before`` and ``after`` a position, from rows of one document in order; "…" where the run left positions out."""
+    found = {"before": "", "after": ""}
+    last = None
+    for row in rows:
+        t = row["position"]
+        if abs(t - position) > _AROUND:
+            continue
+        if last is not None and t > last + 1:
+            found["before" if t <= position else "after"] += " … "
+        if t != position:
+            # Ids of a model without tokenizer would run together.
+            text = f" {row['text']} " if row["text"] == str(row["token"]) else row["text"]
+            found["before" if t < position else "after"] += text
+        last = t
+    return found
 
 
 def one_position(run: Run, document: str, position: int) -> dict[str, Any]:
@@ -181,7 +193,8 @@ def one_position(run: Run, document: str, position: int) -> dict[str, Any]:
         "run": run.store.uri,
         "document": document,
         "position": position,
-        "around": [[row["position"], row["text"]] for row in around],
+        "text": here[0]["text"],
+        **_text_around(around, position),
         "layers": sorted(here, key=lambda row: row["layer"]),
     }
     if run.config.save != "summary":
@@ -356,13 +369,15 @@ def _show_resolved(console: Console, facts: Mapping[str, Any]) -> None:
     for row in facts["directions"]:
         angle = "-" if row["half_angle"] is None else f"{row['half_angle']:.0f}°"
         value = _plus_minus([row["eigenvalue"], None if np.isnan(row["error"]) else row["error"]])
-        table.add_row(str(row["index"]), value, f"{row['cumulative_share']:.1%}", angle, row["not_told_apart"] or "")
+        table.add_row(
+            str(row["direction"]), value, f"{row['cumulative_share']:.1%}", angle, row["not_told_apart"] or ""
+        )
     console.print(table)
 
 
 def show_position(console: Console, facts: Mapping[str, Any]) -> None:
     """Print what :func:`one_position` found."""
-    text = "".join(f"[{text}]" if t == facts["position"] else text for t, text in facts["around"])
+    text = f"{facts['before']}[{facts['text']}]{facts['after']}"
     _say(console, f"{facts['document']}, position {facts['position']}: {' '.join(text.split())}")
     first = facts["layers"][0]
     surprisal = "-" if first["surprisal"] is None else f"{first['surprisal']:.4g}"

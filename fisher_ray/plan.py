@@ -251,6 +251,11 @@ class RunConfig:
                 raise ConfigError(f"{name} must be a share between 0 and 1, got {value:g}.")
         if self.token_source == "observed" and self.token_draws != 1:
             raise ConfigError(f"token_draws is for token_source sampled, got {self.token_draws} with observed tokens.")
+        if self.token_source == "sampled" and self.group_by == "token":
+            raise ConfigError(
+                "group_by token is for the corpus's tokens, and with token_source sampled others take their place. Leave "
+                "one of them out."
+            )
         gpus = self.gpus_per_actor or 0.0
         if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
             raise ConfigError(f"gpus_per_actor must be a fraction of one GPU or a whole number, got {gpus:g}.")

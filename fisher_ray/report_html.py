@@ -478,7 +478,7 @@ def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
         angles = np.stack([np.median(each.angles, 0) for each in layers])
         figure = go.Figure(
             go.Heatmap(
-                x=list(range(1, angles.shape[1] + 1)), y=[str(each.layer) for each in layers], z=angles.astype(np.float32),
+                x=list(range(angles.shape[1])), y=[str(each.layer) for each in layers], z=angles.astype(np.float32),
                 colorscale="Viridis", reversescale=True, zmin=0, zmax=90, colorbar={"thickness": 14, "ticksuffix": "°"},
                 hovertemplate="layer %{y}, direction %{x}: %{z:.1f}°<extra></extra>",
                 **({"texttemplate": "%{z:.0f}", "textfont": {"size": 10}} if len(layers) < 20 else {}),
@@ -505,13 +505,13 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
     for each in layers:
         values = each.spectrum.eigenvalues
         runs = each.spectrum.clusters(min(_TOP, run.d_model)) if values.blocks > 1 else []
-        beside = {i: f"{c[0] + 1}–{c[-1] + 1}" for c in runs if len(c) > 1 for i in c}
+        beside = {i: f"{c[0]}–{c[-1]}" for c in runs if len(c) > 1 for i in c}
         for i in range(min(DIRECTIONS, len(values.value))):
             row = moved.get((each.layer, i), {})
             rows.append(
                 (
                     each.layer if i == 0 else "",
-                    i + 1,
+                    i,
                     _pm(Estimate(values.value[i], values.error[i], values.blocks)),
                     f"{100 * values.value[i] / each.spectrum.trace.value:.1f} %",
                     f"{np.median(each.angles[:, i]):.0f}°" if len(each.angles) else "–",
@@ -524,8 +524,9 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
         "directions",
         "Top directions",
         "What a small step along each layer's first eigenvectors makes more and less likely, through the model's own upper "
-        "layers (a sign is arbitrary: the other way round, they swap). Shares are of the trace. Those with eigenvalues that "
-        "this corpus cannot tell apart mean something together and nothing one by one.",
+        "layers (a sign is arbitrary: the other way round, they swap). They count from 0, as columns of eigenvectors.npy; "
+        "shares are of the trace. Those with eigenvalues that this corpus cannot tell apart mean something together and "
+        "nothing one by one.",
         _shown(layers, lost, *waiting, table_of([*head, "raises", "lowers"], rows, range(6))),
     )
 

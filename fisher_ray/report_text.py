@@ -35,7 +35,7 @@ _COLUMNS = [
     ("context", "context", False),
 ]
 # Where a run keeps factors or matrices: v^T F v along the first directions of each layer.
-_ALONG = [(f"along_{i}", f"vᵀFv, direction {i}", True) for i in (1, 2, 3, 4)]
+_ALONG = [(f"along_{i}", f"vᵀFv, direction {i}", True) for i in range(4)]
 
 
 @dataclass(frozen=True)

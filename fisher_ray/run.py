@@ -107,6 +107,7 @@ class Run:
         self.complete = self._manifest is not None
         self.done_tasks = [task for task in done if task < self._made["last"]] if self.complete else done
         self.done = len(self.done_tasks)
+        self._is_done = frozenset(self.done_tasks)
         self._checked: set[str] = set()
 
     @cached_property
@@ -173,8 +174,7 @@ class Run:
     def corpus_tasks(self) -> Iterator[Task]:
         """The tasks that are done, in the order of the corpus: where in it the positions are."""
         tasks = Tasks(self.store.load(StoredFile(**self.description["plan"])))
-        done = set(self.done_tasks)
-        return (task for task in tasks if task.id in done)
+        return (task for task in tasks if task.id in self._is_done)
 
     # ---- means -------------------------------------------------------------------------------------------------------
 
@@ -276,7 +276,7 @@ class Run:
         Raises:
             DamagedError: the file holds other bytes than were written.
         """
-        if task in self.done_tasks:
+        if task in self._is_done:
             receipt = self.store.receipt("done", task_name(task))
             if "positions" in receipt.files:
                 return self._table(receipt, columns)

@@ -120,6 +120,11 @@ class Worker:
         self.layers = plan.layers
         self.max_seq_len, self.stride = self.config.window(plan.facts)
         self.sink = _sink(self.model)
+        if self.config.token_source == "sampled" and self.sink is None and self.stride == 0:
+            raise ConfigError(
+                f"token_source sampled draws each token from those before it, and {self.config.model} has none to begin a "
+                "window with, so windows must overlap: expected a stride of at least 1, got 0."
+            )
         self.provenance = {
             "device": torch.cuda.get_device_name(self.model.device) if self.model.device.type == "cuda" else "cpu",
             "self_check": self.model.self_check.asdict() if self.model.self_check else None,

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import jobs
 from fisher_ray import cost
 from fisher_ray.cli import main, reference_main
 from fisher_ray.corpus import CorpusError
+from fisher_ray.plan import ConfigError
 from jobs import VOCAB, cluster, gpt2  # noqa: F401
 
 GOOD = '{"text": "one two three"}\n'
@@ -128,10 +129,16 @@ def test_settings(changed: Any, message: str, place: Place, capsys: pytest.Captu
     assert message in refused(place, capsys, **changed)
 
 
+def test_drawn_tokens_are_in_no_group_of_tokens(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "group_by token is for the corpus's tokens" in refused(
+        place, capsys, token_source="sampled", group_by="token"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"", "empty"),
+        ("empty.txt", b"", "is empty: no byte in 1 file."),
         ("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8: byte 3 is 0xe9"),
         ("binary.txt", b"\x7fELF\x00\x01", "binary file: a zero byte at 4"),
         ("noise.txt.gz", b"not compressed at all", "noise.txt.gz"),
@@ -246,7 +253,7 @@ def test_the_published_scripts_flags(place: Place, capsys: pytest.CaptureFixture
         ("a.jsonl", GOOD + '{"text": 3}\n', r"a.jsonl:26: column 'text' must hold text .* got int"),
         ("a.jsonl", GOOD + '{"text": [3, -1]}\n', f"a.jsonl:26: token ids must be in .0, {VOCAB}., got -1"),
         ("a.jsonl", GOOD + '{"text": [true]}\n', "a.jsonl:26"),
-        ("a.jsonl", GOOD + '{"text": "half a pair \\ud83d"}\n', "a.jsonl:26"),
+        ("a.jsonl", GOOD + '{"text": "half a pair \\ud83d"}\n', "a.jsonl:26: character 12 of column 'text'"),
     ],
 )  # fmt: skip
 def test_documents(name: str, content: Any, message: str, place: Place) -> None:
@@ -255,6 +262,28 @@ def test_documents(name: str, content: Any, message: str, place: Place) -> None:
     with pytest.raises(CorpusError, match=message) as caught:
         jobs.run_here(config)
     assert "\n" not in str(caught.value)
+
+
+def test_half_a_character_in_a_carried_column(place: Place) -> None:
+    """Said of the corpus at once, and not tried again as what a storage refused."""
+    corpus = place.file("a.jsonl", '{"text": "a", "author": "\\ud83d"}\n')
+    config = jobs.settings(place.model, corpus, place.run, num_samples=1, positions="last", columns=("author",))
+    with pytest.raises(CorpusError, match=r"a.jsonl:0: character 0 of column 'author' is half of a surrogate pair"):
+        jobs.run_here(config)
+
+
+def test_drawn_tokens_need_one_before_them(place: Place) -> None:
+    """Windows of a model that has no token to begin with, and that do not overlap, would begin with a drawn one."""
+    folder = Path(jobs.save_model(place.folder / "model", with_tokenizer=False))
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {"bos_token_id": None, "eos_token_id": None}))
+    np.save(place.folder / "a.npy", np.arange(100)[None] % VOCAB)
+    settings = jobs.settings(str(folder), place.folder / "a.npy", place.run, token_source="sampled", max_seq_len=20)
+    with pytest.raises(ConfigError, match="expected a stride of at least 1, got 0"):
+        jobs.run_here(replace(settings, stride=0))
+    assert jobs.run_here(replace(settings, stride=1))[1].counts.scored == 99
+    whole = replace(settings, stride=0, token_source="observed", output=str(place.folder / "observed"))
+    assert jobs.run_here(whole)[1].counts.scored == 100
 
 
 def corrupt_weights(place: Place) -> dict[str, Any]:

@@ -570,6 +570,19 @@ def test_links_are_files(tmp_path: Path) -> None:
         every(tmp_path / "snapshot")
 
 
+def test_a_linked_folder_is_no_file_and_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.txt").write_text("one")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/b.txt").write_text("two")
+    (tmp_path / "corpus/.hidden").symlink_to(tmp_path / "elsewhere")
+    assert [d.content for d in every(tmp_path / "corpus")] == ["two"]
+    (tmp_path / "corpus/linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorpusError, match=r"corpus/linked is a link to a folder.* Name the folder itself"):
+        every(tmp_path / "corpus")
+    assert [d.content for d in every(tmp_path / "corpus/linked")] == ["one"]
+
+
 def test_listings_and_files_may_spell_versions_differently() -> None:
     """Azure quotes the tag of a file and not of a listing; memory gives a number in one and a date in the other."""
     assert _version({"etag": "0x8D"}) == _version({"etag": '"0x8D"'}) == "0x8D"

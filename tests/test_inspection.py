@@ -62,7 +62,7 @@ def test_one_block_has_no_errors(gpt2: str, tmp_path: Path, capsys: pytest.Captu
         assert main(["inspect", str(tmp_path / "run"), *argv]) == COMPLETE
         said = capsys.readouterr().out
         assert "one block of documents" in said
-        assert "nan" not in said and "±" not in said and "1-" not in said
+        assert "nan" not in said and "±" not in said and "0-" not in said
 
 
 def test_one_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
@@ -85,6 +85,25 @@ def test_one_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # n
     assert facts["trace_rank_99"][1] is None and facts["entropy_rank"][1] > 0  # an integer has no jackknife
 
 
+def test_positions_that_were_left_out_are_marked(gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """Every third position and two beside each other: text that does not follow is not run together."""
+    (tmp_path / "one.txt").write_text(jobs.some_text(100))
+    config = jobs.settings(
+        gpt2, tmp_path / "one.txt", tmp_path / "run", layers="1", unit="file", positions="3,6,9,10,40"
+    )
+    jobs.run_here(config)
+    words = {row["position"]: row["text"] for row in Stored(tmp_path / "run").rows(1)}
+    shown = {
+        place["position"]: place for place in told(capsys, "inspect", tmp_path / "run", "--layer", 1)["largest_traces"]
+    }
+    for found in (shown[9], told(capsys, "inspect", tmp_path / "run", "--position", "one.txt:0:9")):
+        assert found["text"] == words[9]
+        assert found["before"] == f"{words[3]} … {words[6]} … "
+        assert found["after"] == words[10]
+    assert shown[6]["after"] == f" … {words[9]}{words[10]}"
+    assert (shown[40]["before"], shown[40]["after"]) == ("", "")
+
+
 def test_one_group_of_a_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     facts = told(capsys, "inspect", made, "--layer", 1, "--group", "2-3")
     assert facts["positions"] == open_run(made).count(1, "2-3")
@@ -104,7 +123,9 @@ def test_one_position(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  
     truth = np.linalg.eigvalsh(factors.T @ factors)[::-1]
     assert facts["eigenvalues"]["2"] == pytest.approx(truth, abs=1e-9 * truth[0])
     here = {other["position"]: other["text"] for other in stored.rows(2) if other["document"] == row["document"]}
-    assert facts["around"] == [[t, here[t]] for t in sorted(here) if abs(t - row["position"]) <= 12]
+    near = {t: here[t] for t in sorted(here) if abs(t - row["position"]) <= 12}
+    assert facts["before"] == "".join(text for t, text in near.items() if t < row["position"])
+    assert facts["after"] == "".join(text for t, text in near.items() if t > row["position"])
     assert main(["inspect", str(made), "--position", name]) == COMPLETE
     assert f"[{row['text']}]".strip() in capsys.readouterr().out
     assert "its positions run from 0 to" in refused(capsys, "inspect", made, "--position", f"{row['document']}:99999")

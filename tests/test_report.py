@@ -290,7 +290,7 @@ def test_groups_and_tokens_are_those_of_the_summary(report: Report, made: Path) 
     shown = page.cells["directions"]
     assert len(shown) == len(directions)
     for row, (_, direction, eigenvalue, *_, raised, lowered) in zip(directions, shown, strict=True):
-        assert int(direction) == row["direction"] + 1 and float(eigenvalue.split()[0]) == pytest.approx(
+        assert int(direction) == row["direction"] and float(eigenvalue.split()[0]) == pytest.approx(
             row["eigenvalue"], 0.1
         )
         for said, tokens in ((raised, row["raised"]), (lowered, row["lowered"])):
@@ -438,14 +438,14 @@ def test_tokens_along_the_first_directions_where_matrices_are_kept(save: Any, gp
     stored, _ = jobs.run_here(config)
     text = page(tmp_path / "run").text
     labels = [column["label"] for column in text["columns"]]
-    assert labels[:6] == ["trace of F", "top eigenvalue", *(f"vᵀFv, direction {i}" for i in (1, 2, 3, 4))]
+    assert labels[:6] == ["trace of F", "top eigenvalue", *(f"vᵀFv, direction {i}" for i in range(4))]
     for i, layer in enumerate(text["layers"]):
         kept = stored.saved(save, layer).astype(np.float64)
         matrices = kept if save == "matrices" else np.einsum("nri,nrj->nij", kept, kept)
         vectors = stored.reduced(layer, "eigenvectors")
         for k in range(4):
             expected = [v for f in matrices for v in [vectors[:, k] @ f @ vectors[:, k]]]
-            got = [v for document in text["documents"] for v in document["values"][f"along_{k + 1}"][i]]
+            got = [v for document in text["documents"] for v in document["values"][f"along_{k}"][i]]
             np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6 * max(expected))
     # What is damaged costs these numbers, and nothing else.
     path = tmp_path / "run" / stored.receipts[0]["files"][f"{save}_1"]["path"]
@@ -453,7 +453,7 @@ def test_tokens_along_the_first_directions_where_matrices_are_kept(save: Any, gp
     report = html_report(open_run(tmp_path / "run"))
     values = [document["values"] for document in Page(report.html).text["documents"]]
     assert len(report.damaged) == 1 and all(
-        set(v["along_1"][1]) == {None} and None not in v["along_1"][0] for v in values
+        set(v["along_0"][1]) == {None} and None not in v["along_0"][0] for v in values
     )
     assert values[0]["trace"] == text["documents"][0]["values"]["trace"]
 
