@@ -349,7 +349,10 @@ def precision(device: torch.device, scale: Scale) -> Iterator[Row]:
         return
     model = SplitModel.from_pretrained(DEMO["model"], **load)
     # The engine turns TF32 off; here its guards are exchanged.
-    with mock.patch.multiple("fisher_ray.scores", full_precision=_tf32):
+    with (
+        mock.patch.multiple("fisher_ray.scores", full_precision=_tf32),
+        mock.patch.multiple("fisher_ray.split", full_precision=_tf32),
+    ):
         yield {"weights": "float32, TF32", **errors(scored(model, sequences, Exact()), truth)}
 
 

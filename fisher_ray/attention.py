@@ -25,7 +25,7 @@ dispatches through ``AttentionInterface``. It knows three modes, set by :func:`a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -118,42 +118,46 @@ class Context:
 
 @dataclass(frozen=True)
 class _Mode:
-    name: Literal["own", "record", "replay"] = "own"
+    name: Literal["own", "record", "replay"]
     context: Context | None = None
     positions: Int[Tensor, "batch queries"] | None = None
 
 
 _ENTERING = Lock()
-_MODE: ContextVar[_Mode] = ContextVar("fisher_ray_attention_mode", default=_Mode())  # noqa: B039 (frozen)
+_MODE: ContextVar[_Mode | None] = ContextVar("fisher_ray_attention_mode", default=None)
+_ANOTHER = "the model is being scored by another thread. Let one use it at a time."
+
+
+def attention_configs(model: nn.Module) -> list[Any]:
+    """The configurations that say which attention the modules of a model run."""
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return list(found.values())
 
 
 @contextmanager
 def attention_mode(
-    model: nn.Module,
+    configs: Sequence[Any],
     name: Literal["own", "record", "replay"],
     context: Context | None = None,
     positions: Int[Tensor, "batch queries"] | None = None,
 ) -> Iterator[None]:
-    """Run ``model`` on this module's attention in the given mode; its own implementation is restored on leaving.
+    """Run the model of these configurations on this module's attention; its own implementation is restored on leaving.
 
     Raises:
-        RuntimeError: another thread is at it.
+        RuntimeError: another thread is at it, perhaps with another model of the same configuration.
     """
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }
     with _ENTERING:
-        before = {key: config._attn_implementation for key, config in configs.items()}
-        if IMPLEMENTATION in before.values():
-            raise RuntimeError(f"{type(model).__name__} is being scored by another thread. Let one score at a time.")
-        for config in configs.values():
+        before = [config._attn_implementation for config in configs]
+        if IMPLEMENTATION in before:
+            raise RuntimeError(_ANOTHER)
+        for config in configs:
             config._attn_implementation = IMPLEMENTATION
     token = _MODE.set(_Mode(name, context, positions))
     try:
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
         _MODE.reset(token)
 
 
@@ -196,6 +200,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch queries heads value_dim"], None]:
     """The attention implementation that transformers calls."""
+    mode = _MODE.get()
+    if mode is None:
+        raise RuntimeError(_ANOTHER)
     unknown = {name for name, given in kwargs.items() if given is not None} - _HARMLESS
     if unknown:
         raise NotImplementedError(
@@ -209,7 +216,6 @@ def _attention(
         assert attention_mask is None or isinstance(attention_mask, Tensor)
         return _over_constants(query * scale, key, value, attention_mask, softcap, s_aux, position_bias), None
 
-    mode = _MODE.get()
     own_key, own_value, where = key, value, None
     broken = _broken(key, value)
     if mode.name == "replay":
@@ -408,7 +414,7 @@ class _OwnPosition(torch.autograd.Function):
             out[:, :, rows] = _product(probs, value[:, :, keys])
             if moved is not None:  # the context's value at the query's own position belongs to the observed token
                 out[:, :, rows] += seen.own(probs, rows, keys)[..., None] * moved[:, :, rows]
-            if key.shape[2] <= _KEPT:
+            if key.shape[2] <= _KEPT and any(ctx.needs_input_grad):
                 kept.append(probs)
                 if slope is not None:
                     slopes.append(slope)

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import os
 import shlex
 import sys
 import time
@@ -377,7 +378,12 @@ def _guarded(act: Callable[[], int]) -> int:
     for library in ("ray", "huggingface_hub"):  # their retries and notes would bury the one line that matters
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        return act()
+        code = act()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read has left; the interpreter is not to say so again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (KeyboardInterrupt, StoppedError):
         errors.print("stopped; what is done is kept, and the same command goes on.", style="yellow")
         return STOPPED
@@ -390,10 +396,12 @@ def _guarded(act: Callable[[], int]) -> int:
             return DAMAGED
         return FAILED if isinstance(error, RunError | MemoryError) else BAD_INPUT
     except Exception as error:
-        if not is_transient(error):
-            raise
         said = " ".join(str(error).split()) or type(error).__name__
-        errors.print(f"error: the storage did not answer: {said} The same command goes on.", style="red", markup=False)
+        if is_transient(error):
+            said = f"the storage did not answer: {said} The same command goes on."
+        elif not isinstance(error, OSError):
+            raise
+        errors.print(f"error: {said}", style="red", markup=False, soft_wrap=True)
         return FAILED
 
 
@@ -545,6 +553,8 @@ def _plan(given: dict[str, Any]) -> int:
 def _hardware(name: str, tflops: float | None) -> Hardware:
     if name not in HARDWARE:
         raise ConfigError(f"gpu must be of {', '.join(HARDWARE)}, got {name!r}.")
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise ConfigError(f"tflops must be a rate above 0, got {tflops:g}.")
     return HARDWARE[name] if tflops is None else HARDWARE[name].measured(tflops)
 
 
@@ -644,13 +654,18 @@ def _verify(given: dict[str, Any]) -> int:
 
 
 def _report(given: dict[str, Any]) -> int:
-    path: Path = given["output"]
-    if not path.parent.is_dir() or path.is_dir():
-        raise ConfigError(f"-o must name a file in a directory that exists, got {path}.")
+    path = _to_write(given["output"])
     report = html_report(open_run(given["run"]), _validation(given["validation"]))
     path.write_text(report.html, encoding="utf-8")
     _console().print(f"report: {path} ({_size(path.stat().st_size)})", soft_wrap=True, highlight=False)
     return _without(report.damaged)
+
+
+def _to_write(path: Path) -> Path:
+    """A file to be written, refused before anything is computed where it cannot be."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError(f"-o must name a file in a directory that exists, got {path}.")
+    return path
 
 
 def _validation(path: Path | None) -> dict[str, Any] | None:
@@ -677,9 +692,10 @@ def _without(damaged: Sequence[str]) -> int:
 
 
 def _validate(given: dict[str, Any]) -> int:
+    output = None if given["output"] is None else _to_write(given["output"])
     result = validate(open_run(given["run"]), given["layer"], given["positions"], given["dtype"])
-    if given["output"] is not None:
-        result.plot(given["output"])
+    if output is not None:
+        result.plot(output)
     if given["json"]:
         print(json.dumps(result.asdict()))
     else:
@@ -775,7 +791,7 @@ def _told(facts: dict[str, Any], show: Callable[[Console, dict[str, Any]], None]
 
 
 def _export(given: dict[str, Any]) -> int:
-    path: Path = given["output"]
+    path = _to_write(given["output"])
     if path.suffix not in (".safetensors", ".npz"):
         raise ConfigError(f"export writes .safetensors or .npz, got {path.name!r}.")
     run = open_run(given["run"])

@@ -143,9 +143,9 @@ class RayPool:
             if self._config.max_actors is None and not self._room():
                 have = ray.cluster_resources()
                 raise ConfigError(
-                    f"an actor needs {self._config.cpus_per_actor} CPUs and {gpus:g} GPUs; the cluster has "
-                    f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}. Ask for fewer (--cpus-per-actor, --gpus-per-actor), "
-                    "or for --max-actors on a cluster that grows with demand."
+                    f"an actor needs {self._config.cpus_per_actor} CPUs and {gpus:g} GPUs of one node, and no node has them; "
+                    f"the cluster has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}. Ask for fewer (--cpus-per-actor, "
+                    "--gpus-per-actor), or for --max-actors on a cluster that grows with demand."
                 )
         except BaseException:
             self._context.__exit__(None, None, None)
@@ -241,11 +241,16 @@ class RayPool:
 
     def _room(self) -> int:
         """Actors that the cluster's nodes have place for, whoever uses them now."""
-        resources = ray.cluster_resources()
-        rooms = [resources.get("CPU", 0) // self._config.cpus_per_actor]
+        return sum(self._on_node(node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+    def _on_node(self, resources: Mapping[str, float]) -> int:
+        """Actors that a node has place for: an actor is on one node, and a share of a GPU is of one GPU."""
+        rooms = int(resources.get("CPU", 0) // self._config.cpus_per_actor)
         if self._gpus:
-            rooms.append(resources.get("GPU", 0) // self._gpus)
-        return int(min(rooms))
+            gpus = int(resources.get("GPU", 0))
+            # A tenth of a GPU has room ten times, and 1 // 0.1 is 9.
+            rooms = min(rooms, gpus // int(self._gpus) if self._gpus >= 1 else gpus * int(1 / self._gpus + 1e-9))
+        return rooms
 
     def _announced(self, ref: Any) -> Future[Any]:
         """What a call will give, put among what has ended once it has."""

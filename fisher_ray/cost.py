@@ -51,8 +51,9 @@ _ROW_BYTES = 40.0
 _EIGENVALUE_FLOP = 5.0
 # Measured: the interpreter with torch and transformers; a GPU's context takes about as much there.
 _PROCESS_BYTES = 450 << 20
-# Inputs of a node of the reduction tree, bytes of packed sums that one call adds up a child, and arrays of a mean.
-_FAN_IN = 32
+# Children of a node of the reduction tree, and so the blocks that standard errors are computed from.
+FAN_IN = 32
+# Bytes of packed sums that one call adds up a child, and arrays of a mean.
 _CALL_BYTES = 1 << 28
 _ARRAYS = 7
 
@@ -517,10 +518,10 @@ def _weights(module: nn.Module) -> int:
 @cache
 def _inner_nodes(num_tasks: int) -> int:
     """Nodes of the reduction tree between its root and the tasks: parts of nearly equal length, as many as fan in."""
-    if num_tasks <= _FAN_IN:
+    if num_tasks <= FAN_IN:
         return 0
-    part, longer = divmod(num_tasks, _FAN_IN)
-    lengths = ((part, _FAN_IN - longer), (part + 1, longer))
+    part, longer = divmod(num_tasks, FAN_IN)
+    lengths = ((part, FAN_IN - longer), (part + 1, longer))
     return sum(count * (1 + _inner_nodes(length)) for length, count in lengths if length > 1)
 
 

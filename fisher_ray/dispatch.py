@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import statistics
 import threading
 import time
@@ -18,7 +19,7 @@ from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import CorpusError
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
 from fisher_ray.reduce import DIRECTIONS, Checkpoint, Node, finish_layers, look_back, read_array, sum_node
-from fisher_ray.shards import Counts, Receipt, RefusedError, RunStore
+from fisher_ray.shards import Counts, Receipt, RunStore
 from fisher_ray.storage import DamagedError, StorageError
 from fisher_ray.worker import InTurn, Worker, at_once
 
@@ -27,6 +28,8 @@ _MAX_LOST = 20
 # Times what tasks of its size take after which one gets a second attempt, and after which one counts as hung.
 _SLOW, _HUNG = 3.0, 30.0
 _SLOW_AT_LEAST, _HUNG_AT_LEAST, _HUNG_UNKNOWN = 5.0, 600.0, 3600.0
+# Of calls that no others are like: eigenvectors of many groups of 8,192 dimensions take one thread hours.
+_SLOW_OTHERS, _HUNG_OTHERS = 60.0, 86400.0
 
 
 class RunError(RuntimeError):
@@ -47,13 +50,13 @@ class Call:
     Attributes:
         name: for messages, one of a kind within a run.
         method: of :class:`Servant`.
-        weight: what its time is in proportion to.
+        weight: what its time is in proportion to, beside others of its run; None: nothing is known of it.
     """
 
     name: str
     method: str
     args: tuple[Any, ...]
-    weight: int = 1
+    weight: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Failure:
     def to_exception(self) -> Exception:
         """The error as the driver raises it."""
         kinds: dict[str, type[Exception]] = {
-            kind.__name__: kind for kind in (ModelError, ConfigError, CorpusError, StorageError, RefusedError)
+            kind.__name__: kind for kind in (ModelError, ConfigError, CorpusError, StorageError)
         }
         return kinds.get(self.error, RunError)(self.message)
 
@@ -262,7 +265,7 @@ class Dispatch:
     Args:
         pool: where to.
         max_attempts: failures of one call before it is given up.
-        timeout: seconds after which a call counts as hung; None: by what calls of its weight take.
+        timeout: seconds after which a call that has a weight counts as hung; None: by what others of its weight took.
         tick: called about once a second; may raise to end everything.
         stopping: seconds left once a stop was asked for, else None.
     """
@@ -349,7 +352,6 @@ class Dispatch:
 
     def _look(self, now: float, may_start: bool) -> None:
         """End what hangs, and start second attempts of what is slow when nothing else waits."""
-        pace = statistics.median(self._pace) if len(self._pace) >= 3 else None
         waiting = self._next is not None or self._later
         least = _SLOW_AT_LEAST if may_start and not waiting else _HUNG_AT_LEAST
         if self._timeout is not None:
@@ -357,18 +359,14 @@ class Dispatch:
         # They lie in the order in which they were started, so behind the first that is young enough all are.
         for key, running in list(takewhile(lambda item: now - item[1].since > least, self._running.items())):
             taken, call = now - running.since, running.call
-            if self._timeout is not None:
-                limit = self._timeout
-            else:
-                limit = max(_HUNG_AT_LEAST, _HUNG * pace * call.weight) if pace is not None else _HUNG_UNKNOWN
+            slow, limit = self._limits(call)
             if taken > limit and key not in self._hung:
                 self._hung[key] = limit
                 self._pool.kill(running.worker)
             tries = self._tries.get(call.name)
-            slow = pace is not None and taken > max(_SLOW_AT_LEAST, _SLOW * pace * call.weight)
             if (
                 may_start
-                and slow
+                and taken > slow
                 and not waiting
                 and tries is not None
                 and len(tries.running) == 1
@@ -377,6 +375,16 @@ class Dispatch:
                 worker = self._pool.room(True, [running.worker])
                 if worker is not None:
                     self._submit(worker, call, alone=False)
+
+    def _limits(self, call: Call) -> tuple[float, float]:
+        """Seconds after which a call is slow, and after which it counts as hung."""
+        if call.weight is None:
+            return _SLOW_OTHERS, _HUNG_OTHERS
+        slow, hung = math.inf, _HUNG_UNKNOWN
+        if len(self._pace) >= 3:
+            expected = statistics.median(self._pace) * call.weight
+            slow, hung = max(_SLOW_AT_LEAST, _SLOW * expected), max(_HUNG_AT_LEAST, _HUNG * expected)
+        return slow, hung if self._timeout is None else self._timeout
 
     def _ended(self, key: Any, outcome: Any) -> Iterator[tuple[Call, Any]]:
         """Take note of an attempt's end; yield the call if it is that of the call too."""
@@ -390,7 +398,8 @@ class Dispatch:
             return
         tries.running.discard(key)
         if not isinstance(outcome, Failure):
-            self._pace.append((time.monotonic() - running.since) / max(call.weight, 1))
+            if call.weight is not None:
+                self._pace.append((time.monotonic() - running.since) / max(call.weight, 1))
             self._forget(call)
             yield call, outcome
             return

@@ -121,7 +121,7 @@ def run(
     plan, store = make_plan(config), RunStore(config.output)
     with contextlib.suppress(DamagedError):
         store.read_run()  # a directory that is no run's is refused before anything is started
-    made = store.first_missing()
+    made = store.missing_folders()
     with _Stop() as stop, open_pool(config) as pool:
         stop.listen()
         plan = plan.on(pool.device)
@@ -138,7 +138,8 @@ def run(
             raise  # it is another driver's now
         except (ValueError, RunError, StorageError):
             if is_new and not _scored(store):
-                store.remove_all(made)
+                with contextlib.suppress(StorageError):  # the error that there was says more
+                    store.remove_run(made)
             raise
 
 
@@ -251,6 +252,7 @@ def _estimand(config: RunConfig) -> str:
 # Of fields that no flag is named like.
 _MEANING = {
     "corpus": " (files are told by path, size and time of change)",
+    "gpus_per_actor": " (whose memory decides how many positions go together, where --memory-budget does not)",
     "shuffled": " (whether it may end early, by --until-relative-error or --until-relative-change)",
 }
 
@@ -291,7 +293,7 @@ class _Run:
         self.quarantined: dict[int, str] = {}
         self._first_failure: Failure | None = None
         self.looked: list[Checkpoint] = []
-        self.weight = self.damaged = self.computed = 0
+        self.weight = self.damaged = self.computed = self._tokens = 0
         self._began = self._written = time.monotonic()
         self._speed: deque[tuple[float, int]] = deque(maxlen=60)
         self._weight_before = 0
@@ -312,6 +314,7 @@ class _Run:
             with contextlib.suppress(StorageError):
                 self._write_progress()
             raise
+        self.counts = covering.counts  # until now of what was read back or computed, some of it twice
         self.quarantined = {task: why for task, why in self.quarantined.items() if task < last}
         self.state = "quarantined" if self.quarantined else "complete"
         self._write_progress()
@@ -336,8 +339,8 @@ class _Run:
             if name.isdigit() and int(name) < len(self.done):
                 self.done[int(name)] = 1
         resumed = self.done.count(1)
-        for path in self.store.list("quarantine"):
-            task = int(Path(path).stem)
+        for name in filter(str.isdigit, self.store.names("quarantine")):
+            task, path = int(name), f"quarantine/{name}.json"
             if self.plan.config.retry_quarantined or self.done[task]:
                 self.store.remove(path)
                 continue
@@ -420,7 +423,7 @@ class _Run:
         def calls() -> Iterator[Call]:
             for folder, names in (("done", tasks), ("tree", iter(nodes))):
                 while some := list(islice(names, _CHECKED)):
-                    yield Call(f"check of {folder}/{some[0]}", "check", (folder, some), 0)
+                    yield Call(f"check of {folder}/{some[0]}", "check", (folder, some))
 
         return calls(), -(-done.count(1) // _CHECKED) - (-len(nodes) // _CHECKED)
 
@@ -451,6 +454,7 @@ class _Run:
         self.computed += 1
         self.weight += task.weight
         self.counts += receipt.counts
+        self._tokens += receipt.counts.tokens
 
     def _give_up(self, task: Task, failure: Failure, hopeless: bool) -> None:
         """Quarantine a task, or end the run where the fault is not the task's."""
@@ -578,10 +582,10 @@ class _Run:
 
     def _tick(self) -> None:
         if self.lease.lost is not None:
-            raise RefusedError(f"{self.store.uri}: {self.lease.lost}.")
+            raise self.lease.lost
         now = time.monotonic()
         if not self._speed or now - self._speed[-1][0] >= 1.0:
-            self._speed.append((now, self.counts.tokens))
+            self._speed.append((now, self._tokens))
             progress = self.progress()
             self._tell(progress)
             self.pool.report(asdict(progress))

@@ -61,21 +61,43 @@ class Footprint:
     Attributes:
         kept: by the graph of all blocks.
         held: beside it at once, at most, by a backward pass.
+        context: by the keys and values of a recorded pass.
+        recording: at once, at most, by that pass, the context included.
     """
 
     kept: tuple[float, float]
     held: tuple[float, float]
+    context: tuple[float, float]
+    recording: tuple[float, float]
 
     @classmethod
-    def count(cls, step: int, taped: Callable[[int], Tape], live: Callable[[], LiveBytes]) -> Footprint:
+    def count(
+        cls,
+        step: int,
+        taped: Callable[[int], Tape],
+        recorded: Callable[[int], Any] | None,
+        live: Callable[[], LiveBytes],
+    ) -> Footprint:
         """From passes over sequences of one, two and three steps, whose queries attend to all of their keys.
 
         Args:
             taped: runs so many tokens through all blocks.
+            recorded: runs them without a graph, and gives what is kept of them; None: that is never done.
             live: a counter for each pass.
         """
-        kept, held = zip(*(_counted(taped, step * i, live()) for i in (1, 2, 3)), strict=True)
-        return cls(_parabola(step, kept), _parabola(step, held))
+        sizes = [step * i for i in (1, 2, 3)]
+        counted = [_counted(taped, tokens, live()) for tokens in sizes]
+        noted = [(0, 0) if recorded is None else _noted(recorded, tokens, live()) for tokens in sizes]
+        return cls(*(_parabola(step, bytes_) for pairs in (counted, noted) for bytes_ in zip(*pairs, strict=True)))
+
+
+def _noted(recorded: Callable[[int], Any], tokens: int, live: LiveBytes) -> tuple[int, int]:
+    """Bytes that a recorded pass leaves behind, and holds at once."""
+    with live:
+        context = recorded(tokens)
+        left = live.now
+        del context
+    return left, live.most
 
 
 def _counted(taped: Callable[[int], Tape], tokens: int, live: LiveBytes) -> tuple[int, int]:

@@ -12,9 +12,8 @@ scores stay accurate in float32 when p is peaked, where ``M = U^T diag(p) U - m 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -42,7 +41,6 @@ class Head:
     bias: Float[Tensor, " vocab_size"] | None = None
     scale: float = 1.0
     softcap: float | None = None
-    _squared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def vocab_size(self) -> int:
@@ -96,16 +94,10 @@ class Head:
             total += linear(weights[:, chunk], rows.T)
         return total
 
-    @property
     def squared_rows(self) -> Float[Tensor, " vocab_size"]:
-        """``|w_y|^2``, at least in float32; kept until the weights move or change."""
-        state = self.weight.data_ptr(), self.weight._version
-        if self._squared.get("of") != state:
-            dtype = torch.promote_types(self.weight.dtype, torch.float32)
-            rows = torch.cat([rows.square().sum(-1) for _, rows in self.row_chunks(dtype)])
-            self._squared.update(of=state, rows=rows)
-        squared: Tensor = self._squared["rows"]
-        return squared
+        """``|w_y|^2``, at least in float32. Not kept: what changes weights need not say so."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.cat([rows.square().sum(-1) for _, rows in self.row_chunks(dtype)])
 
     def row_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "chunk d_z"]]]:
         """Slices of the vocabulary with their rows of W in ``dtype``."""
@@ -188,7 +180,7 @@ class Prediction:
         slope = self._slope(self.logits)
         mean = self._top_row[:, 0] + self._offset
         size = mean.square().sum(-1, keepdim=True)
-        squared = head.products(mean).mul_(-2).mul_(slope).add_(head.squared_rows.to(dtype) * slope**2).add_(size)
+        squared = head.products(mean).mul_(-2).mul_(slope).add_(head.squared_rows().to(dtype) * slope**2).add_(size)
         # What is p times more than nothing can be drawn: rounding must not make it nothing.
         squared.clamp_(min=size * torch.finfo(dtype).eps)
         squared.scatter_(1, self.top[:, None], self._offset.square().sum(-1, keepdim=True))

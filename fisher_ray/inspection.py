@@ -89,13 +89,13 @@ def _resolved(blocks: Blocks, count: int) -> dict[str, Any]:
     shares = values.cumsum() / read.trace.value
     return {
         **_spectral(blocks),
-        "relative_error": settled.error,
+        "relative_error": _or_none(settled.error),
         "convergence": {"positions": settled.positions.tolist(), "relative_change": settled.change[1:].tolist()},
         "directions": [
             {
                 "direction": i,
                 "eigenvalue": float(values[i]),
-                "error": float(errors[i]),
+                "error": _or_none(errors[i]),
                 "cumulative_share": float(shares[i]),
                 "half_angle": float(np.median(angles[:, i])) if len(angles) else None,
                 "not_told_apart": cluster.get(i),
@@ -120,8 +120,13 @@ def _spectral(blocks: Blocks) -> dict[str, Any]:
 
 def _pair(estimate: Estimate, at: int | None = None) -> list[float | None]:
     """[value, standard error], as JSON can hold it."""
-    value, error = (float(array if at is None else array[at]) for array in (estimate.value, estimate.error))
-    return [value, None if np.isnan(error) else error]
+    value, error = (array if at is None else array[at] for array in (estimate.value, estimate.error))
+    return [float(value), _or_none(error)]
+
+
+def _or_none(number: Any) -> float | None:
+    """A number as JSON can hold it: None for NaN."""
+    return None if np.isnan(number) else float(number)
 
 
 def largest_traces(
@@ -172,21 +177,20 @@ def one_position(run: Run, document: str, position: int) -> dict[str, Any]:
 
     Raises:
         ValueError: the run has no such position.
+        DamagedError: its table is damaged.
     """
     reading = Reading()
-    away = pc.abs(pc.field("position").cast("int64") - position)
-    near = (pc.field("document") == document) & (away <= _AROUND)
-    rows = run.positions().to_table(filter=near).to_pylist()
+    task = run.task_of(document)
+    if task is None:
+        raise ValueError(
+            f"{run.store.uri} has no document {document!r}. Documents are named as in positions/*.parquet."
+        )
+    rows = run.table(task).filter(pc.field("document") == document).to_pylist()
     here = [row for row in rows if row["position"] == position]
     if not here:
-        known = run.positions().to_table(["position"], filter=pc.field("document") == document)["position"]
-        if not len(known):
-            raise ValueError(
-                f"{run.store.uri} has no document {document!r}. Documents are named as in positions/*.parquet."
-            )
-        reach = pc.min_max(known).as_py()
+        reach = sorted(row["position"] for row in rows)
         raise ValueError(
-            f"document {document!r} has no scored position {position}; its positions run from {reach['min']} to {reach['max']}."
+            f"document {document!r} has no scored position {position}; its positions run from {reach[0]} to {reach[-1]}."
         )
     around = sorted((row for row in rows if row["layer"] == here[0]["layer"]), key=lambda row: row["position"])
     found: dict[str, Any] = {
@@ -368,7 +372,7 @@ def _show_resolved(console: Console, facts: Mapping[str, Any]) -> None:
     table = _table("direction", "eigenvalue", "share so far", "angle of halves", "in one cluster")
     for row in facts["directions"]:
         angle = "-" if row["half_angle"] is None else f"{row['half_angle']:.0f}°"
-        value = _plus_minus([row["eigenvalue"], None if np.isnan(row["error"]) else row["error"]])
+        value = _plus_minus([row["eigenvalue"], row["error"]])
         table.add_row(
             str(row["direction"]), value, f"{row['cumulative_share']:.1%}", angle, row["not_told_apart"] or ""
         )
@@ -441,8 +445,8 @@ def _of_blocks(count: int) -> str:
     return f"{count} blocks of documents{_ROUGH if count < 8 else ''}"
 
 
-def _share(value: float) -> str:
-    return "unknown" if np.isnan(value) else f"{value:.2%}"
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2%}"
 
 
 _NAMES = {"trace_rank_99": "99 % rank"}

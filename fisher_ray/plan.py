@@ -269,6 +269,8 @@ class RunConfig:
             )
         if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ConfigError(f"max_actors must be at least min_actors, got {self.max_actors} and {self.min_actors}.")
+        if len(set(self.columns)) < len(self.columns):
+            raise ConfigError(f"columns must be named once each, got {' '.join(self.columns)}.")
         taken = {name for name, _ in POSITION_FIELDS} & set(self.columns)
         if taken:
             raise ConfigError(
@@ -578,9 +580,14 @@ class Plan:
         return self.config.num_groups
 
     def on(self, device: Device) -> Plan:
-        """The plan of a run on a kind of device, which is part of its fingerprint."""
-        config = replace(self.config, device=device)
-        return replace(self, config=config, result_fields={**self.result_fields, "device": device})
+        """The plan of a run on a kind of device, which is part of its fingerprint.
+
+        So is what an actor has of GPUs, where their memory decides how many positions go together.
+        """
+        config, fields = replace(self.config, device=device), {**self.result_fields, "device": device}
+        if device == "cuda" and config.memory_budget is None:
+            fields["gpus_per_actor"] = config.gpus_per_actor or 1.0
+        return replace(self, config=config, result_fields=fields)
 
     def make_tasks(self) -> Tasks:
         """Cut the corpus into tasks, from metadata; where ``max_docs`` is given, by passes over the text that is taken.

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from fisher_ray.cost import FAN_IN
 from fisher_ray.plan import Plan
 from fisher_ray.shards import (
     Counts,
@@ -45,9 +46,6 @@ from fisher_ray.spectrum import (
 from fisher_ray.statistics import convergence, relative_change
 from fisher_ray.storage import StoredFile
 from fisher_ray.sums import MATRICES, GroupSums, LayerSums
-
-# Children of a node: also the number of blocks that standard errors can be computed from.
-FAN_IN = 32
 
 SUMMARY_SCHEMA = pa.schema(
     [
@@ -360,6 +358,7 @@ def write_summary(
     directions.parquet, one row for each of a layer's first eigenvectors.
 
     Args:
+        rows: in their order.
         moved: tokens that each layer's first eigenvectors raise and lower.
     """
     provenance = {
@@ -368,8 +367,7 @@ def write_summary(
         "worker": covering.worker,
         "tasks_left_out": list(missing),
     }
-    ordered = sorted(rows, key=lambda row: (row["layer"], row["group"] is not None, row["group"] or ""))
-    table = pa.Table.from_pylist(list(ordered), schema=SUMMARY_SCHEMA)
+    table = pa.Table.from_pylist(list(rows), schema=SUMMARY_SCHEMA)
     directions = []
     for layer in sorted(moved):
         values = read_array(store, layer, "eigenvalues").tolist()

@@ -104,7 +104,8 @@ def fim_expected_gradient_outerproduct(
 ) -> Float[Tensor, "batch d_model d_model"]:
     """``F = sum_y p(y) g_y g_y^T`` for each sequence, symmetric, in nats^2 per squared unit of h."""
     weighted = grads * probs.sqrt()[..., None]
-    return weighted.mT @ weighted
+    with full_precision():
+        return weighted.mT @ weighted
 
 
 def calculate_fisher(
@@ -155,9 +156,7 @@ def calculate_fisher(
 
 
 def _encoded(split: SplitModel, encoder_input_ids: Tensor | None) -> dict[str, Tensor]:
-    if split.is_encoder_decoder != (encoder_input_ids is not None):
-        expected = "needs" if split.is_encoder_decoder else "takes no"
-        raise ValueError(f"{split.name} {expected} encoder_input_ids; it is {type(split.model).__name__}.")
+    split.check_encoder(encoder_input_ids is not None)
     return {} if encoder_input_ids is None else split.encode(encoder_input_ids.to(split.device))
 
 

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from fisher_ray.cost import FAN_IN
 from fisher_ray.plan import RunConfig, Task, Tasks
-from fisher_ray.reduce import FAN_IN, Checkpoint
+from fisher_ray.reduce import Checkpoint
 from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder, task_name
 from fisher_ray.statistics import Blocks, Spectrum, spectrum
 from fisher_ray.storage import DamagedError, StorageError, StoredFile
@@ -320,13 +321,38 @@ class Run:
             ValueError: there is no such position, or the run keeps neither.
         """
         self._check_kept(("factors", "matrices"), layer)
-        where = (pc.field("document") == document) & (pc.field("position") == position) & (pc.field("layer") == layer)
-        files = self.positions().to_table(["__filename"], filter=where)["__filename"].to_pylist()
-        if not files:
-            raise ValueError(f"{self.store.uri} has no scored position {position} in a document {document!r}.")
-        (shard,) = self.matrices(layer, [int(Path(files[0]).name[:8])])
-        documents, positions = (shard.table[name].to_pylist() for name in ("document", "position"))
-        return shard.array[list(zip(documents, positions, strict=True)).index((document, position))]
+        task = self.task_of(document)
+        if task is not None:
+            (shard,) = self.matrices(layer, [task])
+            there = zip(*(shard.table[name].to_pylist() for name in ("document", "position")), strict=True)
+            for found, where in zip(shard.array, there, strict=True):
+                if where == (document, position):
+                    return np.asarray(found)
+        raise ValueError(f"{self.store.uri} has no scored position {position} in a document {document!r}.")
+
+    def task_of(self, document: str) -> int | None:
+        """The task that has scored positions of a document, if there is one.
+
+        Raises:
+            DamagedError: it is in no table that can be read, and there are others.
+        """
+        try:
+            where = self.positions().to_table(["__filename"], filter=pc.field("document") == document)
+            return int(Path(where["__filename"][0].as_py()).name[:8]) if len(where) else None
+        except (OSError, pa.ArrowException):
+            damaged: DamagedError | None = None  # some table is: one after the other, by their checksums
+        for receipt in self._receipts():
+            try:
+                if (
+                    "positions" in receipt.files
+                    and document in self._table(receipt, ["document"])["document"].to_pylist()
+                ):
+                    return int(receipt.name)
+            except DamagedError as error:
+                damaged = error
+        if damaged is not None:
+            raise damaged
+        return None
 
     def _kept(self, what: str, layer: int, tasks: Iterable[int] | None) -> Iterator[Shard]:
         self._check_kept((what,), layer)

@@ -8,10 +8,12 @@ cotangent of every position through every layer. Work is cut into micro-batches 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -71,7 +73,8 @@ class Scores:
     def matrices(self, layer: int) -> Float[Tensor, "N d_model d_model"]:
         """``F = G^T G``, symmetric to the last bit."""
         factors = self.factors[layer]
-        product = factors.mT @ factors
+        with full_precision():
+            product = factors.mT @ factors
         return (product + product.mT) / 2
 
 
@@ -215,9 +218,7 @@ def iter_scores(
             f"num_token_draws must be at least 1, and 1 with observed tokens, got {num_token_draws} with {token_source}."
         )
     check_tempering(token_top_p, token_temperature, "token_")
-    if model.is_encoder_decoder != (encoder_input_ids is not None):
-        expected = "needs" if model.is_encoder_decoder else "takes no"
-        raise ValueError(f"{model.name} {expected} encoder_input_ids; it is {type(model.model).__name__}.")
+    model.check_encoder(encoder_input_ids is not None)
     if encoder_input_ids is not None:
         _check_encoder(model, len(rows), encoder_input_ids, encoder_attention_mask)
     elif encoder_attention_mask is not None:
@@ -225,6 +226,9 @@ def iter_scores(
     for name, given in (("keys", keys), ("following", following)):
         if given is not None and len(given) != len(rows):
             raise ValueError(f"{name} must have an entry for each of the {len(rows)} sequences, got {len(given)}.")
+    for token in following or ():
+        if token is not None and not 0 <= token < model.head.vocab_size:
+            raise ValueError(f"following must be tokens in [0, {model.head.vocab_size}) or None, got {token}.")
     pass_ = Pass(
         model=model,
         rows=rows,
@@ -306,18 +310,18 @@ def _chosen_positions(
     rows: list[Tensor], positions: Sequence[int] | Sequence[Sequence[int]] | None, first: int
 ) -> list[list[int]]:
     """Positions of each sequence, ascending."""
+    per_row: Sequence[Any]
     if positions is None:
-        return [list(range(first, len(row))) for row in rows]
-    per_row: Sequence[Sequence[int]]
-    if positions and not isinstance(positions[0], int):
-        per_row = positions  # type: ignore[assignment]
+        per_row = [range(first, len(row)) for row in rows]
+    elif len(positions) and not isinstance(positions[0], Integral):
+        per_row = positions
         if len(per_row) != len(rows):
             raise ValueError(f"positions must have one list for each of the {len(rows)} sequences, got {len(per_row)}.")
     else:
-        per_row = [positions] * len(rows)  # type: ignore[list-item]
+        per_row = [positions] * len(rows)
     chosen = []
     for i, (row, wanted) in enumerate(zip(rows, per_row, strict=True)):
-        counted = sorted({int(t) + len(row) if t < 0 else int(t) for t in wanted})
+        counted = sorted({t + len(row) if t < 0 else t for t in map(operator.index, wanted)})
         if counted and not first <= counted[0] <= counted[-1] < len(row):
             outside = counted[0] if counted[0] < first else counted[-1]
             raise ValueError(f"positions of sequence {i} must be in [{first}, {len(row)}), got {outside}.")
@@ -385,6 +389,9 @@ class Pass:
             if self.memory([i], [positions]) <= self.budget:
                 rows.append(i)
                 continue
+            if rows:  # it fits beside others and not alone: what a query takes is less where there are more
+                yield _Batch(rows, [chosen[r] for r in rows])
+                rows = []
             size = len(positions)
             while size > 1 and self.memory([i], [positions[:size]]) > self.budget:
                 size = -(-size // 2)
@@ -415,13 +422,16 @@ class Pass:
         head = model.head
         predicting = number * self.estimator.held(min(queries, head.rows()), head)
         pulling = kept + max(held + queries * pulled, predicting) + queries * asked
+        recording = 0.0
+        if model.gradients == "own_position" and not self.whole(rows, positions):
+            recording = len(rows) * longest * model.recorded_bytes(longest)[1]
 
         finished = min(draws * self.num_factors, model.d_model) if draws > 1 else self.num_factors
         scores = num_layers * (finished * number + draws * number) * model.d_model
         if draws > 1:  # both what is averaged and the mean
             scores += num_layers * draws * self.num_factors * model.d_model * number
         gram = 2 * min(finished, model.d_model) ** 2 * number
-        return float(max(pulling, scored * (scores + gram)))
+        return float(max(recording, pulling, scored * (scores + gram)))
 
     def _taped(self, rows: list[int], positions: list[list[int]], longest: int) -> tuple[int, float, bool]:
         """Tokens of the tape, padding and copies included, the bytes that it keeps, and whether it holds more than queries."""
@@ -437,7 +447,7 @@ class Pass:
             tokens = len(rows) * longest
             return tokens, tokens * token, tokens > queries
         draws = self.num_token_draws if self.draws_tokens else 1
-        context = len(rows) * longest * 2 * model.d_model * model.num_layers * model.dtype.itemsize
+        context = len(rows) * longest * model.recorded_bytes(longest)[0]
         copies = self.copies(queries)
         tokens = len(rows) * max(map(len, positions)) * draws * copies
         return tokens, context + tokens * token, tokens > queries * copies
@@ -558,10 +568,11 @@ class Pass:
         return tokens, torch.tensor(lengths, device=self.model.device)
 
     def _next(self, rows: list[int], tokens: Tensor, lengths: Tensor) -> Int[Tensor, "batch seq"]:
-        """The token after each, -1 where there is none."""
+        """The token after each, -1 where there is none, or none that the head knows: embeddings may have more."""
         after = tokens.roll(-1, 1)
         last = torch.tensor([self.following[i] for i in rows], device=tokens.device)
-        return after.scatter(1, lengths[:, None] - 1, last[:, None])
+        after = after.scatter(1, lengths[:, None] - 1, last[:, None])
+        return after.masked_fill(after >= self.model.head.vocab_size, -1)
 
     def _forward(
         self, batch: _Batch, tokens: Tensor, row: Tensor, position: Tensor, names: Tensor
@@ -583,6 +594,7 @@ class Pass:
         context, z = (None, model.states(tokens, encoded)) if alone else model.record(tokens, encoded)
         if self.draws_tokens:
             fed = self._drawn(z[row, position - 1], Draws(names, position, torch.zeros_like(position), "token"))
+        del z  # as large as a layer's keys
         copies = self.copies(fed.numel())
         repeats = fed.shape[1] * copies
         flat_row, flat_position = row.repeat_interleave(repeats), position.repeat_interleave(repeats)

@@ -18,13 +18,15 @@ its sha256. Readers read only what a receipt names, so a half-written or superse
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -36,9 +38,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisher_ray.storage import DamagedError, Storage, StorageError, StoredFile, seal, unseal
+from fisher_ray.storage import WRITING, DamagedError, Storage, StorageError, StoredFile, seal, unseal
 
 TOP_EIGENVALUES = 4
+
+# All that a run writes; anything else in its directory is somebody's own.
+_FILES = ("run.json", "plan.parquet", "progress.json")
+_FOLDERS = ("lease", "positions", "sums", "factors", "matrices", "done", "quarantine", "tree", "reduced")
+
+# File systems take 255 bytes a name.
+_LONGEST_NAME = 200
 
 RUN_VERSION = "run.4"
 POSITIONS_VERSION = "positions.2"
@@ -133,9 +142,20 @@ class Receipt:
 
 
 def reduced_folder(layer: int, group: str | None = None) -> str:
-    """Of a layer's means, or of one of its groups'."""
+    """Of a layer's means, or of one of its groups'; of a name too long for file systems, its beginning and its sha256."""
     folder = f"reduced/layer_{layer:03d}"
-    return folder if group is None else f"{folder}/group_{quote(group, safe=' ')}"
+    if group is None:
+        return folder
+    name = quote(group, safe=" ")
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(group.encode()).hexdigest()[:16]}"
+    return f"{folder}/group_{name}"
+
+
+def _of_a_run(path: str) -> bool:
+    """Whether a file in a run's directory is one of the kinds that runs write."""
+    folder, _, below = path.partition("/")
+    return folder in (_FOLDERS if below else _FILES) or folder.startswith(WRITING)
 
 
 def task_name(task: int) -> str:
@@ -171,7 +191,7 @@ class RunStore(Storage):
             found = self.list()
             if any(path.startswith("done/") for path in found):
                 raise DamagedError("run.json", f"{self.uri}/run.json is gone.") from None
-            if set(found) - {"plan.parquet"}:  # which a driver that was killed right then has left
+            if found:
                 raise StorageError(
                     f"{self.uri} is not empty and holds no run of ours. Expected the directory of a run, or for a new one an "
                     "empty directory."
@@ -186,8 +206,28 @@ class RunStore(Storage):
 
     def create_run(self, description: dict[str, Any], plan: bytes) -> bool:
         """Write plan and description of a new run; whether this call did, and not another driver at the same time."""
+        # In this order: of two drivers with different settings one is refused, and has written nothing.
+        if not self.create("run.json", seal(description)):
+            return False
         self.write("plan.parquet", plan)
-        return self.create("run.json", seal(description))
+        return True
+
+    def remove_run(self, made: Sequence[Path]) -> None:
+        """Remove what a run has written, and the folders that were made for it; those that others use by now stay.
+
+        Args:
+            made: what :meth:`missing_folders` gave before anything was written.
+        """
+        for path in [*self.list(), *self.unfinished()]:
+            if _of_a_run(path):
+                self.remove(path)
+        local = self.local_path("")
+        if local is None:
+            return
+        below = [Path(folder) for name in _FOLDERS for folder, *_ in os.walk(Path(local) / name, topdown=False)]
+        for folder in [*below, *made]:
+            with contextlib.suppress(OSError):  # it is not empty, or gone
+                folder.rmdir()
 
     # ---- tasks and nodes ---------------------------------------------------------------------------------------------
 
@@ -318,17 +358,21 @@ class RunStore(Storage):
         """
         named = {"run.json", "plan.parquet", "progress.json", "reduced/manifest.json"}
         found = self.list()
-        for folder in ("done", "tree"):
-            for name in self.names(folder):
-                try:
-                    receipt = self.receipt(folder, name)
-                except DamagedError:
-                    continue  # that is for verify; what it named cannot be known
+        paths = [(folder, name) for folder in ("done", "tree") for name in self.names(folder)]
+        for (folder, name), receipt in zip(paths, self._several(self._sound_receipt, paths), strict=True):
+            if receipt is not None:  # what is damaged is for verify; what it named cannot be known
                 named |= {f"{folder}/{name}.json", *(stored.path for stored in receipt.files.values())}
         if "reduced/manifest.json" in found:
             named |= {stored["path"] for stored in self.read_sealed("reduced/manifest.json")["files"].values()}
         kept = ("quarantine/", "lease/")
-        return sorted([path for path in found if path not in named and not path.startswith(kept)] + self.unfinished())
+        left = [path for path in found if path not in named and _of_a_run(path) and not path.startswith(kept)]
+        return sorted(left + self.unfinished())
+
+    def _sound_receipt(self, where: tuple[str, str]) -> Receipt | None:
+        try:
+            return self.receipt(*where)
+        except DamagedError:
+            return None
 
     @staticmethod
     def _several(function: Any, items: Iterable[Any]) -> Iterator[Any]:
@@ -362,7 +406,7 @@ class Lease:
         self._store, self._patience = store, patience
         self._beats = 0
         self._left = threading.Event()
-        self.lost: str | None = None
+        self.lost: RefusedError | StorageError | None = None
         self._number = self._acquire()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -377,10 +421,10 @@ class Lease:
     @staticmethod
     def holder(store: RunStore) -> tuple[str | None, bool]:
         """Who holds the lease of a run, in words, and whether it may be at work: not where it has died on this machine."""
-        paths = list(store.list("lease"))
-        if not paths:
+        try:
+            held = store.read_sealed(Lease._path(Lease._highest(store)))
+        except FileNotFoundError:  # there is none, or it has left meanwhile
             return None, False
-        held = store.read_sealed(paths[-1])
         who = f"process {held['pid']} on {held['host']}"
         if held["machine"] == _machine() and not _alive(held):
             return f"{who}, which has died: the same command goes on", False
@@ -393,12 +437,14 @@ class Lease:
     def _content(self) -> bytes:
         return seal({**_process(), "beat": self._beats})
 
-    def _highest(self) -> int:
-        return max((int(Path(path).stem) for path in self._store.list("lease")), default=0)
+    @staticmethod
+    def _highest(store: RunStore) -> int:
+        """Of the numbers in use; NFS may have files of other names beside them for a while."""
+        return max((int(name) for name in store.names("lease") if name.isdigit()), default=0)
 
     def _acquire(self) -> int:
         while True:
-            highest = self._highest()
+            highest = self._highest(self._store)
             if highest == 0 or self._dead(highest):
                 if self._store.create(self._path(highest + 1), self._content()):
                     for number in range(max(1, highest - 8), highest + 1):
@@ -422,22 +468,26 @@ class Lease:
                         f"since {holder.get('since')}. Wait for it or stop it; the same command then goes on."
                     )
         except FileNotFoundError:  # it has left meanwhile
-            return self._highest() <= number
+            return self._highest(self._store) <= number
         return True
 
     def _beat(self) -> None:
         path = self._path(self._number)
         while not self._left.wait(self._patience / 5):
             try:
-                if self._highest() > self._number or self._store.read(path) != self._content():
+                if self._highest(self._store) > self._number or self._store.read(path) != self._content():
                     raise FileNotFoundError(path)
                 self._beats += 1
                 self._store.write(path, self._content())
             except FileNotFoundError:
-                self.lost = "another driver has taken this run over; it had not heard from this one for too long"
+                self.lost = RefusedError(
+                    f"{self._store.uri}: another driver has taken this run over; it had not heard from this one for too long."
+                )
                 return
-            except StorageError as error:
-                self.lost = str(error)
+            except Exception as error:  # a thread that ended without a word would look alive
+                self.lost = (
+                    error if isinstance(error, StorageError) else StorageError(f"the lease cannot be kept: {error}")
+                )
                 return
 
 

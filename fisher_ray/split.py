@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,7 +39,7 @@ from fisher_ray.architecture import (
     slopes_kept,
     uncompiled,
 )
-from fisher_ray.attention import Context, attention_mode, held_keys, kept_keys
+from fisher_ray.attention import Context, attention_configs, attention_mode, held_keys, kept_keys
 from fisher_ray.footprint import Footprint, LiveBytes
 from fisher_ray.streaming import stream_blocks
 from fisher_ray.tape import Tape, Walk, Where
@@ -143,6 +144,7 @@ class SplitModel:
                 "do not. Load it in bfloat16 or float32."
             )
         self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self._configs = attention_configs(model)
         self._activations = fuse_activations(model)
         fuse_products(self.blocks)
         keep_softcapping(model)
@@ -226,7 +228,8 @@ class SplitModel:
         if mask is None:
             mask = torch.ones_like(encoder_input_ids)
         mask = mask.long()
-        out = self.model.get_encoder()(input_ids=encoder_input_ids, attention_mask=mask)
+        with full_precision():
+            out = self.model.get_encoder()(input_ids=encoder_input_ids, attention_mask=mask)
         encoded = {"encoder_hidden_states": out.last_hidden_state, "encoder_attention_mask": mask}
         return {name: value.to(self.device) for name, value in encoded.items()}
 
@@ -238,7 +241,7 @@ class SplitModel:
     ) -> tuple[Context, Float[Tensor, "batch seq d_z"]]:
         """A forward pass without a graph: every layer's keys and values, and the final hidden states."""
         context = Context()
-        with torch.no_grad(), attention_mode(self.model, "record", context):
+        with torch.no_grad(), attention_mode(self._configs, "record", context):
             _, z = self._run(input_ids, encoded, layers=(), hidden=hidden)
         return context, z
 
@@ -258,7 +261,7 @@ class SplitModel:
         walk: bool = False,
     ) -> Tape:
         """All tokens are queries; the tape holds those at ``where = (row, position)``, or all of them, in order."""
-        return self._taped(walk, lambda: attention_mode(self.model, "own"), input_ids, encoded, layers, where)
+        return self._taped(walk, lambda: attention_mode(self._configs, "own"), input_ids, encoded, layers, where)
 
     def replay_tape(
         self,
@@ -274,7 +277,7 @@ class SplitModel:
         """Chosen (position, token) queries over a recorded context; the tape holds those at ``where``, or all, in order."""
         return self._taped(
             walk,
-            lambda: attention_mode(self.model, "replay", context, positions),
+            lambda: attention_mode(self._configs, "replay", context, positions),
             token,
             encoded,
             layers,
@@ -390,7 +393,7 @@ class SplitModel:
                 at = positions[None]
                 tape = self.replay_tape(input_ids[:, positions], at, context, encoded, [layer_idx], None)
         with full_precision(), uncompiled():
-            pushed = tape.push(layer_idx, directions.to(tape.z))
+            pushed = tape.push(layer_idx, directions.to(self.device))
             prediction = self.head.predict(tape.z)
             return (prediction.prob[:, None] * prediction.rates(pushed)).movedim(1, 0)
 
@@ -425,7 +428,7 @@ class SplitModel:
             z = torch.cat(parts)
         else:
             context, _ = self.record(input_ids, encoded)
-            with attention_mode(self.model, "replay", context, at[None]):
+            with attention_mode(self._configs, "replay", context, at[None]):
                 _, replayed = self._run(input_ids[:, at], encoded, (), at[None], (layer_idx, queries[None]))
             z = replayed[0]
         return z.unflatten(0, streams.shape[:2])
@@ -467,8 +470,18 @@ class SplitModel:
         if self.model.training or self.decoder.training:
             raise ModelError(f"{self.label} is in training mode, where dropout is on. Call model.eval() first.")
         streams: dict[int, Tensor] = {}
+        visited: set[int] = set()
+        thread = threading.get_ident()
 
         def visit(layer: int, stream: Tensor) -> Tensor:
+            if threading.get_ident() != thread:  # hooks are of the model, and so of all its passes
+                raise RuntimeError(f"{self.label} is used by another thread. Let one use it at a time.")
+            if layer in visited:
+                raise ModelError(
+                    f"{self.label} runs block {layer} more than once a pass, so that its layer {layer} is not one stream. "
+                    "Scores need a model whose blocks each run once."
+                )
+            visited.add(layer)
             if hidden is not None and layer == hidden[0]:
                 stream = hidden[1].to(stream)
             if layer == leaf:
@@ -479,15 +492,15 @@ class SplitModel:
                 raise _ReachedError
             return stream
 
-        visited = set(layers) | ({hidden[0]} if hidden else set())
-        handles = [on_stream(self.blocks, layer, visit) for layer in visited]
+        handles = [on_stream(self.blocks, layer, visit) for layer in {*layers, *((hidden[0],) if hidden else ())}]
         arguments = {"input_ids": input_ids, **encoded}
         if positions is not None and self._takes_position_ids:
             arguments["position_ids"] = positions
         # A decoder makes its positions and masks on the device of its embeddings.
         first = self.decoder.get_input_embeddings().weight.device
         try:
-            out = self.decoder(use_cache=False, **{name: value.to(first) for name, value in arguments.items()})
+            with full_precision():
+                out = self.decoder(use_cache=False, **{name: value.to(first) for name, value in arguments.items()})
         except _ReachedError:
             return streams, torch.empty(0)
         finally:
@@ -502,7 +515,8 @@ class SplitModel:
         """What passes over all blocks keep and hold."""
         step = max(1, min(48, self.max_positions or 48) // 3)
         with uncompiled():  # what compiled modules allocate inside is not seen; it is no more
-            return Footprint.count(step, self._whole_tape, self._live_bytes)
+            record = None if self.gradients == "per_position" else lambda tokens: self.record(*self._zeros(tokens, 1))
+            return Footprint.count(step, self._whole_tape, record, self._live_bytes)
 
     def _live_bytes(self) -> LiveBytes:
         """A counter without the weights; of those that are fetched for a pass only the shapes are known."""
@@ -553,6 +567,12 @@ class SplitModel:
         per_token, per_key = self.footprint.held
         return per_token + per_key * (held_keys(seq_len) if self.gradients == "own_position" else seq_len)
 
+    def recorded_bytes(self, seq_len: int) -> tuple[float, float]:
+        """Bytes a token that recording a sequence leaves behind, its context, and holds at once, at most."""
+        (left, left_by_key), (held, held_by_key) = self.footprint.context, self.footprint.recording
+        keys = held_keys(seq_len)
+        return left + left_by_key * keys, held + held_by_key * keys
+
     @property
     def label(self) -> str:
         """Name and class, for messages."""
@@ -572,6 +592,12 @@ class SplitModel:
         if not layers:
             raise ValueError("layers must name at least one layer, got none.")
         return sorted(set(layers))
+
+    def check_encoder(self, given: bool) -> None:
+        """Refuse tokens of an encoder where there is none, and an encoder without tokens."""
+        if self.is_encoder_decoder != given:
+            expected = "needs" if self.is_encoder_decoder else "takes no"
+            raise ValueError(f"{self.name} {expected} encoder_input_ids; it is {type(self.model).__name__}.")
 
     def check_ids(self, input_ids: Tensor, longest: int) -> None:
         """Refuse ids outside the vocabulary and sequences longer than the model's positions."""

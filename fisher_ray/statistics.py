@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal
@@ -169,7 +169,7 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
         jackknife(values.sum(-1), left.sum(-1)) if whitened else blocks.trace(),
         estimate(participation_ratio),
         estimate(entropy_rank),
-        replace(rank := estimate(trace_rank), error=np.full_like(rank.error, np.nan)),
+        Estimate(trace_rank(values.clamp_min(0)).double().numpy(), np.array(np.nan), len(blocks)),
         estimate(anisotropy),
     )
 
@@ -227,8 +227,12 @@ def convergence(blocks: Iterable[GroupSums]) -> Convergence:
     """How the mean F settles.
 
     Args:
-        blocks: of documents; read twice, and held one at a time.
+        blocks: of documents; read twice, and held one at a time, so no iterator.
     """
+    if iter(blocks) is blocks:
+        raise TypeError(
+            "blocks are read twice: expected a sequence or another iterable that begins anew, got an iterator."
+        )
     total: Any = 0.0
     positions: list[int] = []
     changes: list[float] = []

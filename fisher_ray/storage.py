@@ -158,12 +158,12 @@ class Storage:
         """Bytes of all files in a folder and below, by path below the run, without what is being written."""
 
         found = self._patiently(f"listing {folder or self.uri}", lambda: self._find(folder))
-        return {path: size for path, size in sorted(found.items()) if not path.rsplit("/", 1)[-1].startswith(_WRITING)}
+        return {path: size for path, size in sorted(found.items()) if not path.rsplit("/", 1)[-1].startswith(WRITING)}
 
     def unfinished(self) -> list[str]:
         """Temporary files of writers that were killed, or that write now."""
         found = self._patiently(f"listing {self.uri}", lambda: self._find("")) if self._local else {}
-        return [path for path in found if path.rsplit("/", 1)[-1].startswith(_WRITING)]
+        return [path for path in found if path.rsplit("/", 1)[-1].startswith(WRITING)]
 
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
@@ -174,21 +174,15 @@ class Storage:
 
         self._patiently(f"removing {path}", attempt)
 
-    def remove_all(self, top: str | None = None) -> None:
-        """Remove the whole directory, or the folder above it that was made for it."""
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(top or self._root, recursive=True)
-
     def is_file(self) -> bool:
         return self._patiently(f"opening {self.uri}", lambda: bool(self._fs.isfile(self._root)))
 
-    def first_missing(self) -> str | None:
-        """The topmost folder that writing here would create; None where the directory exists or folders are no things."""
+    def missing_folders(self) -> list[Path]:
+        """Folders that writing here would create, the directory's own first; none where folders are no things."""
         if not self._local:
-            return None
+            return []
         root = Path(self._root)
-        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
-        return str(missing[-1]) if missing else None
+        return [folder for folder in (root, *root.parents) if not folder.exists()]
 
     def local_path(self, path: str) -> str | None:
         """Where a file is on this machine's file system, if it is on one."""
@@ -270,7 +264,7 @@ class Storage:
     def _temporary(self, path: str, raw: bytes) -> Iterator[str]:
         folder = Path(self._at(path)).parent
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=_WRITING)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=WRITING)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(raw)
@@ -298,7 +292,7 @@ class Storage:
         raise AssertionError("unreachable")
 
 
-_WRITING = ".writing-"
+WRITING = ".writing-"
 
 
 def _unless_gone(error: OSError) -> None:

@@ -28,14 +28,15 @@ from types import FrameType
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from fisher_ray.cluster import joined
 from fisher_ray.plan import ConfigError, RunConfig
+from fisher_ray.run import open_run
 from fisher_ray.shards import RunStore, parquet_bytes
+from fisher_ray.storage import StorageError
 
 _KNOWN = ("output", "side_by_side", "common", "product", "points")
 
@@ -180,15 +181,12 @@ class _Children:
 def _rows(sweep: Sweep, codes: list[int]) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Each point's summary over all positions; one empty row where it has none."""
     for (name, config), code in zip(sweep.points.items(), codes, strict=True):
-        store = RunStore(config.output)
-        try:
-            table = pq.read_table(pa.BufferReader(store.read("reduced/summary.parquet")))
-        except FileNotFoundError:
-            yield name, code, dict.fromkeys(("layer", "positions", "trace", "entropy_rank", "trace_rank_99"))
-            continue
-        for row in table.to_pylist():
-            if row.pop("group") is None:
-                yield name, code, row
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(StorageError):  # there is no run, or it is damaged
+            rows = open_run(config.output).summary
+        for row in rows or [dict.fromkeys(("layer", "group", "positions", "trace", "entropy_rank", "trace_rank_99"))]:
+            if row["group"] is None:
+                yield name, code, {key: value for key, value in row.items() if key != "group"}
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -1,4 +1,8 @@
-"""Forward passes that remember how to pull cotangents back: with one graph of all blocks, or one block's at a time."""
+"""Forward passes that remember how to pull cotangents back: with one graph of all blocks, or one block's at a time.
+
+To pull is a vector-Jacobian product, to push a Jacobian-vector product, and one block's graph at a time is gradient
+checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +68,12 @@ class Tape:
         cotangent = torch.zeros_like(above).requires_grad_()
         with torch.enable_grad():
             (pulled,) = torch.autograd.grad(above, below, cotangent, create_graph=True)
-        return [
-            self._gathered(torch.autograd.grad(pulled, cotangent, self._padded(tangent, pulled), retain_graph=True)[0])
-            for tangent in tangents
-        ]
+        moved = []
+        for tangent in tangents:
+            ranged, exponent = _in_range(tangent, pulled.dtype)
+            (along,) = torch.autograd.grad(pulled, cotangent, self._padded(ranged, pulled), retain_graph=True)
+            moved.append(_restored(self._gathered(along), exponent))
+        return moved
 
     def _padded(self, rows: Tensor, like: Tensor) -> Tensor:
         """Zero but for the queries' rows."""
@@ -120,7 +126,10 @@ class Walk(Tape):
     def pull_each(
         self, cotangents: Iterable[Float[Tensor, "n d_z"]]
     ) -> Iterator[tuple[int, int, Float[Tensor, "n d_model"]]]:
-        pulled, exponents = map(list, zip(*(_in_range(each, self._z.dtype) for each in cotangents), strict=True))
+        ranged = [_in_range(each, self._z.dtype) for each in cotangents]
+        if not ranged:
+            return
+        pulled, exponents = map(list, zip(*ranged, strict=True))
         for layer in sorted(self._inputs, reverse=True):
             above, entering = self.block(layer)
             for i, each in enumerate(pulled):

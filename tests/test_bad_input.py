@@ -129,6 +129,11 @@ def test_settings(changed: Any, message: str, place: Place, capsys: pytest.Captu
     assert message in refused(place, capsys, **changed)
 
 
+def test_a_column_is_carried_once() -> None:
+    with pytest.raises(ConfigError, match="columns must be named once each, got kind lang kind"):
+        jobs.settings("model", "corpus", "run", columns=("kind", "lang", "kind"))
+
+
 def test_drawn_tokens_are_in_no_group_of_tokens(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert "group_by token is for the corpus's tokens" in refused(
         place, capsys, token_source="sampled", group_by="token"

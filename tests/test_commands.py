@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ import yaml
 from rich.console import Console
 
 import jobs
-from fisher_ray import cli, cost, shards
+from fisher_ray import cli, cost, driver, shards
+from fisher_ray import sweep as sweep_module
 from fisher_ray.cli import main
 from fisher_ray.driver import Progress
 from fisher_ray.plan import ConfigError, make_plan, reckon
@@ -107,6 +110,68 @@ def test_status_of_a_run_whose_driver_has_died(run: Stored, capsys: pytest.Captu
     assert "counts" in progress
 
 
+def test_status_counts_what_was_done_before(
+    run: Stored, finished: Stored, small_tasks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that goes on, also without reading anything back."""
+    (run.folder / "done/00000002.json").unlink()
+    shutil.rmtree(run.folder / "reduced")
+    said(capsys, "run", "--config", run.folder / "run.json", "--output", run.folder, "--no-verify")
+    assert f"tokens: {finished.counts()['tokens']:,}" in said(capsys, "status", run.folder)
+
+
+def test_a_run_that_fails_leaves_what_is_beside_it(
+    gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """Two that are begun in one new folder: what fails takes its own and no more."""
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    beside = tmp_path / "runs/new/other/run.json"
+    going = driver._Run.go
+
+    def go(self: Any) -> Any:
+        beside.parent.mkdir()
+        beside.write_text("of another driver")
+        return going(self)
+
+    argv = ["run", "--model", gpt2, "--corpus", str(tmp_path / "empty.jsonl"), "--executor", "local"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver._Run, "go", go)
+        assert main([*argv, "--output", str(tmp_path / "runs/new/one")]) == 2
+    assert "nothing to score" in capsys.readouterr().err
+    assert [p for p in (tmp_path / "runs").rglob("*") if p.is_file()] == [beside]
+    assert not (tmp_path / "runs/new/one").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(beside.parent.parent)
+        beside.unlink()
+        assert main([*argv, "--output", "."]) == 2
+        assert "nothing to score" in capsys.readouterr().err
+
+
+def test_whoever_reads_may_leave(finished: Stored) -> None:
+    """As ``fisher-ray inspect RUN | head`` does."""
+    command = f"{sys.executable} -m fisher_ray.cli inspect {finished.folder} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == "" and done.returncode in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["report", "-o", "/dev/full"], "No space left"),
+        (["report", "-o", "nosuch/report.html"], "must name a file in a directory that exists"),
+        (["export", "-o", "nosuch/means.npz"], "must name a file in a directory that exists"),
+        (["validate", "-o", "nosuch/law.png"], "must name a file in a directory that exists"),
+    ],
+)
+def test_places_that_cannot_be_written(
+    argv: list[str], message: str, finished: Stored, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argv[0], str(finished.folder), *argv[1:]]) in (1, 2)
+    said_ = capsys.readouterr()
+    (line,) = said_.err.splitlines()
+    assert message in line and said_.out == ""
+
+
 def test_a_job_that_nobody_takes_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", "--address", "http://127.0.0.1:1", "--", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -144,6 +209,9 @@ def test_verify_names_what_is_wrong(run: Stored, capsys: pytest.CaptureFixture[s
 
 
 def test_clean_removes_what_no_receipt_names_and_asks_first(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.folder / "report.html").write_text("one's own")
+    (run.folder / "figures").mkdir()
+    (run.folder / "figures/a.png").write_text("one's own")
     before = sorted(path for path in run.folder.rglob("*") if path.is_file())
     orphan = run.folder / "sums/00000001-dead0000/layer_000.npz"
     orphan.parent.mkdir()
@@ -331,6 +399,11 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
     assert {point: row["code"] for point, row in rows.items()} == {
         "layers=1,seed=1": 0, "layers=77,seed=2": 2, "layers=2,seed=3": 0
     }  # fmt: skip
+    # What is damaged or not reduced is no row of numbers, and costs the others nothing.
+    (tmp_path / "out/layers=1,seed=1/reduced/summary.parquet").write_bytes(b"damaged")
+    (tmp_path / "out/layers=2,seed=3/reduced/manifest.json").unlink()
+    found = sweep_module._rows(sweep_module.read_sweep(tmp_path / "sweep.yaml"), [5, 2, 1])
+    assert [(code, row["trace"]) for _, code, row in found] == [(5, None), (2, None), (1, None)]
 
 
 @pytest.mark.parametrize(

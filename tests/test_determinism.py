@@ -12,7 +12,14 @@ import torch
 from families import FAMILIES, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisher_ray import Exact, Sampled, SplitModel, score_factors
+from fisher_ray import (
+    Exact,
+    Sampled,
+    SplitModel,
+    calculate_fisher,
+    fim_expected_gradient_outerproduct,
+    score_factors,
+)
 from fisher_ray.spectrum import factor_eigenvalues, symmetric_eigh, trace_rank, whitened_eigenvalues
 from fisher_ray.split import deterministic_kernels
 
@@ -120,3 +127,27 @@ def test_no_operation_lacks_a_deterministic_kernel(name: str):
     assert not {op for op in operations.names if op.removeprefix("aten::").startswith(NONDETERMINISTIC)} - {
         "aten::cumsum of integers"
     }
+
+
+def test_numbers_are_float32_whatever_surrounds_the_call():
+    """Automatic mixed precision of the caller's reaches no pass and no product."""
+    split = SplitModel(build(FAMILIES["gpt2"], torch.float32))
+    directions = torch.randn(2, split.d_model, generator=torch.Generator().manual_seed(0))
+
+    def everything() -> dict[str, torch.Tensor]:
+        scores = score_factors(split, IDS, layers=[1], estimator=Exact())
+        grads = torch.ones(1, 5, 7).div(3)
+        return {
+            "matrices": scores.matrices(1),
+            "fisher": calculate_fisher(split, 1, IDS),
+            "streams": split.lower(IDS, {}, [2])[2],
+            "rates": split.probability_rates(IDS[:1], torch.tensor([2, 4]), 1, directions),
+            "expected": fim_expected_gradient_outerproduct(grads, torch.full((1, 5), 0.2)),
+        }
+
+    alone = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        within = everything()
+    for name, truth in alone.items():
+        assert within[name].dtype == torch.float32, name
+        assert torch.equal(within[name], truth), name

@@ -251,7 +251,7 @@ def test_a_new_run_that_another_driver_took_over_is_not_removed(
         if when == "before":
             raise RefusedError("another driver works on it")
         held = lease(store)
-        held.lost = "another driver has taken this run over"
+        held.lost = RefusedError("another driver has taken this run over")
         return held
 
     monkeypatch.setattr(driver, "Lease", refuse)

@@ -113,7 +113,7 @@ def made(pool: Pool, max_attempts: int = 3, timeout: float | None = None, stoppi
 
 
 def calls(n: int) -> list[Call]:
-    return [Call(f"task {i}", "compute", (i,)) for i in range(n)]
+    return [Call(f"task {i}", "compute", (i,), 1) for i in range(n)]
 
 
 def outcomes(pool: Pool, n: int, **settings: Any) -> dict[str, Any]:
@@ -230,6 +230,36 @@ def test_slow_is_by_weight(clock: Clock) -> None:
     with pytest.raises(StoppedError):
         list(made(pool, stopping=stopping).run(heavy, 8))
     assert pool.attempts["task 7"] == 1
+
+
+def test_calls_that_no_others_are_like_have_hours(clock: Clock) -> None:
+    """After a thousand quick tasks a sum may take hours; one worker that stands still does not hold it up that long."""
+    ends = clock.now + 5 * 3600
+
+    def behave(call: Call, attempt: int) -> Any:
+        return HANGS if call.method == "finish" else "fine"
+
+    pool = Pool(clock, 1, behave)
+    dispatching = made(pool, stopping=lambda: 0.0 if clock.now > ends else None)
+    assert [outcome for _, outcome in dispatching.run(calls(1000), 1000)] == ["fine"] * 1000
+    finish = Call("mean", "finish", ())
+    with pytest.raises(StoppedError):
+        list(dispatching.run([finish], 1))
+    assert pool.attempts["mean"] == 1 and not pool.killed
+    pool = Pool(clock, 2, lambda call, attempt: HANGS if attempt == 1 else "fine")
+    begun = clock.now
+    assert [outcome for _, outcome in made(pool, timeout=5.0).run([finish], 1)] == ["fine"]
+    assert 60 < clock.now - begun < 90
+
+
+def test_reading_back_says_nothing_of_how_long_tasks_take(clock: Clock) -> None:
+    """Checks are quick or slow by what they read; a task that hangs behind many of them is ended all the same."""
+    pool = Pool(clock, 1, lambda call, attempt: HANGS if call.name == "task 7" and attempt == 1 else "fine")
+    checks = [Call(f"check {i}", "check", (i,)) for i in range(60)]
+    mixed = [*checks, *(Call(f"task {i}", "compute", (i,), 100_000) for i in range(8))]
+    begun = clock.now
+    assert {outcome for _, outcome in made(pool).run(mixed, len(mixed))} == {"fine"}
+    assert clock.now - begun < 2 * dispatch._HUNG_AT_LEAST
 
 
 def test_a_stop_lets_what_is_in_flight_finish(clock: Clock) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shutil
 import signal
 import threading
 import time
@@ -276,10 +277,10 @@ def test_who_comes_second_removes_nothing(
     assert place.stored.bits() == undisturbed.bits()
 
 
-def test_a_driver_killed_before_its_run_is_described(place: Place, undisturbed: Stored) -> None:
-    """The plan is written first; it alone is no run yet, and no reason to refuse one."""
+def test_a_driver_killed_before_its_plan_is_written(place: Place, undisturbed: Stored) -> None:
+    """The description is written first, so that of two drivers one is refused; the plan is made again from it."""
     place.run.mkdir()
-    (place.run / "plan.parquet").write_bytes((undisturbed.folder / "plan.parquet").read_bytes())
+    shutil.copy(undisturbed.folder / "run.json", place.run)
     assert place.here("--executor", "local") == 0
     assert place.stored.bits() == undisturbed.bits()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 from test_run import made, rewrite, undo  # noqa: F401
@@ -63,6 +64,8 @@ def test_one_block_has_no_errors(gpt2: str, tmp_path: Path, capsys: pytest.Captu
         said = capsys.readouterr().out
         assert "one block of documents" in said
         assert "nan" not in said and "±" not in said and "0-" not in said
+        assert main(["inspect", str(tmp_path / "run"), *argv, "--json"]) == COMPLETE
+        json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is no JSON
 
 
 def test_one_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
@@ -156,6 +159,27 @@ def test_a_damaged_layer_is_named_and_the_others_are_shown(copied: Path, capsys:
     assert [row["layer"] for row in facts["layers"]] == [0, 2]
     (line,) = facts["damaged"]
     assert "is damaged" in line and victim.name in line and facts["problems"] == []
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
+def test_a_damaged_table_costs_its_own_positions(how: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Arrow reads past checksums; a place is looked up by it and read by them."""
+    first, second = (receipt["files"]["positions"]["path"] for receipt in Stored(copied).receipts[:2])
+    documents = [pq.read_table(copied / path, columns=["document"])["document"][0].as_py() for path in (first, second)]
+    raw = bytearray((copied / first).read_bytes())
+    if how == "gone":
+        (copied / first).unlink()
+    else:
+        raw[len(raw) // 3] ^= 1
+        (copied / first).write_bytes(raw if how == "changed" else raw[:-9])
+    for name, code in zip(documents, (DAMAGED, COMPLETE), strict=True):
+        assert main(["inspect", str(copied), "--position", f"{name}:1"]) == code
+        said = capsys.readouterr()
+        if code == DAMAGED:
+            (line,) = said.err.splitlines()
+            assert Path(first).name in line and said.out == ""
+        else:
+            assert said.err == "" and said.out
 
 
 @pytest.mark.parametrize("command", ["inspect", "diff", "export", "project"])

@@ -16,8 +16,9 @@ from test_run import rewrite
 import jobs
 from fisher_ray import cost, driver, open_run, reduce
 from fisher_ray.cli import main
+from fisher_ray.cost import FAN_IN
 from fisher_ray.plan import position_bucket
-from fisher_ray.reduce import FAN_IN, Node, levels
+from fisher_ray.reduce import Node, levels
 from jobs import D_MODEL, LAYERS, Stored, gpt2  # noqa: F401
 
 TASK_BYTES = 1_000

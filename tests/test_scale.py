@@ -166,7 +166,7 @@ def touches(workers: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float
     monkeypatch.setattr(dispatch, "_Running", CountedRunning)
     config = RunConfig("none", ("none",), "memory://none", max_actors=workers)
     pool, total = cluster.RayPool(config), 8 * workers
-    calls = (Call(f"task {i}", "compute", (SimpleNamespace(id=i),)) for i in range(total))
+    calls = (Call(f"task {i}", "compute", (SimpleNamespace(id=i),), 1) for i in range(total))
     handed = Dispatch(pool, 3, None, lambda: None, lambda: None).run(calls, total)
     with StandIn(lambda call: "fine", Weather(compute=60.0, spread=0.3)).in_place(pool):
         pool._gpus = 0.0
@@ -193,7 +193,7 @@ def test_nodes_are_asked_for_once_however_many_calls_a_loss_ends(monkeypatch: py
     config = RunConfig("none", ("none",), "memory://none", max_actors=50)
     pool = cluster.RayPool(config)
     stand_in = StandIn(lambda call: "fine", weather, seed=1)
-    calls = [Call(f"task {i}", "compute", (SimpleNamespace(id=i),)) for i in range(1000)]
+    calls = [Call(f"task {i}", "compute", (SimpleNamespace(id=i),), 1) for i in range(1000)]
     with stand_in.in_place(pool):
         pool._gpus = 0.0
         pool.open(SimpleNamespace(config=config))  # type: ignore[arg-type]
@@ -207,7 +207,7 @@ def loading(weather: Weather, lost_after: float) -> tuple[StandIn, Iterator[Any]
     """What calls come to on 16 workers of two nodes, the first of which is lost."""
     pool = cluster.RayPool(RunConfig("none", ("none",), "memory://none", max_actors=16))
     stand_in = StandIn(lambda call: "fine", weather, seed=1)
-    calls = [Call(f"task {i}", "compute", (SimpleNamespace(id=i),)) for i in range(40)]
+    calls = [Call(f"task {i}", "compute", (SimpleNamespace(id=i),), 1) for i in range(40)]
 
     def ended() -> Iterator[Any]:
         with stand_in.in_place(pool):
@@ -224,6 +224,33 @@ def test_a_node_lost_while_its_workers_load_ends_no_run() -> None:
     stand_in, ended = loading(Weather(compute=60.0, boot=30.0, load=60.0), lost_after=40.0)
     assert Counter(outcome for _, outcome in ended) == {"fine": 40}
     assert stand_in.losses == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "gpus", "room"),
+    [
+        ([{"CPU": 1.0}] * 2, 2, 0.0, 0),  # two of one are not one of two
+        ([{"CPU": 4.0}, {"CPU": 3.0}], 2, 0.0, 3),
+        ([{"CPU": 64.0, "GPU": 1.0}] * 8, 1, 2.0, 0),
+        ([{"CPU": 64.0, "GPU": 8.0}] * 2, 1, 2.0, 8),
+        ([{"CPU": 64.0, "GPU": 1.0}] * 2, 1, 0.6, 2),
+        ([{"CPU": 64.0, "GPU": 1.0}], 1, 0.2, 5),
+        ([{"CPU": 64.0, "GPU": 1.0}], 1, 0.1, 10),
+        ([{"CPU": 3.0, "GPU": 1.0}], 1, 0.1, 3),
+        ([{"memory": 1e9}], 1, 0.0, 0),
+    ],
+)
+def test_room_is_that_of_nodes(
+    nodes: list[dict[str, float]], cpus: int, gpus: float, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor is on one node, and a share of a GPU is of one GPU."""
+    pool = cluster.RayPool(RunConfig("none", ("none",), "memory://none", cpus_per_actor=cpus))
+    pool._gpus = gpus
+    listed = [{"Alive": True, "Resources": node} for node in nodes]
+    monkeypatch.setattr(
+        cluster.ray, "nodes", lambda: [*listed, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}]
+    )
+    assert pool._room() == room
 
 
 def test_workers_that_always_die_while_they_load_end_the_run() -> None:

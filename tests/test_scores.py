@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
 from conftest import Models
-from families import FAMILIES, build
+from families import FAMILIES, VOCAB, build
 from torch import Tensor
 
-from fisher_ray import Deflated, Exact, ModelError, Sampled, Scores, SplitModel, iter_scores, score_factors
+from fisher_ray import (
+    Deflated,
+    Exact,
+    ModelError,
+    Sampled,
+    Scores,
+    SplitModel,
+    iter_scores,
+    score_factors,
+)
 from fisher_ray.attention import attention_mode
-from fisher_ray.scores import _slices
+from fisher_ray.estimators import Estimator
+from fisher_ray.scores import Pass, _slices
 from fisher_ray.tape import Tape
 
 # Against brute force. With the observed token's key in the query's gradient .03 to .4, with its value in the scores'
@@ -435,12 +447,99 @@ def test_one_thread_scores_a_model_at_a_time():
     """Another is refused, and the model has its own attention back when the first is done."""
     split = SplitModel(build(FAMILIES["gpt2"], torch.float32))
     before = split.model.config._attn_implementation
-    with ThreadPoolExecutor(1) as other, attention_mode(split.model, "own"):
+    with ThreadPoolExecutor(1) as other, attention_mode(split._configs, "own"):
         refused = other.submit(score_factors, split, IDS, layers=[1], estimator=Sampled(1)).exception()
         assert split.model.config._attn_implementation != before
+        elsewhere = other.submit(split.model, IDS).exception()  # with our attention, and none of its modes
+        assert isinstance(elsewhere, RuntimeError) and "another thread" in str(elsewhere)
     assert isinstance(refused, RuntimeError)
     assert "another thread" in str(refused)
     assert split.model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("first", ["score", "lower"])
+def test_a_model_that_another_thread_uses_meanwhile(first: str):
+    """Hooks are of the model: a pass of another thread would leave its streams in place of ours, or cut its own off."""
+    split = SplitModel(build(FAMILIES["gpt2"], torch.float32), gradients="per_position")
+    entered, left = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        entered.set()
+        left.wait(10)
+
+    handle = split.blocks[0].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as other:
+        if first == "score":
+            running = other.submit(score_factors, split, IDS, layers=[1], estimator=Sampled(1))
+        else:
+            running = other.submit(split.lower, IDS, {}, [1])
+        entered.wait(10)
+        handle.remove()
+        with pytest.raises(RuntimeError, match="used by another thread"):
+            split.model(IDS)
+        left.set()
+        running.result()
+    split.model(IDS)
+
+
+@pytest.mark.parametrize("gradients", ["own_position", "per_position"])
+def test_a_block_that_runs_twice_a_pass_is_refused(gradients: Any):
+    """Its stream is no one stream; the slow path, which has the same hooks, had passed the check and been wrong."""
+    model = build(FAMILIES["llama"])
+    model.model.layers = torch.nn.ModuleList([model.model.layers[0]] * 3)
+    with pytest.raises(ModelError, match="runs block 0 more than once a pass"):
+        SplitModel(model, gradients=gradients)
+
+
+@pytest.mark.parametrize("estimator", [Sampled(8), Deflated(3, 2), Exact()], ids=str)
+def test_rows_are_in_order_whatever_the_budget(estimator: Estimator):
+    """Also where a sequence fits beside others and not alone, as what a query takes is less where there are more."""
+    split = SplitModel(build(FAMILIES["gpt2"], torch.float32))
+    lengths = [16, 3, 48, 23]
+    ids = torch.ones(4, 48, dtype=torch.long)
+    mask = torch.arange(48) < torch.tensor(lengths)[:, None]
+    whole = sum(lengths)
+    for budget in range(100_000, 4_000_000, 100_000):
+        scores = score_factors(
+            split, ids, layers=[0], estimator=estimator, attention_mask=mask, memory_budget=budget
+        )  # fmt: skip
+        order = scores.sequence * 48 + scores.position
+        assert len(scores) == whole and bool((order.diff() > 0).all()), budget
+
+
+def test_order_is_kept_where_memory_is_not_monotone(monkeypatch: pytest.MonkeyPatch):
+    split = SplitModel(build(FAMILIES["gpt2"], torch.float32))
+
+    def memory(self: Pass, rows: list[int], positions: list[list[int]]) -> float:
+        return 2.0 if len(rows) == 1 and len(positions[0]) > 3 else 1.0  # long ones fit beside others only
+
+    monkeypatch.setattr(Pass, "memory", memory)
+    ids = torch.ones(3, 6, dtype=torch.long)
+    mask = torch.arange(6) < torch.tensor([2, 6, 2])[:, None]
+    scores = score_factors(split, ids, layers=[0], estimator=Sampled(1), attention_mask=mask, memory_budget=1)
+    assert scores.sequence.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2, 2]
+
+
+def test_tokens_that_the_head_does_not_know_have_no_surprisal():
+    """Embeddings may have more rows than the head: Mllama's do."""
+    model = build(FAMILIES["llama"], torch.float32)
+    known = VOCAB - 5
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:known].clone())
+    split = SplitModel(model)
+    ids = torch.tensor([[1, VOCAB - 1, 3, 4]])
+    scores = score_factors(split, ids, layers=[1], estimator=Sampled(1), following=[2])
+    assert scores.surprisal.isnan().tolist() == [True, False, False, False]
+    with pytest.raises(ValueError, match=rf"following must be tokens in \[0, {known}\) or None, got {known}"):
+        score_factors(split, ids, layers=[1], estimator=Sampled(1), following=[known])
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_positions_may_be_numbers_of_numpy():
+    split = SplitModel(build(FAMILIES["gpt2"], torch.float32))
+    asked: dict[str, Any] = {"layers": [1], "estimator": Sampled(1)}
+    for positions in (list(np.array([3, 5])), [np.array([3, 5])] * 2):
+        scores = score_factors(split, IDS, positions=positions, **asked)  # type: ignore[arg-type]
+        assert scores.position.tolist() == [3, 5] * 2
 
 
 # ---- bad arguments ---------------------------------------------------------------------------------------------------
@@ -459,6 +558,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "positions short": (lambda: {"positions": [[0]]}, "one list for each of the 2 sequences, got 1"),
     "no positions": (lambda: {"positions": []}, "no positions to score"),
     "no positions at all": (lambda: {"positions": [[], []]}, "no positions to score"),
+    "nothing to draw": (lambda: {"input_ids": IDS[:, :1], "token_source": "sampled"}, "no positions to score"),
     "drawn at zero": (lambda: {"positions": [0], "token_source": "sampled"}, r"must be in \[1, 6\), got 0"),
     "id above": (lambda: {"input_ids": IDS + 60}, r"token ids must be in \[0, 61\), got 72"),
     "id below": (lambda: {"input_ids": IDS - 5}, r"token ids must be in \[0, 61\), got -4"),

@@ -19,7 +19,7 @@ import transformers as tf
 from families import build
 
 import jobs
-from fisher_ray import worker
+from fisher_ray import open_run, worker
 from fisher_ray.cli import main
 from fisher_ray.corpus import Window
 from fisher_ray.estimators import Exact
@@ -400,3 +400,20 @@ def test_the_script(
     assert f"{len(truth):,} scored" in out
     mass = np.array([r["kept_mass"] for r in stored.rows(1)])
     assert (mass == 1).all() if source == "sampled" else (mass < 1).any() and (mass > 0.8).all()
+
+
+def test_groups_with_long_names(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    """Titles, of which percent signs make names that no file system takes."""
+    titles = ["\N{CJK UNIFIED IDEOGRAPH-6771}\N{CJK UNIFIED IDEOGRAPH-4EAC}" * 30 + end for end in ("", "x")]
+    lines = [json.dumps({"text": f"one two three {i}", "title": titles[i % 2]}) for i in range(6)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    config = jobs.settings(
+        gpt2, tmp_path / "docs.jsonl", tmp_path / "run", group_by="title", layers="1", estimator="exact"
+    )
+    jobs.run_here(config)
+    run = open_run(tmp_path / "run")
+    assert run.groups == sorted(titles)
+    counts = [run.count(1, title) for title in titles]
+    means = [run.fisher(1, title) for title in titles]
+    np.testing.assert_allclose(np.average(means, 0, counts), run.fisher(1), rtol=1e-6, atol=1e-12)
+    assert not np.allclose(*means)

@@ -20,7 +20,7 @@ import yaml
 import jobs
 from fisher_ray import cli, shards
 from fisher_ray.plan import ConfigError, RunConfig, make_plan
-from fisher_ray.shards import Counts, Lease, Problem, Receipt, RefusedError, RunStore
+from fisher_ray.shards import Counts, Lease, Problem, Receipt, RefusedError, RunStore, reduced_folder
 from fisher_ray.storage import DamagedError, StorageError, StoredFile, seal
 from fisher_ray.sums import LayerSums, Sums
 from jobs import gpt2  # noqa: F401
@@ -79,6 +79,17 @@ def test_what_changes_none_does_not(name: str, gpt2: str, corpus: Path) -> None:
     config = jobs.settings(gpt2, corpus, "run")
     changed = dataclasses.replace(config, **{name: EXECUTION[name]})
     assert make_plan(config).fingerprint == make_plan(changed).fingerprint
+
+
+def test_what_decides_the_micro_batches_of_a_gpu_changes_it(gpt2: str, corpus: Path) -> None:  # noqa: F811
+    def on(device: Any, **changed: Any) -> str:
+        return make_plan(jobs.settings(gpt2, corpus, "run", **changed)).on(device).fingerprint
+
+    assert (
+        on("cuda") == on("cuda", gpus_per_actor=1.0) != on("cuda", gpus_per_actor=0.5) != on("cuda", gpus_per_actor=2)
+    )
+    assert on("cuda", memory_budget=1 << 30) == on("cuda", memory_budget=1 << 30, gpus_per_actor=0.5)
+    assert on("cpu") == on("cpu", gpus_per_actor=0.5)
 
 
 def test_the_encoders_column_changes_the_fingerprint(corpus: Path, tmp_path: Path) -> None:
@@ -376,10 +387,79 @@ def test_a_run_is_created_once(store: RunStore) -> None:
     assert store.read_run() is None
     assert store.create_run(description, b"plan")
     assert store.read_run() == description
-    assert not store.create_run({**description, "fingerprint": "another"}, b"plan")
-    assert store.read_run() == description
-    store.remove_all()
+    assert not store.create_run({**description, "fingerprint": "another"}, b"another plan")
+    assert store.read_run() == description and store.read("plan.parquet") == b"plan"
+    store.remove_run([])
     assert store.read_run() is None
+
+
+def test_what_is_removed_of_a_run_is_what_it_wrote(tmp_path: Path) -> None:
+    """Folders that were made for it go, unless others have come to use them; what was there before stays."""
+    (tmp_path / "mine/empty").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "mine")
+    old = RunStore(str(tmp_path / "linked"))
+    new, beside = (RunStore(str(tmp_path / f"made/for/{name}")) for name in ("one", "other"))
+    made = new.missing_folders()
+    assert old.missing_folders() == [] and [folder.name for folder in made] == ["one", "for", "made"]
+    for run in (old, new, beside):
+        run.create_run({"fingerprint": "this"}, b"plan")
+        run.write("sums/1/layer_000.npz", b"sums")
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    (tmp_path / "mine/sums/.writing-x").write_text("half")
+    for _ in range(2):
+        old.remove_run([])
+        new.remove_run(made)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
+        *(f"made/for/other/{name}" for name in ("plan.parquet", "run.json", "sums/1/layer_000.npz")),
+        "mine/notes.txt",
+    ]
+    assert (tmp_path / "linked").is_symlink() and (tmp_path / "mine/empty").is_dir()
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["empty", "notes.txt"]
+    assert not (tmp_path / "made/for/one").exists()
+    beside.remove_run(made[1:])
+    assert (tmp_path / "made/for").exists()  # the other's own folder is empty, and not among these
+    beside.remove_run([tmp_path / "made/for/other", *made[1:]])
+    assert not (tmp_path / "made").exists()
+
+
+def test_names_of_groups_are_names_of_folders(store: RunStore) -> None:
+    """File systems take 255 bytes; two long ones that begin alike stay two."""
+    title = "\N{CJK UNIFIED IDEOGRAPH-6771}" * 60
+    folders = [reduced_folder(0, group) for group in ("de", "a/b", title, title + "x")]
+    assert folders[:2] == ["reduced/layer_000/group_de", "reduced/layer_000/group_a%2Fb"]
+    assert len(set(folders)) == 4
+    for folder in folders:
+        store.write(f"{folder}/fisher.npy", b"x")
+
+
+def test_other_files_in_the_folder_of_leases(store: RunStore) -> None:
+    """NFS keeps a replaced file that someone has open under a name of its own."""
+    store.create_run({"fingerprint": "this"}, b"plan")
+    lease = Lease(store, patience=0.5)
+    store.write("lease/.nfs0001", b"")
+    time.sleep(1.0)
+    assert lease.lost is None and lease._thread.is_alive()
+    assert Lease.holder(store)[1]
+    lease.release()
+    assert Lease.holder(store) == (None, False)
+    Lease(store, patience=0.5).release()
+
+
+def test_a_heartbeat_that_ends_says_why(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.create_run({"fingerprint": "this"}, b"plan")
+    lease = Lease(store, patience=0.5)
+
+    def failing(*_: Any) -> None:
+        raise ValueError("what nobody thought of")
+
+    monkeypatch.setattr(RunStore, "write", failing)
+    lease._thread.join(5)
+    assert isinstance(lease.lost, StorageError) and "what nobody thought of" in str(lease.lost)
+
+
+def test_a_driver_that_leaves_while_it_is_looked_for(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunStore, "names", lambda self, folder: {"000007"})
+    assert Lease.holder(store) == (None, False)
 
 
 def test_a_directory_of_something_else_is_refused(store: RunStore) -> None:
@@ -496,7 +576,7 @@ def test_a_driver_that_was_taken_over_notices(store: RunStore) -> None:
     deadline = time.monotonic() + 5
     while lease.lost is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert lease.lost is not None and "taken this run over" in lease.lost
+    assert lease.lost is not None and "taken this run over" in str(lease.lost)
     lease.release()
     assert "lease/000002.json" in store.list("lease")  # the other's stays
 

@@ -202,6 +202,11 @@ def test_convergence_is_that_of_the_running_mean() -> None:
     np.testing.assert_array_equal(got.positions, positions)
 
 
+def test_an_iterator_cannot_be_read_twice() -> None:
+    with pytest.raises(TypeError, match="read twice"):
+        convergence(iter(corpus(np.random.default_rng(9), 4)))
+
+
 def test_the_error_of_the_mean_is_how_far_it_is_from_the_truth() -> None:
     """Over 100 corpora the mean square of |F - truth| / |truth| is that of the errors; each is known to some 10 %."""
     random = np.random.default_rng(10)

@@ -8,6 +8,7 @@ import oracles
 import pytest
 import torch
 from conftest import Models
+from families import FAMILIES, build
 
 from fisher_ray import Sampled, score_factors
 from fisher_ray.scores import Pass
@@ -45,6 +46,16 @@ def test_walking_gives_the_same(name: str, case: str, models: Models, monkeypatc
             found[always].activations[layer], found[never].activations[layer], rtol=0, atol=1e-12
         )
         assert oracles.error(found[always].factors[layer], found[never].factors[layer]) < 1e-12
+
+
+def test_a_walk_of_scores_that_are_all_zero(models: Models, monkeypatch: pytest.MonkeyPatch):
+    """p has one token in float32, whose score is zero: nothing is pulled."""
+    model = build(FAMILIES["llama"], torch.float32)
+    model.lm_head.weight.data.mul_(2e5)
+    split = SplitModel(model, check=False)
+    monkeypatch.setattr(Pass, "walks", property(always))
+    scores = score_factors(split, torch.arange(1, 13)[None], layers=[0, 2], estimator=Sampled(2))
+    assert len(scores) == 12 and not any(g.any() for g in scores.factors.values())
 
 
 def test_a_walk_equals_one_position_autograd(models: Models, monkeypatch: pytest.MonkeyPatch):
@@ -116,3 +127,14 @@ def test_pushing_through_a_walk_is_pushing_through_the_whole(models: Models):
     directions = torch.randn(2, split.d_model, dtype=torch.float64)
     whole, walk = (split.own_tape(ids, {}, [1], where, walk).push(1, directions) for walk in (False, True))
     assert oracles.error(walk, whole) < 1e-6
+
+
+def test_directions_of_any_length_in_float16():
+    """A Jacobian is linear: what is too small or too large for float16 is scaled on its way."""
+    split = SplitModel(build(FAMILIES["llama"], torch.float16))
+    ids, at = torch.arange(1, 13)[None], torch.tensor([3, 7])
+    directions = torch.nn.functional.normalize(torch.randn(2, 24, generator=torch.Generator().manual_seed(0)), dim=-1)
+    unit = split.probability_rates(ids, at, 0, directions)
+    for length in (1e-7, 1e5):
+        rates = split.probability_rates(ids, at, 0, length * directions) / length
+        assert oracles.error(rates, unit) < 0.02, length
