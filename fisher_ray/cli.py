@@ -54,7 +54,10 @@ _NAMED = 20  # tasks, files or problems that are listed one by one
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other failure does."""
+    """Says what is wrong in one line, as every other failure does; no flag is taken for another that begins like it."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"error: {message}. See {self.prog} --help.\n")
@@ -468,6 +471,13 @@ def _show(console: Console, outcome: Outcome) -> None:
     if counts.halvings:
         console.print(f"memory ran out {counts.halvings} times; micro-batches were halved, which may change rounding")
     console.print(layer_table([row for row in outcome.rows if row["group"] is None]))
+    if outcome.plan.config.sketch is not None:
+        console.print(
+            f"note: sums are sketches of {outcome.plan.config.sketch} rows: the trace is that of F, eigenvalues and ranks are "
+            "of the sketch; fisher-ray inspect says how much an eigenvalue may lack",
+            style="yellow",
+            soft_wrap=True,
+        )
     groups = {row["group"] for row in outcome.rows} - {None}
     if groups:
         files = "group_*/*.npy" if outcome.plan.config.sketch is None else "groups.npz"
@@ -728,8 +738,9 @@ def _project(given: dict[str, Any]) -> int:
     rows = []
     for layer, moved in (moved_tokens(run, chosen, model) if chosen else {}).items():
         nats, error = found[layer][1].value.tolist(), found[layer][1].error.tolist()
+        norms = np.linalg.norm(found[layer][0], axis=1).tolist()
         for i, (raised, lowered) in enumerate(moved):
-            known = {"cost": nats[i], "error": None if math.isnan(error[i]) else error[i]}
+            known = {"norm": norms[i], "cost": nats[i], "error": None if math.isnan(error[i]) else error[i]}
             rows.append({"layer": layer, "direction": i, **known, "raised": raised, "lowered": lowered})
     output = given["output"]
     written = project(run, chosen, output, given["max_docs"], model) if output and chosen else None
@@ -739,6 +750,15 @@ def _project(given: dict[str, Any]) -> int:
     console = _console()
     console.print(f"{run.store.uri}: {run.status}", soft_wrap=True, highlight=False)
     console.print(direction_table(rows))
+    if run.config.sketch is not None:
+        lost = ", ".join(f"{run.sketch_error(layer):.3g}" for layer in chosen)
+        console.print(
+            f"note: sums are sketches of {run.config.sketch} rows, so costs are lower bounds: too small by at most |v|^2 / 2 "
+            f"times {lost} (of these layers in turn)",
+            style="yellow",
+            soft_wrap=True,
+            highlight=False,
+        )
     if written is not None:
         console.print(f"coordinates: {output}, {written:,} rows", soft_wrap=True, highlight=False)
     return _without(reading.damaged)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from heapq import nlargest
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -76,17 +77,23 @@ def top_directions(run: Run, layer: int, k: int) -> Float[np.ndarray, "k d_model
 
 
 def read_directions(path: str | Path, d_model: int) -> Float[np.ndarray, "k d_model"]:
-    """Directions, one a row, from an .npy file or from the one matrix of that width in a .safetensors file.
+    """Directions, one a row, from an .npy file or from the one matrix of that width in an .npz or .safetensors file.
 
     Raises:
-        ValueError: no such file, not one of those, another width, or numbers that are not finite.
+        ValueError: no such file, not one of those, another width, or numbers that are no direction's.
     """
     path = Path(path)
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else {path.name: np.load(path, allow_pickle=False)}
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            read = np.load(path, allow_pickle=False)
+            tensors = {path.name: read} if isinstance(read, np.ndarray) else dict(read)
+            if not all(isinstance(array, np.ndarray) for array in tensors.values()):
+                raise ValueError("it is an archive of something else than arrays.")
+    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
         raise ValueError(
-            f"cannot read directions from {path}: {error} Expected .npy or .safetensors with rows of {d_model} numbers."
+            f"cannot read directions from {path}: {error} Expected .npy, .npz or .safetensors with rows of {d_model} numbers."
         ) from error
     fitting = [array for array in tensors.values() if array.ndim == 2 and array.shape[1] == d_model and len(array)]
     if len(fitting) != 1:
@@ -96,14 +103,11 @@ def read_directions(path: str | Path, d_model: int) -> Float[np.ndarray, "k d_mo
             f"it holds {found}. Put the rows wanted in a file of their own."
         )
     rows = fitting[0].astype(np.float32)
-    if not np.isfinite(rows).all():
-        raise ValueError(f"directions in {path} must be finite; rows {_bad_rows(rows)} are not.")
+    bad = np.flatnonzero(~(np.isfinite(rows).all(1) & rows.any(1)))
+    if len(bad):
+        named = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
+        raise ValueError(f"directions in {path} must be finite and not zero; rows {named} are not.")
     return rows
-
-
-def _bad_rows(rows: np.ndarray) -> str:
-    bad = np.flatnonzero(~np.isfinite(rows).all(1))
-    return ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
 
 
 def _check(run: Run, layer: int, directions: np.ndarray) -> None:
@@ -450,7 +454,8 @@ def cost(run: Run, layer: int, direction: Float[np.ndarray, "*k d_model"]) -> Es
         direction: v, or several, one a row.
 
     Returns:
-        the mean over positions of the corpus, with its jackknife standard error.
+        the mean over positions of the corpus, with its jackknife standard error; not below 0, where rounding would have put the
+        cost of a step that changes nothing. Of sketches a lower bound: up to ``run.sketch_error(layer) |v|^2 / 2`` is left out.
 
     Raises:
         ValueError: no such layer, or another width.
@@ -459,7 +464,7 @@ def cost(run: Run, layer: int, direction: Float[np.ndarray, "*k d_model"]) -> Es
     _check(run, layer, rows)
     whole = quadratic_form(run.blocks(layer), torch.from_numpy(rows))
     shape = direction.shape[:-1]
-    return Estimate(whole.value.reshape(shape) / 2, whole.error.reshape(shape) / 2, whole.blocks)
+    return Estimate(whole.value.reshape(shape).clip(0) / 2, whole.error.reshape(shape) / 2, whole.blocks)
 
 
 @dataclass(frozen=True)

@@ -301,6 +301,7 @@ class _Run:
     def go(self) -> Outcome:
         try:
             resumed = self._take_stock()
+            self._record_progress(self.progress())  # the last driver's would be taken for this one's
             check = resumed > 0 and self.plan.config.verify_done
             if self.plan.config.ends_early:
                 last = self._map_until_known(check)
@@ -614,9 +615,12 @@ class _Run:
         )
 
     def _write_progress(self) -> None:
-        self._written = time.monotonic()
         progress = self.progress()
         self._tell(progress)
+        self._record_progress(progress)
+
+    def _record_progress(self, progress: Progress) -> None:
+        self._written = time.monotonic()
         self.store.write_sealed("progress.json", {**asdict(progress), "written": time.time()})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -212,9 +212,10 @@ def one_position(run: Run, document: str, position: int) -> dict[str, Any]:
 def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
     """How the mean F of two runs differ at the layers that both have: two corpora, or two checkpoints of one model.
 
-    Traces and ranks with their change and its standard error, taken for independent samples; the relative Frobenius distance
-    ``|F' - F| / |F|``; the overlap ``|U^T U'|_F^2 / k`` of the top-k eigenspaces, where random ones would have ``k / d_model``;
-    and what moved most: the leading eigenvalues of ``F' - F`` of either sign.
+    Traces and ranks, also after whitening, with their change and its standard error: of the same documents, as two checkpoints
+    on one corpus are, by the jackknife of the difference (``paired``), else as of independent samples; the relative Frobenius
+    distance ``|F' - F| / |F|``; the overlap ``|U^T U'|_F^2 / k`` of the top-k eigenspaces, where random ones would have
+    ``k / d_model``; and what moved most: the leading eigenvalues of ``F' - F`` of either sign.
 
     Raises:
         ValueError: models of different width, or no layer in common.
@@ -230,11 +231,13 @@ def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
     reading = Reading()
     rows = [reading(partial(_differing, one, other, layer, count)) for layer in layers]
     k = min(count, one.d_model)
+    kinds = [run.config.estimated for run in (one, other)]
     return {
         "runs": [one.store.uri, other.store.uri],
         "status": [one.status, other.status],
         "models": [one.config.model, other.config.model],
         "estimands": [one.estimand, other.estimand],
+        "unlike": sorted(name for name in kinds[0] if kinds[0][name] != kinds[1][name]),
         "subspace": k,
         "random_overlap": k / one.d_model,
         "layers": [row for row in rows if row is not None],
@@ -244,18 +247,22 @@ def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
 
 def _differing(one: Run, other: Run, layer: int, count: int) -> dict[str, Any]:
     """A row of :func:`difference`."""
-    spectra = [run.spectrum(layer) for run in (one, other)]
+    blocks = [run.blocks(layer) for run in (one, other)]
+    corpora = [run.description["result_fields"].get("corpus") for run in (one, other)]
+    paired = corpora[0] == corpora[1] and [b.count for b in blocks[0]] == [b.count for b in blocks[1]]
+    spectra, whitened = ([spectrum(each, white) for each in blocks] for white in (False, True))
     means = [torch.from_numpy(np.array(run.fisher(layer))) for run in (one, other)]
     moved, _ = symmetric_eigh(means[1] - means[0])
     top = torch.from_numpy(np.stack([s.eigenvectors[:, :count] for s in spectra]))
-    row: dict[str, Any] = {"layer": layer, "positions": [run.count(layer) for run in (one, other)]}
-    for name in ("trace", *RANKS):
-        before, after = (getattr(s, name) for s in spectra)
-        change = Estimate(after.value - before.value, np.hypot(before.error, after.error), 0)
-        row[name] = {"values": [float(before.value), float(after.value)], "change": _pair(change)}
+    row: dict[str, Any] = {"layer": layer, "positions": [run.count(layer) for run in (one, other)], "paired": paired}
+    for prefix, both in (("", spectra), ("whitened_", whitened)):
+        for name in ("trace", *RANKS):
+            before, after = (getattr(s, name) for s in both)
+            change = after.minus(before, paired)
+            row[prefix + name] = {"values": [float(before.value), float(after.value)], "change": _pair(change)}
     row["distance"] = float((means[1] - means[0]).norm() / means[0].norm())
     row["overlap"] = float(subspace_overlaps(top)[0, 1])
-    row["gained"], row["lost"] = float(moved[0].clamp_min(0)), float(-moved[-1].clamp_max(0))
+    row["gained"], row["lost"] = float(moved[0].clamp_min(0)), float((-moved[-1]).clamp_min(0))
     return row
 
 
@@ -403,22 +410,36 @@ def show_difference(console: Console, facts: Mapping[str, Any]) -> None:
     ):
         _say(console, f"{run}: {status}; {model}; {estimand}")
     table = _table("layer", "trace", "change", "entropy rank", "change", "|F' - F| / |F|", "overlap", "gained", "lost")
+    whitened = _table("layer", "whitened trace", "change", "whitened entropy rank", "change")
     for row in facts["layers"]:
-        cells = [str(row["layer"])]
-        for name in ("trace", "entropy_rank"):
-            before, after = row[name]["values"]
-            cells += [f"{before:.4g} -> {after:.4g}", _plus_minus(row[name]["change"])]
         numbers = (f"{row[name]:.3g}" for name in ("distance", "overlap", "gained", "lost"))
-        table.add_row(*cells, *numbers)
+        table.add_row(str(row["layer"]), *_changes(row, "trace", "entropy_rank"), *numbers)
+        whitened.add_row(str(row["layer"]), *_changes(row, "whitened_trace", "whitened_entropy_rank"))
     console.print(table)
+    console.print(whitened)
+    paired = "of the difference over the same documents"
+    if not all(row["paired"] for row in facts["layers"]):
+        paired = "the corpora taken for independent samples"
     _say(
         console,
-        f"± one standard error, the corpora taken for independent samples. Overlap of the top {facts['subspace']} directions: "
-        f"1 where they span the same space, {facts['random_overlap']:.2g} for random ones. Gained and lost: the largest "
-        "eigenvalues of F' - F of either sign.",
+        f"± one standard error, {paired}. Overlap of the top {facts['subspace']} directions: 1 where they span the same space, "
+        f"{facts['random_overlap']:.2g} for random ones. Gained and lost: the largest eigenvalues of F' - F of either sign. "
+        "Only what is whitened compares where the scales of h differ.",
     )
-    if facts["estimands"][0] != facts["estimands"][1]:
-        _say(console, "note: the runs estimate different quantities", style="yellow")
+    if facts["unlike"]:
+        _say(
+            console,
+            f"note: the runs estimate different quantities: they differ in {', '.join(facts['unlike'])}",
+            style="yellow",
+        )
+
+
+def _changes(row: Mapping[str, Any], *names: str) -> Iterator[str]:
+    """Cells: what each quantity was and is, and its change with the error."""
+    for name in names:
+        before, after = row[name]["values"]
+        yield f"{before:.4g} -> {after:.4g}"
+        yield _plus_minus(row[name]["change"])
 
 
 def _table(*names: str) -> Table:

@@ -11,7 +11,7 @@ import io
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import count
@@ -317,6 +317,21 @@ class RunConfig:
     def is_lower_bound(self) -> bool:
         """Whether the matrices leave a part of F out, and none is drawn to stand for it."""
         return bool(self.tolerance) or (self.estimator == "deflated" and self.num_samples == 0)
+
+    @property
+    def estimated(self) -> Mapping[str, Any]:
+        """What decides which quantity a run estimates, by name, however it does so."""
+        drawn = self.token_source == "sampled"
+        return {
+            "top_p": self.top_p,
+            "temperature": self.temperature,
+            "lower bound": (self.estimator, self.rank, self.tolerance) if self.is_lower_bound else None,
+            "token_source": self.token_source,
+            "token_top_p": self.token_top_p if drawn else None,
+            "token_temperature": self.token_temperature if drawn else None,
+            "positions": self.positions,
+            "sketch": self.sketch,
+        }
 
     @property
     def ends_early(self) -> bool:
@@ -687,6 +702,8 @@ def make_plan(config: RunConfig) -> Plan:
     listed = [(source.name, source.size, source.version) for source in sources]
     # What is unset is left out, so that a setting that comes to be later changes no fingerprint of before.
     settings = {k: v for k, v in config.asdict().items() if k not in _EXECUTION | {"corpus"} and v is not None}
+    if config.estimator == "exact":
+        del settings["num_samples"]  # sweeps may set it for all their points
     fixed = {
         **settings,
         "layers": layers,

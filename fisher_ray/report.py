@@ -35,13 +35,15 @@ def layer_table(rows: list[dict[str, Any]]) -> Table:
 def direction_table(rows: list[dict[str, Any]]) -> Table:
     """One line a direction: what a step of its length costs in the mean, with its standard error, and tokens it moves."""
     table = Table(title=None, header_style="bold", pad_edge=False, box=None)
-    for name in ("layer", "direction", "v'Fv / 2, nats", "±"):
+    for name in ("layer", "direction", "|v|", "v'Fv / 2, nats", "±"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("raises / lowers", overflow="ellipsis", no_wrap=True)
     for row in rows:
         error = "-" if row["error"] is None else f"{row['error']:.2g}"
         moved = f"{_quoted(row['raised'])} / {_quoted(row['lowered'])}"
-        table.add_row(str(row["layer"]), str(row["direction"]), f"{row['cost']:.4g}", error, moved)
+        table.add_row(
+            str(row["layer"]), str(row["direction"]), f"{row['norm']:.3g}", f"{row['cost']:.4g}", error, moved
+        )
     return table
 
 

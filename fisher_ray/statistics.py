@@ -36,16 +36,24 @@ class Estimate:
         value: of the whole corpus.
         error: standard error; NaN with fewer than two blocks.
         blocks: what the error was computed from.
+        without: the values that leaving out each block gives, [blocks, ...]; None where the error comes from no jackknife.
     """
 
     value: np.ndarray
     error: np.ndarray
     blocks: int
+    without: np.ndarray | None = None
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bounds, by Student's t with ``blocks - 1`` degrees of freedom."""
         reach = stdtrit(max(1, self.blocks - 1), 0.5 + level / 2) * self.error
         return self.value - reach, self.value + reach
+
+    def minus(self, other: Estimate, paired: bool) -> Estimate:
+        """The difference of two estimates: ``paired`` where their blocks are the same documents, else independent samples."""
+        if paired and self.without is not None and other.without is not None:
+            return _jackknife(self.value - other.value, self.without - other.without)
+        return Estimate(self.value - other.value, np.hypot(self.error, other.error), min(self.blocks, other.blocks))
 
 
 def jackknife(value: Tensor, without: Tensor) -> Estimate:
@@ -55,11 +63,14 @@ def jackknife(value: Tensor, without: Tensor) -> Estimate:
         value: [...], of all blocks.
         without: [B, ...], of all but one.
     """
+    return _jackknife(value.double().numpy(), without.double().numpy())
+
+
+def _jackknife(value: np.ndarray, without: np.ndarray) -> Estimate:
     count = len(without)
-    all_, left = value.double().numpy(), without.double().numpy()
     if count < 2:
-        return Estimate(all_, np.full_like(all_, np.nan), count)
-    return Estimate(all_, np.sqrt((count - 1) / count * np.square(left - all_).sum(0)), count)
+        return Estimate(value, np.full_like(value, np.nan), count)
+    return Estimate(value, np.sqrt((count - 1) / count * np.square(without - value).sum(0)), count, without)
 
 
 class Blocks:

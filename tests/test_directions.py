@@ -498,7 +498,8 @@ def test_directions_are_read_from_both_kinds_of_files(tmp_path: Path):
     rows = some_directions(3).astype(np.float32)
     np.save(tmp_path / "a.npy", rows)
     save_file({"W_dec": rows, "W_enc": rows.T.copy(), "b": rows[:, 0].copy()}, tmp_path / "a.safetensors")
-    for name in ("a.npy", "a.safetensors"):
+    np.savez(tmp_path / "a.npz", W_dec=rows, W_enc=rows.T)
+    for name in ("a.npy", "a.npz", "a.safetensors"):
         np.testing.assert_array_equal(fd.read_directions(tmp_path / name, D_MODEL), rows)
 
 
@@ -512,8 +513,13 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: save_file({"a": np.ones((2, D_MODEL)), "b": np.ones((2, D_MODEL))}, path),
         r"it holds a \[2, 12\], b \[2, 12\]\. Put the rows wanted in a file of their own",
     ),
-    "nan.npy": (lambda path: np.save(path, np.full((2, D_MODEL), np.nan)), r"must be finite; rows 0, 1 are not"),
-    "text.npy": (lambda path: path.write_text("no array"), r"cannot read directions from .*Expected .npy or .safetensors"),
+    "nan.npy": (lambda path: np.save(path, np.full((2, D_MODEL), np.nan)), r"must be finite and not zero; rows 0, 1 are not"),
+    "zero.npy": (
+        lambda path: np.save(path, np.diag([1.0, 0.0, 1.0]) @ np.ones((3, D_MODEL))),
+        r"must be finite and not zero; rows 1 are not",
+    ),
+    "tensors.pt": (lambda path: torch.save(torch.ones(2, D_MODEL), path), r"cannot read directions from"),
+    "text.npy": (lambda path: path.write_text("no array"), r"cannot read directions from .*Expected .npy, .npz or .safet"),
     "text.safetensors": (lambda path: path.write_text("no tensors at all"), r"cannot read directions from"),
     "missing.npy": (lambda path: None, r"cannot read directions from .*No such file"),
 }  # fmt: skip

@@ -250,7 +250,9 @@ def test_a_run_differs_from_another_and_not_from_itself(
 ) -> None:  # fmt: skip
     same = told(capsys, "diff", made, made)
     for row in same["layers"]:
-        assert row["distance"] == 0 and row["overlap"] == pytest.approx(1) and row["trace"]["change"][0] == 0
+        assert row["distance"] == 0 and row["overlap"] == pytest.approx(1) and row["paired"]
+        assert row["trace"]["change"] == row["whitened_entropy_rank"]["change"] == [0, 0]
+    assert same["unlike"] == []
 
     (tmp_path / "docs.txt").write_text(jobs.some_text(3_000))
     with pytest.MonkeyPatch.context() as patch:
@@ -267,9 +269,25 @@ def test_a_run_differs_from_another_and_not_from_itself(
         assert [row["lost"], row["gained"]] == pytest.approx([max(0, -moved[0]), max(0, moved[-1])])
         errors = [open_run(run.folder).spectrum(row["layer"]).trace.error for run in runs]
         assert row["trace"]["change"] == pytest.approx([np.trace(other) - np.trace(one), np.hypot(*errors)])
+        whitened = [open_run(run.folder).spectrum(row["layer"], whitened=True).trace for run in runs]
+        assert row["whitened_trace"]["values"] == pytest.approx([float(trace.value) for trace in whitened])
+        assert not row["paired"]
     assert facts["random_overlap"] == 8 / D_MODEL
     assert main(["diff", str(made), str(tmp_path / "other")]) == COMPLETE
-    assert "different quantities" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "independent samples" in said and "different quantities" not in said  # exact or sampled, it is F
+    config = jobs.settings(
+        gpt2,
+        tmp_path / "docs.txt",
+        tmp_path / "third",
+        layers="0",
+        temperature=0.5,
+        positions="::2",
+        estimator="sampled",
+    )
+    jobs.run_here(config)
+    assert main(["diff", str(tmp_path / "other"), str(tmp_path / "third")]) == COMPLETE
+    assert "different quantities: they differ in positions, temperature" in capsys.readouterr().out
 
 
 def test_runs_of_other_shape_are_refused(made: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -93,6 +93,20 @@ def test_with_one_block_nothing_is_known() -> None:
     assert half_angles(one, 3).shape == (0, 3)
 
 
+def test_differences_over_the_same_blocks_are_paired() -> None:
+    """Of two means over documents that vary together the difference is known far better than either."""
+    random = np.random.default_rng(2)
+    shared = random.standard_normal(12)
+    one, other = (shared + 0.1 * random.standard_normal(12) for _ in range(2))
+    made = [jackknife(torch.tensor(x.mean()), torch.from_numpy((x.sum() - x) / 11)) for x in (one, other)]
+    difference = other - one
+    paired, apart = (made[1].minus(made[0], paired) for paired in (True, False))
+    assert paired.value == apart.value == pytest.approx(difference.mean())
+    assert paired.error == pytest.approx(difference.std(ddof=1) / np.sqrt(12), rel=1e-9)
+    assert apart.error == pytest.approx(np.hypot(one.std(ddof=1), other.std(ddof=1)) / np.sqrt(12), rel=1e-9)
+    assert paired.error < 0.3 * apart.error
+
+
 def test_intervals_have_students_quantile() -> None:
     low, high = Estimate(np.array(3.0), np.array(0.5), 32).interval(0.95)
     assert (high - low) / 2 == pytest.approx(0.5 * stats.t(31).ppf(0.975))
