@@ -98,6 +98,10 @@ def missing(line: str) -> str:
     return f'<p class="damaged">{escape(line)}</p>'
 
 
+# Plotly's buttons lie over the top of a figure, where pointers hover or there are none; titles and legends keep below them.
+_TOOLBAR = 26
+
+
 def figure_of(figure: go.Figure, height: int) -> str:
     """A figure of plotly's, drawn by the page's script."""
     axis = {"gridcolor": _LINE, "linecolor": "#9aa5b1", "zeroline": False, "ticks": "outside", "tickcolor": "#9aa5b1"}
@@ -105,13 +109,13 @@ def figure_of(figure: go.Figure, height: int) -> str:
     figure.update_yaxes(**axis)
     figure.update_layout(
         template="none",
-        height=height,
+        height=height + _TOOLBAR,
         font={"family": 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif', "size": 13, "color": INK},
-        margin={"l": 70, "r": 20, "t": 40 if figure.layout.annotations else 12, "b": 55},
+        margin={"l": 70, "r": 20, "t": _TOOLBAR + (40 if figure.layout.annotations else 12), "b": 55},
         hoverlabel={"font": {"size": 12}},
     )
     data = embedded(figure.to_json() or "")
-    return f'<div class="figure" style="min-height: {height}px">{data}</div>'
+    return f'<div class="figure" style="min-height: {height + _TOOLBAR}px">{data}</div>'
 
 
 def embedded(data: str, name: str = "") -> str:

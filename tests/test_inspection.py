@@ -253,6 +253,11 @@ def test_a_run_differs_from_another_and_not_from_itself(
         assert row["distance"] == 0 and row["overlap"] == pytest.approx(1) and row["paired"]
         assert row["trace"]["change"] == row["whitened_entropy_rank"]["change"] == [0, 0]
     assert same["unlike"] == []
+    elsewhere = Path(shutil.copytree(made, tmp_path / "elsewhere"))
+    fields = json.loads((made / "run.json").read_text())["result_fields"]
+    rewrite(elsewhere / "run.json", result_fields={**fields, "corpus": "other documents, as many"})
+    for row in told(capsys, "diff", made, elsewhere)["layers"]:
+        assert not row["paired"] and row["trace"]["change"][1] > 0
 
     (tmp_path / "docs.txt").write_text(jobs.some_text(3_000))
     with pytest.MonkeyPatch.context() as patch:
