@@ -340,7 +340,7 @@ class _Run:
             if name.isdigit() and int(name) < len(self.done):
                 self.done[int(name)] = 1
         resumed = self.done.count(1)
-        for name in filter(str.isdigit, self.store.names("quarantine")):
+        for name in sorted(self.store.names("quarantine")):
             task, path = int(name), f"quarantine/{name}.json"
             if self.plan.config.retry_quarantined or self.done[task]:
                 self.store.remove(path)

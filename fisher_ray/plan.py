@@ -601,7 +601,7 @@ class Plan:
         """
         config, fields = replace(self.config, device=device), {**self.result_fields, "device": device}
         if device == "cuda" and config.memory_budget is None:
-            fields["gpus_per_actor"] = config.gpus_per_actor or 1.0
+            fields["gpus_per_actor"] = float(config.gpus_per_actor or 1)
         return replace(self, config=config, result_fields=fields)
 
     def make_tasks(self) -> Tasks:

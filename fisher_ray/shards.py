@@ -439,8 +439,7 @@ class Lease:
 
     @staticmethod
     def _highest(store: RunStore) -> int:
-        """Of the numbers in use; NFS may have files of other names beside them for a while."""
-        return max((int(name) for name in store.names("lease") if name.isdigit()), default=0)
+        return max(map(int, store.names("lease")), default=0)
 
     def _acquire(self) -> int:
         while True:

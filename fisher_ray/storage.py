@@ -155,10 +155,13 @@ class Storage:
         return values
 
     def list(self, folder: str = "") -> dict[str, int]:
-        """Bytes of all files in a folder and below, by path below the run, without what is being written."""
+        """Bytes of all files in a folder and below, by path below the run, without hidden ones.
+
+        Those are being written, or NFS keeps them under names of its own, as someone has them open.
+        """
 
         found = self._patiently(f"listing {folder or self.uri}", lambda: self._find(folder))
-        return {path: size for path, size in sorted(found.items()) if not path.rsplit("/", 1)[-1].startswith(WRITING)}
+        return {path: size for path, size in sorted(found.items()) if not path.rsplit("/", 1)[-1].startswith(".")}
 
     def unfinished(self) -> list[str]:
         """Temporary files of writers that were killed, or that write now."""

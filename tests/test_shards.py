@@ -85,9 +85,8 @@ def test_what_decides_the_micro_batches_of_a_gpu_changes_it(gpt2: str, corpus: P
     def on(device: Any, **changed: Any) -> str:
         return make_plan(jobs.settings(gpt2, corpus, "run", **changed)).on(device).fingerprint
 
-    assert (
-        on("cuda") == on("cuda", gpus_per_actor=1.0) != on("cuda", gpus_per_actor=0.5) != on("cuda", gpus_per_actor=2)
-    )
+    one, half, two = (on("cuda", gpus_per_actor=gpus) for gpus in (1, 0.5, 2))
+    assert on("cuda") == one == on("cuda", gpus_per_actor=1.0) and len({one, half, two}) == 3
     assert on("cuda", memory_budget=1 << 30) == on("cuda", memory_budget=1 << 30, gpus_per_actor=0.5)
     assert on("cpu") == on("cpu", gpus_per_actor=0.5)
 
@@ -436,7 +435,9 @@ def test_other_files_in_the_folder_of_leases(store: RunStore) -> None:
     """NFS keeps a replaced file that someone has open under a name of its own."""
     store.create_run({"fingerprint": "this"}, b"plan")
     lease = Lease(store, patience=0.5)
-    store.write("lease/.nfs0001", b"")
+    for folder in ("lease", "quarantine"):
+        store.write(f"{folder}/.nfs0001.json", b"")
+    assert store.names("quarantine") == set() and not any("nfs" in path for path in store.list())
     time.sleep(1.0)
     assert lease.lost is None and lease._thread.is_alive()
     assert Lease.holder(store)[1]
