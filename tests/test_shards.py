@@ -81,6 +81,12 @@ def test_what_changes_none_does_not(name: str, gpt2: str, corpus: Path) -> None:
     assert make_plan(config).fingerprint == make_plan(changed).fingerprint
 
 
+def test_samples_change_nothing_where_none_are_drawn(gpt2: str, corpus: Path) -> None:  # noqa: F811
+    """As in a sweep over estimators that sets them for all."""
+    given = [fingerprint(gpt2, corpus, estimator=e, num_samples=n) for e in ("exact", "sampled") for n in (4, 8)]
+    assert given[0] == given[1] and len(set(given)) == 3
+
+
 def test_what_decides_the_micro_batches_of_a_gpu_changes_it(gpt2: str, corpus: Path) -> None:  # noqa: F811
     def on(device: Any, **changed: Any) -> str:
         return make_plan(jobs.settings(gpt2, corpus, "run", **changed)).on(device).fingerprint
