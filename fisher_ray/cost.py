@@ -422,7 +422,8 @@ class Cost:
                 queries *= copies
                 zeros = torch.zeros(queries, dtype=torch.long, device="meta")
                 if model.gradients == "per_position":
-                    model.states(ids, encoded)
+                    if self.token_source == "sampled":
+                        model.states(ids, encoded)
                     each = {name: value.expand(queries, *value.shape[1:]) for name, value in encoded.items()}
                     tape = model.alone_tape(ids.expand(queries, -1), each, self.layers, zeros)
                 else:

@@ -703,7 +703,7 @@ def make_plan(config: RunConfig) -> Plan:
     # What is unset is left out, so that a setting that comes to be later changes no fingerprint of before.
     settings = {k: v for k, v in config.asdict().items() if k not in _EXECUTION | {"corpus"} and v is not None}
     if config.estimator == "exact":
-        del settings["num_samples"]  # sweeps may set it for all their points
+        settings.pop("num_samples", None)  # sweeps may set it for all their points
     fixed = {
         **settings,
         "layers": layers,

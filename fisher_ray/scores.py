@@ -591,8 +591,9 @@ class Pass:
             where = None if everything else (row, position)
             return model.own_tape(tokens, encoded, self.layers, where, self.walks), fed, 1
 
-        context, z = (None, model.states(tokens, encoded)) if alone else model.record(tokens, encoded)
+        context, z = (None, None) if alone else model.record(tokens, encoded)
         if self.draws_tokens:
+            z = model.states(tokens, encoded) if z is None else z
             fed = self._drawn(z[row, position - 1], Draws(names, position, torch.zeros_like(position), "token"))
         del z  # as large as a layer's keys
         copies = self.copies(fed.numel())
