@@ -61,21 +61,21 @@ class ModelFacts:
             return cls.of(config)
 
 
-def weights_digest(name: str, revision: str | None = None) -> str:
+def weights_digest(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
     """What identifies a model's function: a hub model's commit, else a sha256 over a local one's configuration,
     code and weights.
 
     Of each file it takes the name, the size and 64 KiB at 64 places, so that a large model costs no full read.
     """
-    return _digest(name, revision, _is_of_model, 64)
+    return _digest(name, revision, trust_remote_code, _is_of_model, 64)
 
 
-def tokenizer_digest(name: str, revision: str | None = None) -> str:
+def tokenizer_digest(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
     """What identifies a model's tokenizer: a hub model's commit, else a sha256 over all files a tokenizer may read.
 
     Which names those are is each tokenizer's own affair. Chat templates in files of their own are none of them.
     """
-    return _digest(name, revision, lambda file: not _is_of_model(file) and file.suffix in _TOKENIZER_SUFFIXES, None)
+    return _digest(name, revision, trust_remote_code, _is_of_tokenizer, None)
 
 
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab")
@@ -85,12 +85,19 @@ def _is_of_model(file: Path) -> bool:
     return file.suffix in (".safetensors", ".py") or file.name in ("config.json", "model.safetensors.index.json")
 
 
-def _digest(name: str, revision: str | None, wanted: Callable[[Path], bool], places: int | None) -> str:
+def _is_of_tokenizer(file: Path) -> bool:
+    return not _is_of_model(file) and file.suffix in _TOKENIZER_SUFFIXES
+
+
+def _digest(
+    name: str, revision: str | None, trust_remote_code: bool, wanted: Callable[[Path], bool], places: int | None
+) -> str:
     """A hub model's commit, or the sha256 of a local one's wanted files: whole, or 64 KiB at so many places of each."""
     path = Path(name)
     if not path.is_dir():
         with _load_errors(name):
-            return str(AutoConfig.from_pretrained(name, revision=revision)._commit_hash)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            return str(config._commit_hash)
     digest = hashlib.sha256()
     for file in sorted(file for file in path.iterdir() if wanted(file) and file.name != "generation_config.json"):
         size = file.stat().st_size

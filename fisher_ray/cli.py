@@ -137,8 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspecting.add_argument("--json", action="store_true", help="for machines")
     inspecting.set_defaults(act=_inspect)
 
-    differing = commands.add_parser("diff", help="how two runs of one model differ: spectra, overlaps, what moved")
-    differing.add_argument("runs", nargs=2, metavar="RUN")
+    differing = commands.add_parser(
+        "diff", help="how two runs of one model differ, or two groups or layers: spectra, overlaps, what moved"
+    )
+    differing.add_argument("runs", nargs="+", metavar="RUN", help="two, or one to compare groups or layers of")
+    differing.add_argument("--layer", type=int, nargs="+", help="at one layer, or at one of each (all that both have)")
+    differing.add_argument("--group", nargs="+", help="of one group, or of one of each (all positions)")
     differing.add_argument("--json", action="store_true", help="for machines")
     differing.set_defaults(act=_diff)
 
@@ -206,7 +210,7 @@ def reference_main(argv: Sequence[str] | None = None) -> int:
     add("--estimator", choices=("exact", "sampled"), help="sampled, or exact with --token_source sampled")
     add("--token_source", choices=("observed", "sampled"), default="observed", help="token at each position (observed)")
     add("--executor", choices=("ray", "local"), default="ray", help="local: in this process, without Ray (ray)")
-    add("--min_actors", type=int, default=1, help="workers to ask for at least (1)")
+    add("--min_actors", type=int, default=1, help="workers to ask for, without a maximum, even where none has room (1)")
     add("--max_actors", type=int, help="workers to ask for at most, also of nodes to come (what has room now)")
     add("--gpus_per_actor", type=float, help="a fraction, one, or several for a large model (1 if there are any)")
     add("--cpus_per_actor", type=int, default=1, help="cores and threads of a worker (1)")
@@ -296,7 +300,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--executor", choices=("ray", "local"), help="local: one worker in this process, without Ray (ray)"
     )
-    out.add_argument("--min-actors", type=int, help="workers to ask for at least (1)")
+    out.add_argument(
+        "--min-actors", type=int, help="workers to ask for, without a maximum, even where none has room (1)"
+    )
     out.add_argument(
         "--max-actors", type=int, help="workers to ask for at most, also of nodes to come (what has room now)"
     )
@@ -367,7 +373,10 @@ def _config(given: dict[str, Any]) -> RunConfig:
             raise ConfigError(f"config file {path} must hold settings by name, got {type(values).__name__}.")
         if "fingerprint" in values:
             values = values["config"]
-    return RunConfig.from_dict({**values, **{key: value for key, value in given.items() if value is not None}})
+    flags = {key: value for key, value in given.items() if value is not None}
+    if flags.get("estimator", values.get("estimator")) != values.get("estimator"):
+        values = {key: value for key, value in values.items() if key not in ("rank", "tolerance")}  # of the other one
+    return RunConfig.from_dict({**values, **flags})
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------------
@@ -387,8 +396,9 @@ def _guarded(act: Callable[[], int]) -> int:
     except BrokenPipeError:  # whoever read has left; the interpreter is not to say so again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (KeyboardInterrupt, StoppedError):
-        errors.print("stopped; what is done is kept, and the same command goes on.", style="yellow")
+    except (KeyboardInterrupt, StoppedError) as stopped:
+        said = str(stopped) or "stopped; what is done is kept, and the same command goes on."
+        errors.print(said, style="yellow", markup=False, soft_wrap=True)
         return STOPPED
     except (RefusedError, StorageError, RunError, MemoryError, ValueError) as error:
         # ValueError: ConfigError, CorpusError, ModelError, and the estimators' own.
@@ -722,6 +732,7 @@ def _validate(given: dict[str, Any]) -> int:
 
 def _project(given: dict[str, Any]) -> int:
     run, path = open_run(given["run"]), given["directions"]
+    output = None if given["output"] is None else _to_write(given["output"])
     read = None if path is None else read_directions(path, run.d_model)
     model = model_of(run)
     layers = run.layers
@@ -742,7 +753,6 @@ def _project(given: dict[str, Any]) -> int:
         for i, (raised, lowered) in enumerate(moved):
             known = {"norm": norms[i], "cost": nats[i], "error": None if math.isnan(error[i]) else error[i]}
             rows.append({"layer": layer, "direction": i, **known, "raised": raised, "lowered": lowered})
-    output = given["output"]
     written = project(run, chosen, output, given["max_docs"], model) if output and chosen else None
     if given["json"]:
         print(json.dumps({"directions": rows, "output": output and str(output), "rows": written}))
@@ -798,8 +808,15 @@ def _inspect(given: dict[str, Any]) -> int:
 
 
 def _diff(given: dict[str, Any]) -> int:
-    one, other = map(open_run, given["runs"])
-    return _told(inspection.difference(one, other), inspection.show_difference, given["json"])
+    for name in ("runs", "layer", "group"):
+        if len(given[name] or ()) > 2:
+            raise ConfigError(f"diff compares two: at most two of {name}, got {' '.join(map(str, given[name]))}.")
+    if all(len(set(given[name] or ())) < 2 for name in ("layer", "group")) and len(given["runs"]) < 2:
+        raise ConfigError("diff needs two runs, or of one run two of --group or two of --layer.")
+    runs = [open_run(uri) for uri in given["runs"]]
+    layers, groups = (None if given[name] is None else (given[name][0], given[name][-1]) for name in ("layer", "group"))
+    facts = inspection.difference(runs[0], runs[-1], layers, groups or (None, None))
+    return _told(facts, inspection.show_difference, given["json"])
 
 
 def _told(facts: dict[str, Any], show: Callable[[Console, dict[str, Any]], None], as_json: bool) -> int:

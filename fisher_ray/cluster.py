@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.util import metrics
 
-from fisher_ray.dispatch import Call, Failure, Servant
+from fisher_ray.dispatch import Call, Failure, RunError, Servant, StoppedError
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig
 from fisher_ray.shards import Receipt
 
@@ -131,6 +131,8 @@ class RayPool:
         self._spread = True
 
     def __enter__(self) -> RayPool:
+        # One that is started here has no node to come.
+        grows = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
         self._context = joined()
         self._context.__enter__()
         try:
@@ -140,12 +142,12 @@ class RayPool:
                 gpus = 1.0 if has_gpus and self._config.device != "cpu" else 0.0
             self._gpus = gpus
             self.device: Device = self._config.device or ("cuda" if gpus else "cpu")
-            if self._config.max_actors is None and not self._room():
+            if not (grows and self._config.max_actors) and not self._room():
                 have = ray.cluster_resources()
                 raise ConfigError(
                     f"an actor needs {self._config.cpus_per_actor} CPUs and {gpus:g} GPUs of one node, and no node has them; "
-                    f"the cluster has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}. Ask for fewer (--cpus-per-actor, "
-                    "--gpus-per-actor), or for --max-actors on a cluster that grows with demand."
+                    f"{'the cluster' if grows else 'this machine'} has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}. Ask "
+                    "for fewer (--cpus-per-actor, --gpus-per-actor), or for --max-actors on a cluster that grows with demand."
                 )
         except BaseException:
             self._context.__exit__(None, None, None)
@@ -284,7 +286,7 @@ class RayPool:
             if self.alive or self._failed_loads < _MAX_LOADS:
                 return []
             why = "workers die while they load the model; were the machines out of memory?"
-            return [(None, Failure("fatal", f"{why} Ray says: {' '.join(str(error).split())[:300]}"))]
+            return [(None, Failure("fatal", f"{why} Ray says: {_one_line(error)}"))]
         if isinstance(answer, Failure):
             self._drop(member)
             return [(None, answer)]
@@ -314,7 +316,11 @@ class RayPool:
         # it takes Ray up to 19 s to count it as dead.
         silent = isinstance(error, ActorUnavailableError)
         lost = silent or (member.node is not None and member.node not in alive)
-        return Failure("lost" if lost else "died", " ".join(str(error).split())[:300])
+        return Failure("lost" if lost else "died", _one_line(error))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 class _Nodes:
@@ -338,11 +344,19 @@ def joined() -> Iterator[str]:
     started = not ray.is_initialized()
     if started:
         given = os.environ.get("RAY_ADDRESS")
+        # Without an address Ray would join whatever cluster was started on this machine last.
         local: dict[str, Any] = {} if given else {"include_dashboard": False}
         try:
-            ray.init(address=given, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **local)
-        except ConnectionError as error:
-            raise ConfigError(f"no Ray cluster answers at {given}: {' '.join(str(error).split())[:200]}") from error
+            ray.init(
+                given or "local", logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **local
+            )
+        except (
+            ConnectionError,
+            RuntimeError,
+            RayError,
+        ) as error:  # it does not answer, is of another version, wants a token
+            what = f"the Ray cluster at {given} cannot be joined" if given else "Ray cannot be started on this machine"
+            raise ConfigError(f"{what}: {_one_line(error)}") from error
     try:
         yield str(ray.get_runtime_context().gcs_address)
     finally:
@@ -367,16 +381,18 @@ def submit(
         for a stopped job and 1 for every failed one.
 
     Raises:
-        ConfigError: no job server answers.
+        ConfigError: no job server answers, or it takes no job.
+        RunError: it answers no more.
+        StoppedError: following was interrupted; the job goes on.
     """
     from ray.job_submission import JobSubmissionClient  # here, as workers and most commands do without
 
     try:
         client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError, RayError) as error:
         raise ConfigError(
-            f"no Ray job server answers: {' '.join(str(error).split())[:200]} Give the address of a running one's "
-            "dashboard (--address http://HOST:8265, or RAY_API_SERVER_ADDRESS)."
+            f"no Ray job server answers: {_one_line(error)} Give the address of a running one's dashboard (--address "
+            "http://HOST:8265, or RAY_API_SERVER_ADDRESS), and where it asks for a token the cluster's (RAY_AUTH_TOKEN)."
         ) from error
     job = _submitted(client, entrypoint, {"working_dir": working_dir, "env_vars": dict(env)})
     say(f"job {job}: {entrypoint}\n")
@@ -393,11 +409,28 @@ def submit(
                 said = at
 
     # The connection may end before the job does and starts from the log's beginning again; the status comes last.
-    while not client.get_job_status(job).is_terminal():
-        with contextlib.suppress(RuntimeError, OSError):
-            asyncio.run(follow())
-        time.sleep(0.5)
-    return str(client.get_job_status(job).value), client.get_job_info(job).driver_exit_code
+    try:
+        while not (info := _asked(client, job)).status.is_terminal():
+            with contextlib.suppress(RuntimeError, OSError, RayError):
+                asyncio.run(follow())
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        raise StoppedError(f"no longer followed; job {job} goes on. To end it: ray job stop {job}") from None
+    return str(info.status.value), info.driver_exit_code
+
+
+def _asked(client: Any, job: str) -> Any:
+    """What the job server says of a job; asked for a minute where it does not answer."""
+    for delay in (1, 2, 4, 8, 15, 30, None):
+        try:
+            return client.get_job_info(job)
+        except (OSError, RuntimeError, RayError) as error:
+            if delay is None:
+                raise RunError(
+                    f"the job server answers no more: {_one_line(error)} Job {job} may go on: ray job status {job}"
+                ) from error
+            time.sleep(delay)
+    raise AssertionError("unreachable")
 
 
 def _submitted(client: Any, entrypoint: str, runtime_env: dict[str, Any]) -> str:
@@ -405,8 +438,8 @@ def _submitted(client: Any, entrypoint: str, runtime_env: dict[str, Any]) -> str
     for delay in (1, 2, 4, 8, 8, 8, None):
         try:
             return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
-        except RuntimeError as error:
+        except (OSError, RuntimeError, RayError) as error:
             if delay is None or "No available agent" not in str(error):
-                raise ConfigError(f"the job was not accepted: {' '.join(str(error).split())[:300]}") from error
+                raise ConfigError(f"the job was not accepted: {_one_line(error)}") from error
             time.sleep(delay)
     raise AssertionError("unreachable")

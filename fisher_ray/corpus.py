@@ -243,10 +243,8 @@ def read_documents(source: SourceRange, layout: Layout) -> Iterator[Document]:
     """
     kind, codec = _format(source.path)
     rows = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow, "npy": _npy}[kind]
-    for count, document in enumerate(rows(source, layout, codec)):
-        if count == source.max_docs:
-            return
-        yield document
+    # What comes after the last one wanted is not looked at.
+    yield from islice(rows(source, layout, codec), None if source.max_docs < 0 else source.max_docs)
 
 
 def windows(

@@ -164,7 +164,10 @@ def model_of(run: Run, dtype: str | None = None) -> SplitModel:
         ModelError: it is gone, or its weights are no longer those of the run.
     """
     config = replace(run.config, dtype=dtype or run.config.dtype)
-    if weights_digest(config.model, config.revision) != run.description["result_fields"]["weights"]:
+    if (
+        weights_digest(config.model, config.revision, config.trust_remote_code)
+        != run.description["result_fields"]["weights"]
+    ):
         raise ModelError(
             f"the weights of {config.model} are not those that {run.store.uri} was made with. Put those back, or run again in "
             "another directory."
@@ -206,7 +209,7 @@ class _Corpus:
         self.model = self.worker.model
 
     def passages(self, documents: int | None = None) -> Iterator[_Passage]:
-        """Windows in the order of the corpus; of the first so many documents that have one."""
+        """Windows in the order of the run's tasks; of the first so many documents that have one."""
         seen, last = 0, ""
         for task in self.run.corpus_tasks():
             for document, window, arguments in self.worker.windows(task):
@@ -385,8 +388,6 @@ def project(
                         writer.write_table(table)
                         written += len(table)
         unfinished.replace(output)
-    except OSError as error:
-        raise ValueError(f"cannot write {output}: {error}. Expected a path in a folder that exists.") from error
     finally:
         unfinished.unlink(missing_ok=True)
     return written
@@ -664,14 +665,25 @@ def steer(
         gain: nats.
 
     Raises:
-        ValueError: positions that are not ascending, or a metric that there is not.
+        ValueError: tokens, positions or targets that are not as above, or a metric that there is not.
     """
     if metric not in ("position", "mean", "euclidean"):
         raise ValueError(f"metric must be position, mean or euclidean, got {metric!r}.")
     if model.is_encoder_decoder:
         raise ValueError(f"{model.name} has an encoder; steering takes models without.")
-    if bool((positions[1:] <= positions[:-1]).any()):
-        raise ValueError(f"positions must ascend, got {positions.tolist()}.")
+    if input_ids.ndim != 2 or len(input_ids) != 1:
+        raise ValueError(f"input_ids must be one sequence, [1, seq], got {list(input_ids.shape)}.")
+    if positions.ndim != 1 or not len(positions) or targets.shape != positions.shape:
+        raise ValueError(
+            f"positions and targets must be as many, [n], got {list(positions.shape)} and {list(targets.shape)}."
+        )
+    seq = input_ids.shape[1]
+    if bool((positions.diff() <= 0).any()) or int(positions[0]) < 0 or int(positions[-1]) >= seq:
+        raise ValueError(f"positions must ascend within [0, {seq}), got {positions.tolist()}.")
+    tokens = model.head.vocab_size
+    if int(targets.min()) < 0 or int(targets.max()) >= tokens:
+        raise ValueError(f"targets must be tokens in [0, {tokens}), got {targets.tolist()}.")
+    model.check_ids(input_ids, seq)
     (layer,) = model.check_layers([layer])
     input_ids, positions, targets = (given.to(model.device) for given in (input_ids, positions, targets))
     with full_precision():

@@ -7,7 +7,7 @@ import math
 import statistics
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -20,11 +20,12 @@ from fisher_ray.corpus import CorpusError
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
 from fisher_ray.reduce import DIRECTIONS, Checkpoint, Node, finish_layers, look_back, read_array, sum_node
 from fisher_ray.shards import Counts, Receipt, RunStore
-from fisher_ray.storage import DamagedError, StorageError
+from fisher_ray.storage import DamagedError, StorageError, is_transient
 from fisher_ray.worker import InTurn, Worker, at_once
 
-# A task whose node was lost is not to blame for it, yet one that loses every node it is on has to end too.
-_MAX_LOST = 20
+# A task whose node was lost is not to blame for it, yet one that loses every node it is on has to end too. Nor is one whose
+# reading failed as the storage did, for longer than readers wait; so many pauses are a minute and a half.
+_MAX_BLAMELESS = {"lost": 20, "stumbled": 9}
 # Times what tasks of its size take after which one gets a second attempt, and after which one counts as hung.
 _SLOW, _HUNG = 3.0, 30.0
 _SLOW_AT_LEAST, _HUNG_AT_LEAST, _HUNG_UNKNOWN = 5.0, 600.0, 3600.0
@@ -65,11 +66,12 @@ class Failure:
 
     Attributes:
         kind: ``input``: the corpus, and no other attempt would end otherwise; ``fatal``: the whole run cannot go on;
-            ``damaged``: a stored file, whose path is ``path``; ``error``: perhaps not the next time; ``sticky``: nor by
-            the same process; ``died``: the process ended; ``lost``: its machine is gone; ``hung``: it took too long.
+            ``damaged``: a stored file, whose path is ``path``; ``error``: perhaps not the next time; ``stumbled``: a storage
+            or a network did; ``sticky``: nor by the same process; ``died``: the process ended; ``lost``: its machine is gone;
+            ``hung``: it took too long.
     """
 
-    kind: Literal["input", "fatal", "damaged", "error", "sticky", "died", "lost", "hung"]
+    kind: Literal["input", "fatal", "damaged", "error", "stumbled", "sticky", "died", "lost", "hung"]
     message: str
     error: str = ""
     path: str = ""
@@ -85,6 +87,8 @@ class Failure:
             return cls("input", message, name)
         if isinstance(error, ModelError | ConfigError | StorageError):
             return cls("fatal", message, name)
+        if is_transient(error):
+            return cls("stumbled", f"{name}: {message}", name)
         # After most errors of a device every further call fails, in this process only.
         device = isinstance(error, torch.AcceleratorError) or ("CUDA" in message and "out of memory" not in message)
         return cls("sticky" if device else "error", f"{name}: {message}", name)
@@ -250,7 +254,7 @@ class _Tries:
     """What became of a call's attempts so far."""
 
     failed: int = 0
-    lost: int = 0
+    blameless: Counter[str] = field(default_factory=Counter)
     running: set[Any] = field(default_factory=set)
 
 
@@ -258,8 +262,10 @@ class Dispatch:
     """Hands calls to a pool until each has ended: with a result, or a Failure that no further attempt would change.
 
     A call that fails is tried again after a pause, ``max_attempts`` times, with nothing else on its worker: it cannot take an
-    innocent one along twice, and is given up for what it did itself. One whose machine was lost is tried again as often as
-    that can be bad luck. When nothing waits, slow ones get a second attempt on another worker; of two the first
+    innocent one along twice, and is given up for what it did itself. One whose machine was lost, or whose storage failed, is
+    tried again as often as that can be bad luck.
+
+    When nothing waits, slow ones get a second attempt on another worker; of two the first
     to commit counts.
 
     Args:
@@ -407,17 +413,18 @@ class Dispatch:
             outcome = replace(outcome, kind="hung", message=f"took more than {self._hung[key]:g} s")
         if outcome.kind == "sticky":
             self._pool.kill(running.worker)
-        if outcome.kind == "lost":
-            tries.lost += 1
+        if outcome.kind in _MAX_BLAMELESS:
+            tries.blameless[outcome.kind] += 1
         else:
             tries.failed += 1
         final = outcome.kind in ("input", "fatal", "damaged")
-        if final or tries.failed >= self._max_attempts or tries.lost >= _MAX_LOST:
+        unlucky = any(tries.blameless[kind] >= most for kind, most in _MAX_BLAMELESS.items())
+        if final or unlucky or tries.failed >= self._max_attempts:
             self._forget(call)
             yield call, outcome
         elif not tries.running:
             self.retried += 1
-            pause = min(30.0, 0.25 * 2 ** (tries.failed + tries.lost))
+            pause = min(30.0, 0.25 * 2 ** (tries.failed + tries.blameless.total()))
             heapq.heappush(self._later, (time.monotonic() + pause, self.retried, call))
 
     def _forget(self, call: Call) -> None:

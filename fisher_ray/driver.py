@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +39,8 @@ _HOPELESS = 16
 # Receipts that one call of a check reads back, with all they vouch for.
 _CHECKED = 32
 _PROGRESS_EVERY = 15.0
+# Times that one task or node is computed again in a reduction, as it reads back damaged.
+_MENDED = 3
 # Seconds that Ray's job server leaves between SIGTERM and SIGKILL unless this variable says otherwise.
 _STOP_VARIABLE, _STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
@@ -251,19 +253,52 @@ def _estimand(config: RunConfig) -> str:
 
 # Of fields that no flag is named like.
 _MEANING = {
-    "corpus": " (files are told by path, size and time of change)",
     "gpus_per_actor": " (whose memory decides how many positions go together, where --memory-budget does not)",
     "shuffled": " (whether it may end early, by --until-relative-error or --until-relative-change)",
 }
 
 
 def _check_same(plan: Plan, existing: dict[str, Any], store: RunStore) -> None:
+    if existing.get("schema") != RUN_VERSION:
+        raise RefusedError(
+            f"{store.uri} holds a run in format {existing.get('schema')!r}, and this version writes {RUN_VERSION!r}. Choose "
+            "another output directory, or the version that began it."
+        )
     if existing.get("fingerprint") == plan.fingerprint:
         return
     before, now = existing.get("result_fields", {}), plan.result_fields
     different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    named = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}{_MEANING.get(key, '')}" for key in different)
+    named = "; ".join(
+        _corpus_change(plan, existing, store)
+        if key == "corpus"
+        else f"{key} was {before.get(key)!r}, is {now.get(key)!r}{_MEANING.get(key, '')}"
+        for key in different
+    )
     raise RefusedError(f"{store.uri} holds another run: {named}. Choose another output directory or the same settings.")
+
+
+def _corpus_change(plan: Plan, existing: dict[str, Any], store: RunStore) -> str:
+    """Which files of the corpus are not as they were when the run was begun."""
+    told = "the corpus is another one"
+    try:
+        tasks = Tasks(store.load(StoredFile(**existing["plan"])))
+    except (DamagedError, FileNotFoundError):
+        return told
+    before = {part.name: (part.size, part.version) for task in tasks for part in task.ranges}
+    now = {source.name: (source.size, source.version) for source in plan.sources if source.size}
+    kinds = {
+        "changed": sorted(name for name in before.keys() & now.keys() if before[name] != now[name]),
+        "gone": sorted(before.keys() - now.keys()),
+        # With a number of documents a plan names the files that it takes them from and no others.
+        "new": sorted(now.keys() - before.keys()) if plan.config.max_docs is None else [],
+    }
+    found = [
+        f"{len(names):,} {'file is' if len(names) == 1 else 'files are'} {kind} ({', '.join(names[:3])}"
+        f"{', ...' if len(names) > 3 else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    return f"{told}: {', '.join(found) or 'other files, or in another order'}; they are told by path, size and time of change"
 
 
 def _for_workers(plan: Plan) -> Plan:
@@ -312,8 +347,9 @@ class _Run:
             rows, covering = self._sound(last, partial(self._reduce, last))
         except BaseException as error:
             self.state = "stopped" if isinstance(error, StoppedError | KeyboardInterrupt) else "failed"
-            with contextlib.suppress(StorageError):
-                self._write_progress()
+            if not isinstance(self.lease.lost, RefusedError):  # the file is another driver's by now
+                with contextlib.suppress(StorageError):
+                    self._write_progress()
             raise
         self.counts = covering.counts  # until now of what was read back or computed, some of it twice
         self.quarantined = {task: why for task, why in self.quarantined.items() if task < last}
@@ -482,17 +518,21 @@ class _Run:
 
     def _sound(self, last: int, add_up: Callable[[], T]) -> T:
         """What adding up the first tasks gives, which are computed again where they turn out damaged on the way."""
-        for _ in range(3):
+        times: Counter[str] = Counter()
+        while True:
             try:
                 return add_up()
             except DamagedError as error:
-                self._mend(error.path)
+                of = self._mend(error.path)
+                times[of] += 1
+                if times[of] > _MENDED:
+                    raise RunError(
+                        f"{error} It was computed {_MENDED} times, and each time read back as something else. Check the "
+                        "storage; the same command goes on."
+                    ) from error
                 state, self.state = self.state, "computing"
                 self._map(last, check=False)
                 self.state = state
-        raise RunError(
-            "the storage damages files faster than they are computed. Check it; fisher-ray verify says which."
-        )
 
     def _reduce(self, last: int) -> tuple[list[dict[str, Any]], Receipt]:
         trees = self._trees(last)
@@ -569,15 +609,16 @@ class _Run:
                 return self.tasks[i]
         raise AssertionError("no task has scored positions, and the reduction has counted some")
 
-    def _mend(self, path: str) -> None:
-        """Make undone what a damaged file belongs to."""
+    def _mend(self, path: str) -> str:
+        """Make undone what a damaged file belongs to; its receipt."""
         folder, name = path.split("/")[:2]
         if folder in ("done", "sums"):
             self.damaged += 1
             self._undo(int(name[:8]))
-        else:
-            node = name.removesuffix(".json") if name.endswith(".json") else name.rsplit("-", 1)[0]
-            self.store.remove(f"tree/{node}.json")
+            return f"done/{name[:8]}.json"
+        node = name.removesuffix(".json") if name.endswith(".json") else name.rsplit("-", 1)[0]
+        self.store.remove(f"tree/{node}.json")
+        return f"tree/{node}.json"
 
     # ---- progress ----------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ def overview(run: Run) -> dict[str, Any]:
         problems.append(f"{counts.invalid} positions had activations or scores that were not finite, and are left out")
     if counts and counts.halvings:
         problems.append(f"memory ran out {counts.halvings} times; micro-batches were halved, which may change rounding")
-    groups = (reading(lambda: run.group_means(run.layers[0])) or {}) if run.config.group_by else {}
+    groups = (reading(lambda: run.group_traces(run.layers[0])) or {}) if run.config.group_by else {}
     return {
         "run": run.store.uri,
         "status": run.status,
@@ -132,26 +132,49 @@ def _or_none(number: Any) -> float | None:
 def largest_traces(
     run: Run, layers: Sequence[int], reading: Reading, count: int = 5
 ) -> dict[int, list[dict[str, Any]]]:
-    """Positions with the largest traces at each layer, most first, with the text around them; a task's table at a time."""
+    """The strongest places at each layer, see :func:`stronger`, with the text around them; a task's table at a time."""
     best: dict[int, list[dict[str, Any]]] = {layer: [] for layer in layers}
+    columns = run.config.columns
     for task in run.done_tasks:
-        table = reading(partial(run.table, task, _PLACE))
+        table = reading(partial(run.table, task, [*_PLACE, *columns]))
         for layer in layers if table is not None else ():
-            best[layer] = stronger(best[layer], run.of_layer(table, layer), count)
+            best[layer] = stronger(best[layer], run.of_layer(table, layer), columns, count)
     return best
 
 
-def stronger(best: list[dict[str, Any]], rows: pa.Table, count: int) -> list[dict[str, Any]]:
-    """The places with the largest traces, of those so far and of one task's rows at one layer."""
+def stronger(best: list[dict[str, Any]], rows: pa.Table, columns: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The places with the largest traces, of those so far and of one task's rows at one layer.
+
+    The largest of each document come first, most first, then the second ones, and so on: else a few documents have them all.
+    """
     trace = rows["trace"].to_numpy()
+    document = rows["document"].combine_chunks().dictionary_encode().indices.to_numpy()
+    order = np.argsort(-trace, kind="stable")
+    nth = _earlier_ones(document[order])
     places = []
-    for i in np.argsort(-trace, kind="stable")[:count].tolist():
+    for j in np.argsort(nth, kind="stable")[:count].tolist():
+        i = int(order[j])
         first = max(0, i - _AROUND)
         near = rows.slice(first, i - first + _AROUND + 1).to_pylist()
         here = near[i - first]
         beside = [row for row in near if row["document"] == here["document"]]
-        places.append({name: here[name] for name in _PLACE} | _text_around(beside, here["position"]))
-    return sorted([*best, *places], key=lambda place: -place["trace"])[:count]
+        about = {"carried": {name: here[name] for name in columns}, "rank_in_document": int(nth[j])}
+        places.append({name: here[name] for name in _PLACE} | _text_around(beside, here["position"]) | about)
+    return sorted([*best, *places], key=lambda place: (place["rank_in_document"], -place["trace"]))[:count]
+
+
+def _earlier_ones(codes: np.ndarray) -> np.ndarray:
+    """How many of those before each are equal to it."""
+    by = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[by], prepend=-1))
+    found = np.empty(len(codes), np.int64)
+    found[by] = np.arange(len(codes)) - np.repeat(starts, np.diff(starts, append=len(codes)))
+    return found
+
+
+def document_title(document: str, carried: Mapping[str, Any]) -> str:
+    """A document's id with the columns of the corpus that were carried along."""
+    return " · ".join([document, *(f"{name}: {value}" for name, value in carried.items())])
 
 
 def _text_around(rows: Sequence[Mapping[str, Any]], position: int) -> dict[str, str]:
@@ -202,34 +225,49 @@ def one_position(run: Run, document: str, position: int) -> dict[str, Any]:
         "layers": sorted(here, key=lambda row: row["layer"]),
     }
     if run.config.save != "summary":
-        matrices = {layer: reading(partial(run.matrix, layer, document, position)) for layer in run.layers}
+        matrices = {layer: reading(partial(run.matrix, layer, document, position, task)) for layer in run.layers}
         found["eigenvalues"] = {
             k: np.linalg.eigvalsh(f)[::-1].clip(0).tolist() for k, f in matrices.items() if f is not None
         }
     return {**found, "damaged": reading.damaged}
 
 
-def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
-    """How the mean F of two runs differ at the layers that both have: two corpora, or two checkpoints of one model.
+def difference(
+    one: Run,
+    other: Run,
+    layers: tuple[int, int] | None = None,
+    groups: tuple[str | None, str | None] = (None, None),
+    count: int = TOP,
+) -> dict[str, Any]:
+    """How two mean Fisher matrices differ: of two runs, as of two corpora or checkpoints, of two groups, or at two layers.
 
     Traces and ranks, also after whitening, with their change and its standard error: of the same documents, as two checkpoints
     on one corpus are, by the jackknife of the difference (``paired``), else as of independent samples; the relative Frobenius
     distance ``|F' - F| / |F|``; the overlap ``|U^T U'|_F^2 / k`` of the top-k eigenspaces, where random ones would have
     ``k / d_model``; and what moved most: the leading eigenvalues of ``F' - F`` of either sign.
 
+    Args:
+        one: a run.
+        other: another, or the same.
+        layers: one of each run; None: every layer that both have, each beside itself.
+        groups: of each run; None: the mean over all of its positions.
+        count: directions that subspaces are compared by.
+
     Raises:
-        ValueError: models of different width, or no layer in common.
+        ValueError: models of different width, no layer in common, or a layer or group that a run does not have.
     """
     if one.d_model != other.d_model:
         raise ValueError(
             f"runs of one model can be compared, got d_model {one.d_model} in {one.store.uri} and {other.d_model} in "
             f"{other.store.uri}."
         )
-    layers = sorted(set(one.layers) & set(other.layers))
-    if not layers:
+    pairs = [layers] if layers is not None else [(k, k) for k in sorted(set(one.layers) & set(other.layers))]
+    if not pairs:
         raise ValueError(f"the runs have no layer in common: {one.layers} and {other.layers}.")
     reading = Reading()
-    rows = [reading(partial(_differing, one, other, layer, count)) for layer in layers]
+    rows = [
+        reading(partial(_differing, (one, k, groups[0]), (other, other_k, groups[1]), count)) for k, other_k in pairs
+    ]
     k = min(count, one.d_model)
     kinds = [run.config.estimated for run in (one, other)]
     return {
@@ -237,6 +275,7 @@ def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
         "status": [one.status, other.status],
         "models": [one.config.model, other.config.model],
         "estimands": [one.estimand, other.estimand],
+        "groups": list(groups),
         "unlike": sorted(name for name in kinds[0] if kinds[0][name] != kinds[1][name]),
         "subspace": k,
         "random_overlap": k / one.d_model,
@@ -245,22 +284,30 @@ def difference(one: Run, other: Run, count: int = TOP) -> dict[str, Any]:
     }
 
 
-def _differing(one: Run, other: Run, layer: int, count: int) -> dict[str, Any]:
-    """A row of :func:`difference`."""
-    blocks = [run.blocks(layer) for run in (one, other)]
+_Mean = tuple[Run, int, str | None]
+
+
+def _differing(first: _Mean, second: _Mean, count: int) -> dict[str, Any]:
+    """A row of :func:`difference`, of two means: of a run at a layer, of a group."""
+    (one, layer, group), (other, other_layer, other_group) = first, second
+    blocks = [one.blocks(layer, group), other.blocks(other_layer, other_group)]
     corpora = [run.description["result_fields"].get("corpus") for run in (one, other)]
-    paired = corpora[0] == corpora[1] and [b.count for b in blocks[0]] == [b.count for b in blocks[1]]
+    paired = one is other or (corpora[0] == corpora[1] and one.block_positions == other.block_positions)
+    numbers = (blocks[0].numbers, blocks[1].numbers) if paired else None
     spectra, whitened = ([spectrum(each, white) for each in blocks] for white in (False, True))
-    means = [torch.from_numpy(np.array(run.fisher(layer))) for run in (one, other)]
-    moved, _ = symmetric_eigh(means[1] - means[0])
+    stored = one.fisher(layer, group), other.fisher(other_layer, other_group)
+    fishers = [torch.from_numpy(np.array(fisher)) for fisher in stored]
+    moved, _ = symmetric_eigh(fishers[1] - fishers[0])
     top = torch.from_numpy(np.stack([s.eigenvectors[:, :count] for s in spectra]))
-    row: dict[str, Any] = {"layer": layer, "positions": [run.count(layer) for run in (one, other)], "paired": paired}
+    row: dict[str, Any] = {"layer": layer, "other_layer": other_layer, "paired": paired}
+    row["positions"] = [each.total.count for each in blocks]
+    row["sketch_errors"] = [each.total.fisher.shrunk / each.total.count for each in blocks]
     for prefix, both in (("", spectra), ("whitened_", whitened)):
         for name in ("trace", *RANKS):
             before, after = (getattr(s, name) for s in both)
-            change = after.minus(before, paired)
+            change = after.minus(before, numbers)
             row[prefix + name] = {"values": [float(before.value), float(after.value)], "change": _pair(change)}
-    row["distance"] = float((means[1] - means[0]).norm() / means[0].norm())
+    row["distance"] = float((fishers[1] - fishers[0]).norm() / fishers[0].norm())
     row["overlap"] = float(subspace_overlaps(top)[0, 1])
     row["gained"], row["lost"] = float(moved[0].clamp_min(0)), float((-moved[-1]).clamp_min(0))
     return row
@@ -352,7 +399,8 @@ def show_layer(console: Console, facts: Mapping[str, Any]) -> None:
         for row in facts["largest_traces"]:
             text = escape(f"{row['before']}[{row['text']}]{row['after']}")
             numbers = (f"{row['trace']:.4g}", f"{row['entropy']:.3f}")
-            table.add_row(row["document"], str(row["position"]), *numbers, " ".join(text.split()))
+            title = escape(document_title(row["document"], row["carried"]))
+            table.add_row(title, str(row["position"]), *numbers, " ".join(text.split()))
         console.print(table)
 
 
@@ -405,16 +453,17 @@ def show_position(console: Console, facts: Mapping[str, Any]) -> None:
 
 def show_difference(console: Console, facts: Mapping[str, Any]) -> None:
     """Print what :func:`difference` found."""
-    for run, status, model, estimand in zip(
-        *(facts[k] for k in ("runs", "status", "models", "estimands")), strict=True
+    for run, status, model, estimand, group in zip(
+        *(facts[k] for k in ("runs", "status", "models", "estimands", "groups")), strict=True
     ):
-        _say(console, f"{run}: {status}; {model}; {estimand}")
+        _say(console, f"{run}: {status}; {model}; {estimand}" + (f"; group {group}" if group is not None else ""))
     table = _table("layer", "trace", "change", "entropy rank", "change", "|F' - F| / |F|", "overlap", "gained", "lost")
     whitened = _table("layer", "whitened trace", "change", "whitened entropy rank", "change")
     for row in facts["layers"]:
         numbers = (f"{row[name]:.3g}" for name in ("distance", "overlap", "gained", "lost"))
-        table.add_row(str(row["layer"]), *_changes(row, "trace", "entropy_rank"), *numbers)
-        whitened.add_row(str(row["layer"]), *_changes(row, "whitened_trace", "whitened_entropy_rank"))
+        layer = f"{row['layer']}" if row["layer"] == row["other_layer"] else f"{row['layer']} -> {row['other_layer']}"
+        table.add_row(layer, *_changes(row, "trace", "entropy_rank"), *numbers)
+        whitened.add_row(layer, *_changes(row, "whitened_trace", "whitened_entropy_rank"))
     console.print(table)
     console.print(whitened)
     paired = "of the difference over the same documents"
@@ -426,6 +475,12 @@ def show_difference(console: Console, facts: Mapping[str, Any]) -> None:
         f"{facts['random_overlap']:.2g} for random ones. Gained and lost: the largest eigenvalues of F' - F of either sign. "
         "Only what is whitened compares where the scales of h differ.",
     )
+    if any(any(row["sketch_errors"]) for row in facts["layers"]):
+        _say(
+            console,
+            "note: of sketches; all but traces of F is of what the sketches hold, and there it has no errors.",
+            style="yellow",
+        )
     if facts["unlike"]:
         _say(
             console,

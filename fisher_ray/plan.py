@@ -11,9 +11,9 @@ import io
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import count
 from operator import itemgetter
 from types import UnionType
@@ -149,9 +149,9 @@ class RunConfig:
             known, or changed since the checkpoint before, by no more than this share of its Frobenius norm. Tasks are then
             in an order drawn by the seed, so that those done are a fair sample of the corpus; which checkpoint it is depends on
             no number of workers, and a smaller share goes on from there.
-        min_actors, max_actors: the pool; without a maximum all that the cluster has room for at the moment.
+        min_actors, max_actors: the pool; without a maximum all that the cluster has room for at the moment, or the minimum.
         max_attempts: failures of a task before it is given up.
-        task_timeout: seconds; None: 30 times what tasks of its size take, at least 10 minutes.
+        task_timeout: seconds; None: 30 times what tasks of its size take, at least 10 minutes; an hour while that is not known.
         retry_quarantined: try again what was given up before.
         verify_done: read back everything that was done before, and compute again what is damaged.
     """
@@ -653,19 +653,16 @@ class Reckoning:
 
 def reckon(plan: Plan, tasks: Tasks) -> Reckoning:
     """Tokenize a few tasks spread evenly over the corpus, and scale by weight; exact where those are all."""
-    config = plan.config
+    config, read = plan.config, _reader(plan.config)
     chosen = sorted({len(tasks) * i // _SAMPLED_TASKS for i in range(_SAMPLED_TASKS)})
     length, stride = config.window(plan.facts)
     positions = Positions(config.positions)
     counts = [0, 0, 0, 0]
-    weight, tokenizer = 0, None
+    weight = 0
     for task in map(tasks.__getitem__, chosen):
         weight += task.weight
         for document in (d for source in task.ranges for d in read_documents(source, config.layout)):
-            ids = document.content
-            if isinstance(ids, str):
-                tokenizer = tokenizer or load_tokenizer(config.model, config.revision, config.trust_remote_code)
-                ids = tokenizer(ids, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = read(document)
             cut = list(windows(0, ids, length, stride, 0, positions.choose(len(ids))))
             scored, through = sum(len(w.scored) for w in cut), sum(len(w.ids) for w in cut)
             counts = [a + b for a, b in zip(counts, (1, len(ids), scored, through), strict=True)]
@@ -708,8 +705,8 @@ def make_plan(config: RunConfig) -> Plan:
         **settings,
         "layers": layers,
         "corpus": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
-        "weights": weights_digest(config.model, config.revision),
-        "tokenizer": tokenizer_digest(config.model, config.revision),
+        "weights": weights_digest(config.model, config.revision, config.trust_remote_code),
+        "tokenizer": tokenizer_digest(config.model, config.revision, config.trust_remote_code),
         "result_version": RESULT_VERSION,
     }
     if config.ends_early:
@@ -747,16 +744,29 @@ def _check_sums(plan: Plan, sample: Sequence[Document]) -> None:
 
 def _frequent_tokens(config: RunConfig, sample: Sequence[Document]) -> tuple[int, ...]:
     """The most frequent tokens of a sample; of equally frequent ones the lowest."""
+    read = _reader(config)
     counts: Counter[int] = Counter()
-    tokenizer = None
     for document in sample:
-        ids = document.content
-        if isinstance(ids, str):
-            tokenizer = tokenizer or load_tokenizer(config.model, config.revision, config.trust_remote_code)
-            ids = tokenizer(ids, add_special_tokens=False, verbose=False)["input_ids"]
-        counts.update(ids)
+        counts.update(read(document))
     ranked = sorted(counts, key=lambda token: (-counts[token], token))
     return tuple(sorted(ranked[: config.num_groups - 1]))
+
+
+def _reader(config: RunConfig) -> Callable[[Document], list[int]]:
+    """Token ids of documents, with a tokenizer that is loaded when there is text."""
+
+    @cache
+    def tokenizer() -> Any:
+        return load_tokenizer(config.model, config.revision, config.trust_remote_code)
+
+    return lambda document: token_ids(document, tokenizer)
+
+
+def token_ids(document: Document, tokenizer: Callable[[], Any]) -> list[int]:
+    """A document's tokens, without any that a tokenizer puts around a text."""
+    if isinstance(document.content, list):
+        return document.content
+    return list(tokenizer()(document.content, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def position_bucket(position: int) -> str:

@@ -43,7 +43,7 @@ from fisher_ray.spectrum import (
     whitened_eigenvalues,
     whitened_factor_eigenvalues,
 )
-from fisher_ray.statistics import convergence, relative_change
+from fisher_ray.statistics import convergence
 from fisher_ray.storage import StoredFile
 from fisher_ray.sums import MATRICES, GroupSums, LayerSums
 
@@ -178,12 +178,14 @@ def look_back(plan: Plan, store: RunStore, root: Node, before: Node | None) -> C
     positions = sum(child.counts.scored for child in children)
     errors, changes = [], []
     for layer in root.layers if positions else ():
-        blocks, previous = _Blocks(store, children, layer), _Blocks(store, earlier, layer)
-        errors.append(convergence(blocks).error)
-        if any(child.counts.scored for child in earlier):
-            changes.append(relative_change(_mean_fisher(previous), _mean_fisher(blocks)))
-    known = [error for error in errors if not math.isnan(error)]
-    return Checkpoint(root.last, positions, max(known, default=None), max(changes, default=None))
+        known = _mean_fisher(_Blocks(store, earlier, layer)) if any(child.counts.scored for child in earlier) else None
+        found = convergence(_Blocks(store, children, layer), known)
+        errors.append(found.error)
+        changes.append(found.since)
+    worst_error, worst_change = (
+        max((value for value in values if not math.isnan(value)), default=None) for values in (errors, changes)
+    )
+    return Checkpoint(root.last, positions, worst_error, worst_change)
 
 
 def worst(parts: Sequence[Checkpoint]) -> Checkpoint:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fisher_ray.inspection import stronger
+from fisher_ray.inspection import document_title, stronger
 from fisher_ray.page import Markup, Section, embedded, missing, table_of
 from fisher_ray.run import Reading, Run
 
@@ -71,7 +71,7 @@ def text_sections(run: Run, reading: Reading, eigenvectors: Mapping[int, np.ndar
                     along[: len(found), i] = found
             documents += _documents(run, table, along)
         for layer in run.layers if table is not None else ():
-            places[layer] = stronger(places[layer], run.of_layer(table, layer), _PLACES)
+            places[layer] = stronger(places[layer], run.of_layer(table, layer), run.config.columns, _PLACES)
     if not documents and not lost:
         lost.append("No position is scored yet: there is nothing to show.")
     return [_text(run, documents, lost), _places(places, lost)]
@@ -143,7 +143,7 @@ def _places(places: Mapping[int, Sequence[Mapping[str, Any]]], lost: Sequence[st
             before, text, after = (escape(place[name]).replace("\n", "↵") for name in ("before", "text", "after"))
             rows.append(
                 (
-                    place["document"],
+                    document_title(place["document"], place["carried"]),
                     place["position"],
                     f"{place['trace']:.4g}",
                     f"{place['entropy']:.3g}",
@@ -157,8 +157,9 @@ def _places(places: Mapping[int, Sequence[Mapping[str, Any]]], lost: Sequence[st
     return Section(
         "places",
         "Strongest places",
-        "The positions of the whole corpus with the largest traces at a layer, each marked in the text around it: where a "
-        "nudge changes the next token most. Gaps are positions that were not scored.",
+        "Where a nudge changes the next token most: of each document the position with the largest trace at a layer, the "
+        f"{_PLACES} largest of these (where there are fewer documents, more of each), marked in the text around it. Gaps are "
+        "positions that were not scored.",
         "".join(map(missing, lost)) + (chooser + "".join(tables) if layers else ""),
     )
 
@@ -209,9 +210,7 @@ def _documents(run: Run, table: Any, along: np.ndarray) -> list[_Document]:
             name: each[name][:, start:stop] if layered else each[name][0, start:stop]
             for name, _, layered in [*_COLUMNS, *_ALONG]
         }
-        title = " · ".join(
-            [names[start], *(f"{c}: {v[start]}" for c, v in zip(run.config.columns, carried, strict=True))]
-        )
+        title = document_title(names[start], {c: v[start] for c, v in zip(run.config.columns, carried, strict=True)})
         found.append(_Document(title, positions[start:stop], texts[start:stop], values))
     return found
 

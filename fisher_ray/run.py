@@ -19,9 +19,9 @@ from fisher_ray.cost import FAN_IN
 from fisher_ray.plan import RunConfig, Task, Tasks
 from fisher_ray.reduce import Checkpoint
 from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder, task_name
-from fisher_ray.statistics import Blocks, Spectrum, spectrum
+from fisher_ray.statistics import Blocks, Estimate, Spectrum, mean_trace, spectrum
 from fisher_ray.storage import DamagedError, StorageError, StoredFile
-from fisher_ray.sums import GroupSums, LayerSums
+from fisher_ray.sums import LayerSums
 
 T = TypeVar("T")
 
@@ -173,7 +173,7 @@ class Run:
         return pq.read_table(pa.BufferReader(self.store.load(self._stored(path)))).to_pylist()
 
     def corpus_tasks(self) -> Iterator[Task]:
-        """The tasks that are done, in the order of the corpus: where in it the positions are."""
+        """The tasks that are done, in the order of the plan: the corpus's, but for runs that may end early."""
         tasks = Tasks(self.store.load(StoredFile(**self.description["plan"])))
         return (task for task in tasks if task.id in self._is_done)
 
@@ -243,14 +243,15 @@ class Run:
     def blocks(self, layer: int, group: str | None = None) -> Blocks:
         """Sums over blocks of documents, no document in two of them: what standard errors are made of."""
         self._check(layer, group)
-        found: list[GroupSums] = []
-        for sums in self._sums(layer):
-            chosen = sums.total() if group is None else sums.groups.get(group)
-            if chosen is not None:
-                found.append(chosen)
-        if not found:
+        found = [sums.total() if group is None else sums.groups.get(group) for sums in self._sums(layer)]
+        if not any(found):
             raise ValueError(f"no position of {self.store.uri} is scored yet at layer {layer}.")
         return Blocks(found)
+
+    @cached_property
+    def block_positions(self) -> list[int]:
+        """Positions scored in each block, of all groups."""
+        return [sum(receipt.counts.scored for receipt in block) for block in self._blocks]
 
     def spectrum(self, layer: int, group: str | None = None, whitened: bool = False) -> Spectrum:
         """Eigenvalues with standard errors, eigenvectors, effective dimensions; see :func:`fisher_ray.statistics.spectrum`."""
@@ -289,16 +290,14 @@ class Run:
         rows = len(table) // len(self.layers)
         return table.slice(self.layers.index(layer) * rows, rows)
 
-    def group_means(self, layer: int) -> dict[str, tuple[int, float]]:
-        """Positions of each group, and the trace of its mean F, by name; of an unfinished run, of the tasks done."""
+    def group_traces(self, layer: int) -> dict[str, tuple[int, Estimate]]:
+        """Positions of each group and the trace of its mean F, by name; of an unfinished run, of the tasks done."""
         self._check(layer, None)
-        if self.complete:
-            rows = [row for row in self.summary if row["layer"] == layer and row["group"] is not None]
-            return {row["group"]: (row["positions"], row["trace"]) for row in rows}
-        total = LayerSums({})
+        blocks: dict[str, list[tuple[int, float]]] = {}
         for sums in self._sums(layer):
-            total.merge(sums)
-        return {name: (sums.count, sums.fisher.trace / sums.count) for name, sums in sorted(total.groups.items())}
+            for name, group in sums.groups.items():
+                blocks.setdefault(name, []).append((group.count, group.fisher.trace))
+        return {name: (sum(n for n, _ in blocks[name]), mean_trace(blocks[name])) for name in sorted(blocks)}
 
     def factors(self, layer: int, tasks: Iterable[int] | None = None) -> Iterator[Shard]:
         """Score factors G of every position, ``F = G^T G``, a task at a time; of runs with ``save="factors"``.
@@ -314,20 +313,24 @@ class Run:
             return self._kept("matrices", layer, tasks)
         return (Shard(shard.table, _squared(shard.array)) for shard in self.factors(layer, tasks))
 
-    def matrix(self, layer: int, document: str, position: int) -> np.ndarray:
-        """F of one position, [d_model, d_model], of runs that keep factors or matrices; only its own task's files are read.
+    def matrix(self, layer: int, document: str, position: int, task: int | None = None) -> np.ndarray:
+        """F of one position, [d_model, d_model], of runs that keep factors or matrices.
+
+        Args:
+            layer: one of the run's.
+            document, position: as in the table of positions.
+            task: the one that has scored it; None: it is looked up by the names of documents, as :meth:`task_of` does.
 
         Raises:
             ValueError: there is no such position, or the run keeps neither.
         """
         self._check_kept(("factors", "matrices"), layer)
-        task = self.task_of(document)
-        if task is not None:
-            (shard,) = self.matrices(layer, [task])
-            there = zip(*(shard.table[name].to_pylist() for name in ("document", "position")), strict=True)
-            for found, where in zip(shard.array, there, strict=True):
-                if where == (document, position):
-                    return np.asarray(found)
+        task = self.task_of(document) if task is None else task
+        for shard in self._kept(self.config.save, layer, [] if task is None else [task]):
+            there = pc.and_(pc.equal(shard.table["document"], document), pc.equal(shard.table["position"], position))
+            for row in np.flatnonzero(there):
+                found = shard.array[row : row + 1]
+                return np.asarray((_squared(found) if self.config.save == "factors" else found)[0])
         raise ValueError(f"{self.store.uri} has no scored position {position} in a document {document!r}.")
 
     def task_of(self, document: str) -> int | None:

@@ -285,7 +285,7 @@ class RunStore(Storage):
         try:
             raw = self.load(stored)
         except DamagedError as error:
-            gone = str(error).endswith("is gone.")
+            gone = isinstance(error.__cause__, FileNotFoundError)
             return Problem(stored.path, "is missing" if gone else "is damaged: its sha256 is another one")
         if stored.rows is not None and pq.read_metadata(io.BytesIO(raw)).num_rows != stored.rows:
             return Problem(stored.path, f"has not the {stored.rows} rows of its receipt")

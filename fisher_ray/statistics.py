@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from fisher_ray.sums import GroupSums, Matrix
 
 # Neighbouring eigenvalues closer than this many of their standard errors are told apart by no sample of this size.
 _SEPARATED = 3.0
+# Share of its trace that a sketch with room for all that there is may yet have lost.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,23 @@ class Estimate:
         reach = stdtrit(max(1, self.blocks - 1), 0.5 + level / 2) * self.error
         return self.value - reach, self.value + reach
 
-    def minus(self, other: Estimate, paired: bool) -> Estimate:
-        """The difference of two estimates: ``paired`` where their blocks are the same documents, else independent samples."""
-        if paired and self.without is not None and other.without is not None:
-            return _jackknife(self.value - other.value, self.without - other.without)
-        return Estimate(self.value - other.value, np.hypot(self.error, other.error), min(self.blocks, other.blocks))
+    def minus(self, other: Estimate, numbers: tuple[Sequence[int], Sequence[int]] | None = None) -> Estimate:
+        """The difference of two estimates, of independent samples or of the same documents.
+
+        Args:
+            other: of a quantity of the same shape.
+            numbers: which blocks of the same documents those of either estimate are. One that is left out where an estimate
+                has nothing of it leaves that as it is. None: the estimates are of independent samples.
+        """
+        if numbers is None or self.without is None or other.without is None:
+            return Estimate(self.value - other.value, np.hypot(self.error, other.error), min(self.blocks, other.blocks))
+        every = sorted({*numbers[0], *numbers[1]})
+        left = []
+        for estimate, present in zip((self, other), numbers, strict=True):
+            without = np.repeat(estimate.value[None], len(every), 0)
+            without[np.searchsorted(every, present)] = estimate.without
+            left.append(without)
+        return _jackknife(self.value - other.value, left[0] - left[1])
 
 
 def jackknife(value: Tensor, without: Tensor) -> Estimate:
@@ -77,11 +91,17 @@ class Blocks:
     """Sums of one layer and group over blocks of documents, and the means that leaving out one of them gives.
 
     Args:
-        sums: of each block, in the order of the corpus; those without a position do not count.
+        sums: of each block, in the order of the corpus; those without a position, or None, do not count.
+
+    Attributes:
+        sums: of those that count.
+        numbers: which of the blocks given those are.
+        total: over all.
     """
 
-    def __init__(self, sums: Sequence[GroupSums]):
-        self.sums = [block for block in sums if block.count]
+    def __init__(self, sums: Sequence[GroupSums | None]):
+        found = {number: block for number, block in enumerate(sums) if block is not None and block.count}
+        self.numbers, self.sums = list(found), list(found.values())
         if not self.sums:
             raise ValueError("no block of documents has a position.")
         self.total = GroupSums(**vars(self.sums[0]))
@@ -96,10 +116,7 @@ class Blocks:
 
     def trace(self) -> Estimate:
         """The mean trace of F, exact also where sums are sketches."""
-        counts = np.array([self.total.count, *(self.total.count - block.count for block in self.sums)])
-        traces = np.array([block.fisher.trace for block in self.sums])
-        value, *without = torch.from_numpy(np.array([traces.sum(), *(traces.sum() - traces)]) / counts.clip(1))
-        return jackknife(value, torch.stack(without))
+        return mean_trace([(block.count, block.fisher.trace) for block in self.sums])
 
     def mean(self, name: Literal["fisher", "second_moment", "activation"], without: GroupSums | None = None) -> Tensor:
         """The mean over all positions, or over those of all other blocks; [d, d], of ``activation`` [d]."""
@@ -109,6 +126,13 @@ class Blocks:
             for sums in (self.total, without)
         )
         return torch.from_numpy((total - left_out) / (count - (without.count if without else 0)))
+
+
+def mean_trace(blocks: Sequence[tuple[int, float]]) -> Estimate:
+    """The mean trace of F from the number of positions in each block and the trace of their sum."""
+    counts, traces = (np.array(column) for column in zip(*blocks, strict=True))
+    rest = np.maximum(1, counts.sum() - counts)
+    return _jackknife(np.array(traces.sum() / counts.sum()), (traces.sum() - traces) / rest)
 
 
 @dataclass(frozen=True)
@@ -123,6 +147,10 @@ class Spectrum:
             error (NaN): it is an integer, which leaving out a block mostly leaves as it is, and a jackknife needs a quantity
             that moves a little with every block.
         anisotropy: ``|F / (tr F / d) - I|``, the relative distance from a Euclidean metric.
+
+    Of sketches that have lost part of F eigenvalues are lower bounds, with the error of what is left. Dimensions and anisotropy
+    are those of the sketch, and what is whitened may be many times too small: nothing is known of how far off they are, and
+    they have no error either (NaN). The trace of F is exact.
     """
 
     eigenvalues: Estimate
@@ -170,17 +198,24 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
             moved = moved + values * _quadratic(along, change)
         without.append(values + moved)
     left = torch.stack(without)
+    read = (blocks.total.fisher, blocks.total.second_moment) if whitened else (blocks.total.fisher,)
+    lossy = any(matrix.shrunk > _ROUNDING * matrix.trace for matrix in read)
 
-    def estimate(function: Callable[[Tensor], Tensor]) -> Estimate:
-        return jackknife(function(values.clamp_min(0)), function(left.clamp_min(0)))
+    positive = values.clamp_min(0), left.clamp_min(0)
+
+    def estimate(
+        function: Callable[[Tensor], Tensor], of: tuple[Tensor, Tensor] = positive, known: bool = not lossy
+    ) -> Estimate:
+        found = jackknife(*map(function, of))
+        return found if known else replace(found, error=np.full_like(found.error, np.nan), without=None)
 
     return Spectrum(
-        estimate(lambda each: each),
+        estimate(lambda each: each, known=not (whitened and lossy)),
         vectors.numpy(),
-        jackknife(values.sum(-1), left.sum(-1)) if whitened else blocks.trace(),
+        estimate(lambda each: each.sum(-1), of=(values, left)) if whitened else blocks.trace(),
         estimate(participation_ratio),
         estimate(entropy_rank),
-        Estimate(trace_rank(values.clamp_min(0)).double().numpy(), np.array(np.nan), len(blocks)),
+        Estimate(trace_rank(positive[0]).double().numpy(), np.array(np.nan), len(blocks)),
         estimate(anisotropy),
     )
 
@@ -227,18 +262,21 @@ class Convergence:
         positions: [B], that each mean is over.
         change: [B], relative Frobenius distance to the mean before; NaN for the first.
         error: relative standard error of the mean over all blocks, in the Frobenius norm.
+        since: relative Frobenius distance of that mean to one known before; NaN without.
     """
 
     positions: np.ndarray
     change: np.ndarray
     error: float
+    since: float
 
 
-def convergence(blocks: Iterable[GroupSums]) -> Convergence:
+def convergence(blocks: Iterable[GroupSums], known: np.ndarray | None = None) -> Convergence:
     """How the mean F settles.
 
     Args:
         blocks: of documents; read twice, and held one at a time, so no iterator.
+        known: a mean F of before.
     """
     if iter(blocks) is blocks:
         raise TypeError(
@@ -251,7 +289,7 @@ def convergence(blocks: Iterable[GroupSums]) -> Convergence:
         before, count = total, positions[-1] if positions else 0
         total = before + block.square("fisher")
         positions.append(count + block.count)
-        changes.append(relative_change(before / count, total / positions[-1]) if count else float("nan"))
+        changes.append(_relative_change(before / count, total / positions[-1]) if count else float("nan"))
     if not positions:
         raise ValueError("no block of documents has a position.")
     n, variance = positions[-1], 0.0
@@ -259,9 +297,10 @@ def convergence(blocks: Iterable[GroupSums]) -> Convergence:
         moved = (total - block.square("fisher")) / (n - block.count) - total / n
         variance += (len(positions) - 1) / len(positions) * float(np.square(moved).sum())  # as in jackknife
     error = variance**0.5 / float(np.linalg.norm(total / n)) if len(positions) > 1 else float("nan")
-    return Convergence(np.array(positions), np.array(changes), error)
+    since = float("nan") if known is None else _relative_change(known, total / n)
+    return Convergence(np.array(positions), np.array(changes), error, since)
 
 
-def relative_change(before: np.ndarray, now: np.ndarray) -> float:
+def _relative_change(before: np.ndarray, now: np.ndarray) -> float:
     """``|F' - F| / |F'|`` in the Frobenius norm."""
     return float(np.linalg.norm(now - before) / np.linalg.norm(now))

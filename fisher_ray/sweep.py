@@ -126,11 +126,12 @@ def run_sweep(sweep: Sweep, console: Console) -> int:
         with ThreadPoolExecutor(sweep.side_by_side) as threads:
             codes = list(threads.map(one, enumerate(sweep.points.items())))
     rows = [{"point": name, "code": code, **row} for (name, code, row) in _rows(sweep, codes)]
-    store = RunStore(sweep.output)
-    if any(row["layer"] is not None for row in rows):
-        store.write("summary.parquet", parquet_bytes(pa.Table.from_pylist(rows)))
     console.print(_table(rows))
-    console.print(f"all points: {store.uri}/summary.parquet", soft_wrap=True, highlight=False)
+    if any(row["layer"] is not None for row in rows):
+        store = RunStore(sweep.output)
+        names = dict.fromkeys(name for row in rows for name in row)  # a point without a run has few of them
+        store.write("summary.parquet", parquet_bytes(pa.table({n: [row.get(n) for row in rows] for n in names})))
+        console.print(f"all points: {store.uri}/summary.parquet", soft_wrap=True, highlight=False)
     return next((code for code in codes if code), 0)
 
 

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
-from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, RunConfig, Task, position_bucket
+from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, RunConfig, Task, position_bucket, token_ids
 from fisher_ray.scores import Scores, default_memory_budget, is_out_of_memory, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
@@ -328,13 +328,12 @@ class Worker:
                         f"{document.id}: token ids must be in [0, {entries}), got {i}. "
                         f"Were they made with {self.config.model}'s tokenizer?"
                     )
-            return document.content
-        if self.model.tokenizer is None:
+        elif self.model.tokenizer is None:
             raise CorpusError(
                 f"{self.config.model} has no tokenizer and {document.id} holds text. "
                 "Give token ids, or put tokenizer files beside the model."
             )
-        return list(self.model.tokenizer(document.content, add_special_tokens=False, verbose=False)["input_ids"])
+        return token_ids(document, lambda: self.model.tokenizer)
 
     def text(self, token: int) -> str:
         """A token as text; its number where the model has no tokenizer."""

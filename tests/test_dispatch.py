@@ -182,7 +182,7 @@ def test_lost_machines_are_not_the_tasks_fault(clock: Clock) -> None:
     assert set(outcomes(pool, 6).values()) == {"fine"}
     pool = Pool(clock, 2, lambda call, attempt: Failure("lost", "") if call.args[0] == 1 else "fine")
     assert outcomes(pool, 6)["task 1"].kind == "lost"
-    assert pool.attempts["task 1"] == dispatch._MAX_LOST
+    assert pool.attempts["task 1"] == dispatch._MAX_BLAMELESS["lost"]
 
 
 def test_a_broken_device_costs_its_process(clock: Clock) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -127,6 +128,19 @@ def test_commands_of_the_pages_exist(capsys: pytest.CaptureFixture[str]) -> None
     assert used > 25
     table = re.findall(r"^\| (`--[^|]*) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     assert {flag for cell in table for flag in re.findall(r"--[a-z][a-z-]*", cell)} <= known["run"]
+
+
+def test_modules_import_only_from_those_listed_above_them() -> None:
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^  (\w+)\.py ", text, re.MULTILINE)
+    package = ROOT / "fisher_ray"
+    assert sorted(listed) == sorted({path.stem for path in package.glob("*.py")} - {"__init__"})
+    for i, name in enumerate(listed):
+        for node in ast.walk(ast.parse((package / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fisher_ray":
+                whole = node.module == "fisher_ray"  # from fisher_ray import inspection
+                used = {alias.name for alias in node.names} if whole else {str(node.module).split(".")[1]}
+                assert used <= {*listed[:i], "__version__"}, f"{name} imports {sorted(used)}"
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

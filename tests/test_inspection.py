@@ -74,7 +74,10 @@ def test_one_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # n
     assert [row["eigenvalue"] for row in facts["directions"]] == pytest.approx(values[:8].tolist())
     assert facts["directions"][-1]["cumulative_share"] == pytest.approx(values[:8].sum() / values.sum())
     assert all(0 <= row["half_angle"] <= 90 for row in facts["directions"])
-    rows = sorted(stored.rows(1), key=lambda row: -row["trace"])[:5]
+    strongest: dict[str, Any] = {}
+    for row in stored.rows(1):
+        strongest[row["document"]] = max(row, strongest.get(row["document"], row), key=lambda each: each["trace"])
+    rows = sorted(strongest.values(), key=lambda row: -row["trace"])[:5]
     assert [row["trace"] for row in facts["largest_traces"]] == [row["trace"] for row in rows]
     assert main(["inspect", str(made), "--layer", "1"]) == COMPLETE
     assert rows[0]["document"] in capsys.readouterr().out
@@ -251,6 +254,7 @@ def test_a_run_differs_from_another_and_not_from_itself(
     same = told(capsys, "diff", made, made)
     for row in same["layers"]:
         assert row["distance"] == 0 and row["overlap"] == pytest.approx(1) and row["paired"]
+        assert row["layer"] == row["other_layer"] and row["sketch_errors"] == [0, 0]
         assert row["trace"]["change"] == row["whitened_entropy_rank"]["change"] == [0, 0]
     assert same["unlike"] == []
     elsewhere = Path(shutil.copytree(made, tmp_path / "elsewhere"))
@@ -293,6 +297,56 @@ def test_a_run_differs_from_another_and_not_from_itself(
     jobs.run_here(config)
     assert main(["diff", str(tmp_path / "other"), str(tmp_path / "third")]) == COMPLETE
     assert "different quantities: they differ in positions, temperature" in capsys.readouterr().out
+
+
+def test_two_groups_and_two_layers_of_a_run(made: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    run, groups = open_run(made), ("2-3", "4-7")
+    facts = told(capsys, "diff", made, "--group", *groups)
+    assert facts["groups"] == list(groups) and facts["unlike"] == []
+    assert [row["layer"] for row in facts["layers"]] == list(range(LAYERS + 1))
+    for row in facts["layers"]:
+        k = row["layer"]
+        one, other = (np.load(made / f"reduced/layer_{k:03d}/group_{group}/fisher.npy") for group in groups)
+        assert row["distance"] == pytest.approx(np.linalg.norm(other - one) / np.linalg.norm(one))
+        assert row["trace"]["values"] == pytest.approx([np.trace(one), np.trace(other)])
+        assert row["positions"] == [run.count(k, group) for group in groups]
+        # Of the difference, each block left out of both groups.
+        parts = [
+            {b: (sums.count, sums.fisher.trace) for b, sums in zip(found.numbers, found.sums, strict=True)}
+            for found in (run.blocks(k, group) for group in groups)
+        ]
+        every = sorted({*parts[0], *parts[1]})
+        left = []
+        for b in every:
+            kept = [[part[c] for c in part if c != b] for part in parts]
+            means = [sum(t for _, t in each) / sum(n for n, _ in each) for each in kept]
+            left.append(means[1] - means[0])
+        change, error = row["trace"]["change"]
+        assert change == pytest.approx(np.trace(other) - np.trace(one))
+        count = len(every)
+        assert error == pytest.approx(np.sqrt((count - 1) / count * np.square(np.array(left) - change).sum()))
+        assert row["paired"]
+
+    assert main(["diff", str(made), "--group", *groups]) == COMPLETE
+    said = capsys.readouterr().out
+    assert "group 2-3" in said and "group 4-7" in said and "over the same documents" in said
+    (row,) = told(capsys, "diff", made, "--layer", 0, 2)["layers"]
+    one, other = (Stored(made).reduced(k) for k in (0, 2))
+    assert (row["layer"], row["other_layer"]) == (0, 2)
+    assert row["distance"] == pytest.approx(np.linalg.norm(other - one) / np.linalg.norm(one))
+    assert main(["diff", str(made), "--layer", "0", "2"]) == COMPLETE
+    assert "0 -> 2" in capsys.readouterr().out
+    (row,) = told(capsys, "diff", made, made, "--layer", 1, "--group", "2-3")["layers"]
+    assert row["positions"] == [run.count(1, "2-3")] * 2 and row["trace"]["change"] == [0, 0]
+    for argv, words in (
+        ([made], "diff needs two runs, or of one run two of --group or two of --layer"),
+        ([made, "--group", "2-3"], "diff needs two runs"),
+        ([made, made, made], "at most two of runs"),
+        ([made, "--layer", 0, 1, 2], "at most two of layer, got 0 1 2"),
+        ([made, "--layer", 0, 9], "layer must be one of [0, 1, 2], got 9"),
+        ([made, "--group", "2-3", "de"], "no group 'de'"),
+    ):
+        assert words in refused(capsys, "diff", *argv)
 
 
 def test_runs_of_other_shape_are_refused(made: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

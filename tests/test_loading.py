@@ -195,8 +195,17 @@ def test_large_weights_cost_no_full_read(tmp_path: Path):
 def test_a_hub_models_commit_identifies_both(monkeypatch: pytest.MonkeyPatch):
     found = tf.GPT2Config()
     found._commit_hash = "607a30d"
-    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", lambda name, revision: found)
-    assert weights_digest("nobody/some-model") == tokenizer_digest("nobody/some-model") == "607a30d"
+
+    def read(name: str, revision: str | None, trust_remote_code: bool) -> tf.GPT2Config:
+        if not trust_remote_code:
+            raise ValueError("it holds code of its own")
+        return found
+
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", read)
+    for digest in (weights_digest, tokenizer_digest):
+        assert digest("nobody/some-model", trust_remote_code=True) == "607a30d"
+        with pytest.raises(ModelError):
+            digest("nobody/some-model")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

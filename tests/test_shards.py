@@ -551,12 +551,29 @@ def test_of_many_drivers_at_once_one_works(store: RunStore) -> None:
     held[0].release()
 
 
-def test_a_corpus_whose_files_were_touched_is_said_to_be_told_by_time(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
-    (tmp_path / "text.txt").write_text(jobs.some_text(300))
-    config = jobs.settings(gpt2, tmp_path / "text.txt", tmp_path / "run", layers="1")
+def test_files_of_a_corpus_that_are_others_are_named(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "abcdef":
+        (texts / f"{name}.txt").write_text(jobs.some_text(60))
+    config = jobs.settings(gpt2, texts, tmp_path / "run", layers="1")
     jobs.run_here(config)
-    os.utime(tmp_path / "text.txt", (1, 1))
-    with pytest.raises(RefusedError, match=r"corpus was .*told by path, size and time of change"):
+    (texts / "empty.txt").touch()
+    os.utime(texts / "a.txt", (1, 1))
+    for name in "bcde":
+        (texts / f"{name}.txt").rename(texts / f"{name}{name}.txt")
+    said = (
+        r"another one: 1 file is changed \(a\.txt\), 4 files are gone \(b\.txt, c\.txt, d\.txt, \.\.\.\), 4 files are new "
+        r"\(bb\.txt, cc\.txt, dd\.txt, \.\.\.\); they are told by path, size and time of change\. Choose"
+    )
+    with pytest.raises(RefusedError, match=said):
+        jobs.run_here(config)
+    with pytest.raises(
+        RefusedError, match=r"4 files are gone .*, \.\.\.\); they are told by .*; max_docs was None, is 1"
+    ):
+        jobs.run_here(dataclasses.replace(config, max_docs=1))
+    (tmp_path / "run/plan.parquet").unlink()
+    with pytest.raises(RefusedError, match=r"another run: the corpus is another one\. Choose"):
         jobs.run_here(config)
 
 

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from fisher_ray.spectrum import anisotropy, entropy_rank, participation_ratio
-from fisher_ray.statistics import Blocks, Estimate, convergence, half_angles, jackknife, spectrum
+from fisher_ray.statistics import Blocks, Estimate, convergence, half_angles, jackknife, mean_trace, spectrum
 from fisher_ray.sums import ALL, GroupSums, Sums
 
 D = 5
@@ -100,11 +100,32 @@ def test_differences_over_the_same_blocks_are_paired() -> None:
     one, other = (shared + 0.1 * random.standard_normal(12) for _ in range(2))
     made = [jackknife(torch.tensor(x.mean()), torch.from_numpy((x.sum() - x) / 11)) for x in (one, other)]
     difference = other - one
-    paired, apart = (made[1].minus(made[0], paired) for paired in (True, False))
+    paired, apart = (made[1].minus(made[0], numbers) for numbers in ((range(12), range(12)), None))
     assert paired.value == apart.value == pytest.approx(difference.mean())
     assert paired.error == pytest.approx(difference.std(ddof=1) / np.sqrt(12), rel=1e-9)
     assert apart.error == pytest.approx(np.hypot(one.std(ddof=1), other.std(ddof=1)) / np.sqrt(12), rel=1e-9)
     assert paired.error < 0.3 * apart.error
+
+
+def test_differences_of_groups_that_some_blocks_lack() -> None:
+    """A block is left out of both means, or of the one that it has a part in."""
+    random = np.random.default_rng(5)
+    values, counts = random.random((2, 6)), random.integers(1, 9, (2, 6))
+    counts[0, 2] = counts[1, 5] = 0
+
+    def difference(kept: np.ndarray) -> float:
+        means = (values * counts)[:, kept].sum(1) / counts[:, kept].sum(1)
+        return float(means[1] - means[0])
+
+    every = np.arange(6)
+    left = np.array([difference(np.delete(every, b)) for b in every])
+    numbers = [np.flatnonzero(row).tolist() for row in counts]
+    one, other = (
+        mean_trace([(int(n), float(n * x)) for n, x in zip(counts[i], values[i], strict=True) if n]) for i in (0, 1)
+    )
+    change = other.minus(one, (numbers[1], numbers[0]))
+    assert change.value == pytest.approx(difference(every))
+    assert change.error == pytest.approx(np.sqrt(5 / 6 * np.square(left - difference(every)).sum()), rel=1e-9)
 
 
 def test_intervals_have_students_quantile() -> None:
