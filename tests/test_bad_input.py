@@ -379,7 +379,14 @@ def test_more_than_the_machine_has(asked: Any, place: Place, cluster: None) -> N
     if ray.cluster_resources().get("GPU", 0) and "gpus_per_actor" in asked:
         pytest.skip("there is a GPU here")
     code, err = finished(jobs.command(*place.argv(**asked), RAY_ADDRESS=jobs.address()))
-    assert "an actor needs" in the_error(code, err)
+    assert "an actor needs" in the_error(code, err) and "the cluster has" in err
+    assert not place.run.exists()
+
+
+def test_more_than_ever_comes(place: Place) -> None:
+    """A Ray that is started for the run has no node to wait for, whatever the pool may grow to."""
+    code, err = finished(jobs.command(*place.argv(cpus_per_actor=1000, max_actors=2)))
+    assert "an actor needs 1000 CPUs" in the_error(code, err) and "this machine has" in err
     assert not place.run.exists()
 
 

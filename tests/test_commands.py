@@ -10,16 +10,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import requests
 import yaml
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus
 from rich.console import Console
 
 import jobs
 from fisher_ray import cli, cost, driver, shards
+from fisher_ray import cluster as cluster_module
 from fisher_ray import sweep as sweep_module
 from fisher_ray.cli import main
 from fisher_ray.driver import Progress
@@ -177,6 +182,95 @@ def test_a_job_that_nobody_takes_is_one_line(capsys: pytest.CaptureFixture[str])
     assert main(["submit", "--address", "http://127.0.0.1:1", "--", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: no Ray job server answers: ") and "127.0.0.1:1" in line and "--address" in line
+
+
+def test_a_cluster_that_cannot_be_joined_is_one_line(
+    gpt2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """It does not answer, asks for a token, or is of another version."""
+    (tmp_path / "docs.txt").write_text("one two")
+    flags = ["run", "--model", gpt2, "--corpus", str(tmp_path / "docs.txt"), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(cluster_module.ray, "is_initialized", lambda: False)
+    for error in (ConnectionError("no\nanswer"), AuthenticationError("no token"), RuntimeError("version mismatch")):
+
+        def fails(address: str, *_: Any, error: Exception = error, **__: Any) -> None:
+            assert address == os.environ.get("RAY_ADDRESS", "local")
+            raise error
+
+        monkeypatch.setattr(cluster_module.ray, "init", fails)
+        for address, words in (
+            ("there:6379", "the Ray cluster at there:6379 cannot be joined"),
+            (None, "on this machine"),
+        ):
+            monkeypatch.delenv("RAY_ADDRESS", raising=False)
+            if address:
+                monkeypatch.setenv("RAY_ADDRESS", address)
+            assert main(flags) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert words in line and " ".join(str(error).split())[:10] in line
+    assert not (tmp_path / "run").exists()
+
+
+class _Jobs:
+    """A job server that is away now and then, and a job that ends at the third answer."""
+
+    def __init__(self, address: str | None):
+        self.asked = 0
+
+    def submit_job(self, **_: Any) -> str:
+        return "raysubmit_1"
+
+    async def tail_job_logs(self, job: str) -> Any:
+        yield "working\n"
+        raise RuntimeError("the connection was closed")
+
+    def get_job_info(self, job: str) -> Any:
+        self.asked += 1
+        if self.asked % 2:
+            raise requests.ConnectionError("refused")
+        ended = self.asked > 5
+        status = JobStatus.SUCCEEDED if ended else JobStatus.RUNNING
+        return SimpleNamespace(status=status, driver_exit_code=0 if ended else None)
+
+
+class _Gone(_Jobs):
+    def get_job_info(self, job: str) -> Any:
+        raise requests.ConnectionError("refused")
+
+
+class _Interrupted(_Jobs):
+    async def tail_job_logs(self, job: str) -> Any:
+        yield "working\n"
+        raise KeyboardInterrupt
+
+
+class _Closed(_Jobs):
+    def __init__(self, address: str | None):
+        raise AuthenticationError("the cluster wants a token")
+
+
+@pytest.mark.parametrize(
+    ("server", "code", "words"),
+    [
+        (_Jobs, 0, ""),
+        (
+            _Gone,
+            1,
+            "error: the job server answers no more: refused Job raysubmit_1 may go on: ray job status raysubmit_1",
+        ),
+        (_Interrupted, 130, "no longer followed; job raysubmit_1 goes on. To end it: ray job stop raysubmit_1"),
+        (_Closed, 2, "error: no Ray job server answers: the cluster wants a token"),
+    ],
+)
+def test_following_a_job(
+    server: type, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", server)
+    monkeypatch.setattr(cluster_module.time, "sleep", lambda seconds: None)
+    assert main(["submit", "--", "run"]) == code
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == (code > 0) and words in shown.err
+    assert code or shown.out.count("working") == 1
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "clean"])
@@ -400,6 +494,19 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
     assert {point: row["code"] for point, row in rows.items()} == {
         "layers=1,seed=1": 0, "layers=77,seed=2": 2, "layers=2,seed=3": 0
     }  # fmt: skip
+    names = pq.read_schema(tmp_path / "out/summary.parquet").names
+    # A point without a run comes first and leaves the table its columns; without any there is no table.
+    failing, *others = [points[1], points[0], points[2]]
+    assert "all points" in said(
+        capsys,
+        "sweep",
+        sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=[failing, *others]),
+        code=2,
+    )
+    assert set(pq.read_schema(tmp_path / "out/summary.parquet").names) == set(names) > {"participation_ratio"}
+    none = sweep_file(tmp_path, output=str(tmp_path / "none"), common=common, points=[failing])
+    assert "all points" not in said(capsys, "sweep", none, code=2) and not (tmp_path / "none/summary.parquet").exists()
+    sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=points)
     # What is damaged or not reduced is no row of numbers, and costs the others nothing.
     (tmp_path / "out/layers=1,seed=1/reduced/summary.parquet").write_bytes(b"damaged")
     (tmp_path / "out/layers=2,seed=3/reduced/manifest.json").unlink()

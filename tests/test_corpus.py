@@ -142,6 +142,15 @@ def test_files_are_cut_into_many_ranges(ending: str, tmp_path: Path) -> None:
     assert sum(source.weight for source in ranges) == pytest.approx(size, rel=0.2)
 
 
+def test_what_comes_after_the_documents_wanted_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\nno JSON\n')
+    ranges = list(find_ranges(find_sources([str(tmp_path / "a.jsonl")]), Layout(), 1 << 20))
+    (taken,) = take(ranges, 2, Layout())
+    assert [document.content for document in read_documents(taken, Layout())] == ["one", "two"]
+    with pytest.raises(CorpusError, match="not a JSON object"):
+        list(read_documents(ranges[0], Layout()))
+
+
 def test_max_docs_takes_the_first_ones(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(MESSY)
     write(tmp_path, "parquet")

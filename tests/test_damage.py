@@ -13,7 +13,8 @@ import pytest
 
 import jobs
 from fisher_ray import cost, reduce
-from fisher_ray.cli import COMPLETE, DAMAGED, QUARANTINED, main
+from fisher_ray.cli import COMPLETE, DAMAGED, FAILED, QUARANTINED, main
+from fisher_ray.storage import Storage
 from jobs import Stored, gpt2  # noqa: F401
 
 # One file of every kind that a run leaves behind; {} is that of a task's attempt, {node} that of a sum over tasks.
@@ -203,6 +204,37 @@ def test_found_while_reducing(kind: str, copied: tuple[Path, list[str]]) -> None
     assert Stored(run).bits() == bits
     found = main(["verify", "run"])
     assert found == (DAMAGED if kind in ("table", "factors") else COMPLETE)  # these the reduction has no need of
+
+
+def test_every_sum_is_damaged(
+    copied: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many as there are are mended; one that never reads back as it was written ends the run."""
+    run, command = copied
+    bits = Stored(run).bits()
+    for folder in ("reduced", "tree"):
+        shutil.rmtree(run / folder)
+    for path in run.glob("sums/*/layer_001.npz"):
+        flip(path)
+    assert main([*command, "--no-verify"]) == COMPLETE
+    assert Stored(run).bits() == bits and main(["verify", "run"]) == COMPLETE
+
+    for folder in ("reduced", "tree"):
+        shutil.rmtree(run / folder)
+    write = Storage.write
+
+    def spoils(self: Storage, path: str, raw: bytes) -> None:
+        write(self, path, raw)
+        if path.startswith("tree/00000002-") and path.endswith("layer_001.npz"):
+            flip(run / path)
+
+    monkeypatch.setattr(Storage, "write", spoils)
+    capsys.readouterr()
+    assert main(command) == FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tree/00000002-" in line and "computed 3 times, and each time read back as something else" in line
+    monkeypatch.setattr(Storage, "write", write)
+    assert main(command) == COMPLETE and Stored(run).bits() == bits
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -487,8 +487,23 @@ def test_a_gain_that_no_step_reaches_is_nan_and_others_go_on(run: Run, split: Sp
     ids, at, targets = torch.arange(2, 14)[None], torch.tensor([3, 8]), torch.tensor([7, 9])
     got = fd.steer(split, run, LAYER, ids, at, targets, "mean", gain=30.0)
     assert got.gain.isnan().all() and got.kl_others.isnan().all() and got.steps.isnan().all()
-    with pytest.raises(ValueError, match=r"positions must ascend, got \[8, 3\]"):
-        fd.steer(split, run, LAYER, ids, at.flip(0), targets)
+
+
+def test_what_cannot_be_steered_is_said(run: Run, split: SplitModel, unchecked_shapes: None):
+    ids, at, targets = torch.arange(2, 14)[None], torch.tensor([3, 8]), torch.tensor([7, 9])
+    for given, message in (
+        ((ids, at.flip(0), targets), r"positions must ascend within \[0, 12\), got \[8, 3\]"),
+        ((ids, at + 5, targets), r"positions must ascend within \[0, 12\), got \[8, 13\]"),
+        ((ids, at - 4, targets), r"got \[-1, 4\]"),
+        ((ids, at, targets + 400), r"targets must be tokens in \[0, 400\), got \[407, 409\]"),
+        ((ids + 400, at, targets), r"token ids must be in \[0, 400\), got 413"),
+        ((ids[0], at, targets), r"input_ids must be one sequence, \[1, seq\], got \[12\]"),
+        ((ids.expand(2, -1), at, targets), r"one sequence, .* got \[2, 12\]"),
+        ((ids, at, targets[:1]), r"positions and targets must be as many, \[n\], got \[2\] and \[1\]"),
+        ((ids, at[:0], targets[:0]), r"as many, \[n\], got \[0\] and \[0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fd.steer(split, run, LAYER, *given)
 
 
 # ---- files, models and the command ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ once the cause is gone the same command goes on to the same bits."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -257,3 +258,7 @@ def test_a_new_run_that_another_driver_took_over_is_not_removed(
     monkeypatch.setattr(driver, "Lease", refuse)
     assert main(["run", *flags(shared, output)]) == REFUSED
     assert (output / "run.json").exists() and (output / "plan.parquet").exists()
+    # What is said of the run is said by the other one.
+    state = "computing" if when == "meanwhile" else None
+    shown = output / "progress.json"
+    assert (json.loads(shown.read_text())["state"] if shown.exists() else None) == state

@@ -185,6 +185,21 @@ def test_lost_machines_are_not_the_tasks_fault(clock: Clock) -> None:
     assert pool.attempts["task 1"] == dispatch._MAX_BLAMELESS["lost"]
 
 
+def test_a_storage_that_fails_for_a_while_is_no_tasks_fault(clock: Clock) -> None:
+    """Whatever is asked for in ten seconds of it; one that never answers is given up after a minute and a half."""
+    begun = clock.now
+
+    def behave(call: Call, attempt: int) -> Any:
+        fails = clock.now < begun + 10 or call.args[0] == 3
+        return Failure("stumbled", "no answer") if fails else "fine"
+
+    pool = Pool(clock, 4, behave)
+    found = outcomes(pool, 300)
+    assert found.pop("task 3").kind == "stumbled" and set(found.values()) == {"fine"}
+    assert pool.attempts["task 3"] == 9 and 90 < clock.now - begun < 120
+    assert not pool.killed
+
+
 def test_a_broken_device_costs_its_process(clock: Clock) -> None:
     pool = Pool(clock, 1, lambda call, attempt: Failure("sticky", "") if attempt == 1 and call.args[0] == 0 else "fine")
     assert set(outcomes(pool, 3).values()) == {"fine"}
@@ -298,7 +313,7 @@ def test_the_pools_own_failure_ends_everything(clock: Clock) -> None:
         (DamagedError("sums/a", "x"), "damaged"),
         (RuntimeError("x"), "error"),
         (MemoryError("x"), "error"),
-        (ConnectionResetError("x"), "error"),
+        (ConnectionResetError("x"), "stumbled"),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "sticky"),
         (RuntimeError("CUDA out of memory"), "error"),
     ],

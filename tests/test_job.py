@@ -18,11 +18,12 @@ import oracles
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_run import rewrite
 
 import jobs
 from fisher_ray import cli, cost
 from fisher_ray import plan as plan_module
-from fisher_ray.cli import main
+from fisher_ray.cli import REFUSED, main
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.estimators import Exact
 from fisher_ray.scores import score_factors
@@ -284,6 +285,13 @@ def test_other_settings_in_the_same_directory(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error:") and "num_samples was 8, is 4" in line and "seed was 0, is 3" in line
     assert sorted(path for path in stored.folder.rglob("*") if path.is_file()) == files
+    description = stored.folder / "run.json"
+    rewrite(description, schema="run.3")
+    before = description.read_bytes()
+    assert fisher_ray(*flags) == REFUSED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds a run in format 'run.3', and this version writes 'run.4'" in line
+    assert description.read_bytes() == before
 
 
 def when_done(folder: Path, tasks: int, act: Callable[[], None], timeout: float = 120) -> threading.Thread:

@@ -13,7 +13,8 @@ import pyarrow.dataset as ds
 import pytest
 
 import jobs
-from fisher_ray import cost, driver, open_run, reduce
+from fisher_ray import cost, driver, inspection, open_run, reduce
+from fisher_ray import run as run_module
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.run import Run
 from fisher_ray.storage import DamagedError, StorageError, seal
@@ -200,6 +201,17 @@ def test_one_positions_matrix_is_found_by_its_name(run: Run, made: Path) -> None
         np.testing.assert_allclose(got, factors[i].T @ factors[i], rtol=1e-12)
     with pytest.raises(ValueError, match=r"no scored position 999 in a document 'docs.txt:0'"):
         run.matrix(2, "docs.txt:0", 999)
+
+
+def test_one_positions_matrix_costs_no_others(run: Run, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a task of thousands the squares of all would be gigabytes; and its task is looked up once for all layers."""
+    row = Stored(made).rows(2)[0]
+    squared, looked = run_module._squared, []
+    monkeypatch.setattr(run_module, "_squared", lambda rows: (looked.append(len(rows)), squared(rows))[1])
+    task_of = Run.task_of
+    monkeypatch.setattr(Run, "task_of", lambda self, name: (looked.append(name), task_of(self, name))[1])
+    inspection.one_position(run, row["document"], row["position"])
+    assert looked == [row["document"], *[1] * len(run.layers)]
 
 
 def test_what_was_not_kept_is_said(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
