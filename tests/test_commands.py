@@ -28,7 +28,7 @@ from fisher_ray import cluster as cluster_module
 from fisher_ray import sweep as sweep_module
 from fisher_ray.cli import main
 from fisher_ray.driver import Progress
-from fisher_ray.plan import ConfigError, make_plan, reckon
+from fisher_ray.plan import ConfigError, RunConfig, make_plan, reckon
 from fisher_ray.shards import Counts, Lease, RunStore
 from fisher_ray.sweep import read_sweep
 from jobs import LAYERS, Stored, cluster, gpt2  # noqa: F401
@@ -167,6 +167,8 @@ def test_whoever_reads_may_leave(flag: str, finished: Stored) -> None:
         (["report", "-o", "nosuch/report.html"], "must name a file in a directory that exists"),
         (["export", "-o", "nosuch/means.npz"], "must name a file in a directory that exists"),
         (["validate", "-o", "nosuch/law.png"], "must name a file in a directory that exists"),
+        (["project", "-o", "nosuch/at.parquet"], "must name a file in a directory that exists"),
+        (["project", "-o", "."], "must name a file in a directory that exists, got ."),
     ],
 )
 def test_places_that_cannot_be_written(
@@ -333,6 +335,23 @@ def test_clean_keeps_away_from_a_run_at_work(run: Stored, capsys: pytest.Capture
 
 
 # ---- settings that come back --------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_replayed_with_another_estimator(finished: Stored, tmp_path: Path) -> None:
+    """What the file has of the estimator it was made with stays behind; what is given stays refused."""
+    values = json.loads((finished.folder / "run.json").read_text())
+    values["config"].update(estimator="deflated", rank=5)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(values))
+
+    def config(**given: Any) -> RunConfig:
+        return cli._config({"config": path, "estimator": None, "rank": None, **given})
+
+    assert (config().estimator, config().rank) == ("deflated", 5)
+    assert (config(estimator="deflated").rank, config(rank=3).rank) == (5, 3)
+    assert (config(estimator="sampled").estimator, config(estimator="sampled").rank) == ("sampled", None)
+    with pytest.raises(ConfigError, match="rank is for estimator deflated"):
+        config(estimator="sampled", rank=3)
 
 
 def test_a_runs_own_description_replays_it(
