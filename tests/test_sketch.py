@@ -247,6 +247,24 @@ def test_readers_say_that_sums_are_sketches(runs: tuple[Run, Run], capsys: pytes
         assert run.sketch_error(1) == pytest.approx(total.fisher.shrunk / total.count, rel=0.05)
 
 
+def test_sketches_do_not_know_how_far_off_they_are(runs: tuple[Run, Run], capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors would be those of what is left; only the trace of F, and what its eigenvalues are at least, keep theirs."""
+    for run, lossy in zip(runs, (False, True), strict=True):
+        plain, whitened = run.spectrum(1), run.spectrum(1, whitened=True)
+        for name in ("participation_ratio", "entropy_rank", "anisotropy"):
+            assert np.isnan(getattr(plain, name).error) == np.isnan(getattr(whitened, name).error) == lossy
+        assert np.isnan(whitened.trace.error) == np.isnan(whitened.eigenvalues.error).all() == lossy
+        assert plain.trace.error > 0 and plain.eigenvalues.error[0] > 0
+    assert main(["diff", runs[0].store.uri, runs[1].store.uri, "--json"]) == 0
+    for row in json.loads(capsys.readouterr().out)["layers"]:
+        assert row["paired"] and row["sketch_errors"][0] == 0 < row["sketch_errors"][1]
+        assert row["trace"]["change"] == pytest.approx([0, 0], abs=1e-5 * row["trace"]["values"][0])
+        assert row["entropy_rank"]["change"][1] is None and row["whitened_trace"]["change"][1] is None
+    for other, said in ((0, False), (1, True)):
+        assert main(["diff", runs[0].store.uri, runs[other].store.uri]) == 0
+        assert ("note: of sketches" in capsys.readouterr().out) is said
+
+
 def test_what_is_stored_of_a_sketch_is_what_is_read(runs: tuple[Run, Run]) -> None:
     run = runs[1]
     folder = Path(run.store.uri.removeprefix("file://")) / "reduced/layer_001"
