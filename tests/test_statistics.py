@@ -134,6 +134,13 @@ def test_intervals_have_students_quantile() -> None:
     assert low + high == pytest.approx(6.0)
 
 
+def test_blocks_without_a_position_do_not_count_and_keep_their_places() -> None:
+    one, other = corpus(np.random.default_rng(3), 2).sums
+    empty = GroupSums(**{**vars(one), "count": 0})
+    blocks = Blocks([None, one, empty, other])
+    assert (len(blocks), blocks.numbers) == (2, [1, 3]) and blocks.total.count == one.count + other.count
+
+
 def test_no_position_is_said() -> None:
     with pytest.raises(ValueError, match="no block of documents has a position"):
         Blocks([])
