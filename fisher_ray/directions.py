@@ -28,7 +28,7 @@ from torch import Tensor
 from fisher_ray.architecture import ModelError, ModelFacts, attention_reading, weights_digest
 from fisher_ray.corpus import Window
 from fisher_ray.estimators import Exact
-from fisher_ray.head import Prediction
+from fisher_ray.head import Prediction, divergence
 from fisher_ray.plan import ConfigError, make_plan
 from fisher_ray.run import Run
 from fisher_ray.scores import iter_scores, score_factors
@@ -571,15 +571,11 @@ def safe_directions(
 
 
 def _kl(p: Prediction, q: Prediction, without: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
-    """``KL(p || q)`` a position, nats; where a token is named, over the others, renormalised.
-
-    In float64: it is a small difference.
-    """
+    """``KL(p || q)`` a position, nats, in float64; where a token is named, over the others, renormalised."""
     logits = [each.logits.double() for each in (p, q)]
     if without is not None:
         logits = [each.scatter(1, without[:, None], -torch.inf) for each in logits]
-    log_p, log_q = (each.log_softmax(-1) for each in logits)
-    return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0)).sum(-1)
+    return divergence(*(each.log_softmax(-1) for each in logits))
 
 
 # ---- who reads them, and where they go -----------------------------------------------------------------------------------

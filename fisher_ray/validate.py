@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fisher_ray.directions import worker_of
 from fisher_ray.estimators import Exact
+from fisher_ray.head import divergence
 from fisher_ray.plan import ConfigError, Task, Tasks
 from fisher_ray.run import Run
 from fisher_ray.scores import score_factors
@@ -54,22 +55,6 @@ _HOLDS = 0.1
 # about (30 step)^4, is below rounding, and so large that they move what transformers computes in float32 in any model.
 _PROBE = {torch.float64: 3e-6, torch.float32: 3e-4}
 _LEADING, _RANDOM = 3, 2
-
-
-def divergence(log_p: Float[Tensor, "*#n vocab"], log_q: Float[Tensor, "*n vocab"]) -> Float[Tensor, " *n"]:
-    """``KL(p || q) = sum_y p(y) (exp(d_y) - 1 - d_y)`` with ``d = log q - log p``, in nats, to nearly full precision.
-
-    The sum over ``-p d`` has terms of either sign that cancel down to the square of them; here no term is negative, as
-    both distributions sum to one, and small ones come from the series, without ``exp(d) - 1 - d``'s own cancellation.
-    An error that all ``d`` share, as that of the normalisation, enters by its square.
-    """
-    p, q = log_p.exp(), log_q.exp()
-    d = torch.where(p > 0, log_q - log_p, 0.0)
-    series = torch.zeros_like(d)
-    for k in range(10, 1, -1):  # d^2 (1/2! + d/3! + ... + d^8/10!)
-        series = (series * d + 1) / k
-    series = p * d.square() * series
-    return torch.where(d.abs() < 0.1, series, q - p - p * d).sum(-1)
 
 
 @dataclass(frozen=True)

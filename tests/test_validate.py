@@ -23,10 +23,10 @@ from torch import Tensor
 import jobs
 from fisher_ray import cost, open_run, validate
 from fisher_ray.cli import main
-from fisher_ray.head import Prediction
+from fisher_ray.head import Prediction, divergence
 from fisher_ray.run import Run, Shard
 from fisher_ray.scores import Scores
-from fisher_ray.validate import STEPS, LayerTest, Validation, divergence
+from fisher_ray.validate import STEPS, LayerTest, Validation
 
 SEQ_LEN = 14
 
