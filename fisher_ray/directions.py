@@ -310,7 +310,11 @@ def strongest(
     _check(run, layer, direction[None])
     kept = run.config.save != "summary"
     found = _kept(run, layer, direction, count) if kept else _recomputed(run, layer, direction, count, documents, model)
-    source = f"the {run.config.save} of all positions" if kept else f"the first {documents} documents, computed again"
+    source = (
+        f"the {run.config.save} of all positions"
+        if kept
+        else f"the first {documents} documents of its tasks, computed again"
+    )
     estimator = run.config.estimator_in_words if kept else "exact"
     return Strongest(nlargest(count, found, key=lambda place: place.sensitivity), f"{source} ({estimator})")
 

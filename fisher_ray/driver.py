@@ -289,8 +289,8 @@ def _corpus_change(plan: Plan, existing: dict[str, Any], store: RunStore) -> str
     kinds = {
         "changed": sorted(name for name in before.keys() & now.keys() if before[name] != now[name]),
         "gone": sorted(before.keys() - now.keys()),
-        # With a number of documents a plan names the files that it takes them from and no others.
-        "new": sorted(now.keys() - before.keys()) if plan.config.max_docs is None else [],
+        # New, mostly. With a number of documents a plan names the files that it takes them from and no others.
+        "not in the run": sorted(now.keys() - before.keys()) if plan.config.max_docs is None else [],
     }
     found = [
         f"{len(names):,} {'file is' if len(names) == 1 else 'files are'} {kind} ({', '.join(names[:3])}"

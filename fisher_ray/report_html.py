@@ -532,7 +532,7 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
 
 
 def _groups(run: Run, reading: Reading) -> Section:
-    chosen = [run.layers[i] for i in np.unique(np.linspace(0, len(run.layers) - 1, 8).round().astype(int))]
+    chosen = [run.layers[i] for i in np.unique(np.linspace(0, len(run.layers) - 1, 6).round().astype(int))]
     found = {k: means for k in chosen if (means := reading(partial(run.group_traces, k))) is not None}
     lost = [] if len(found) == len(chosen) else [missing(f"Left out: {reading.last}")]
     head = [str(run.config.group_column or run.config.group_by), "positions", *(f"trace, layer {k}" for k in found)]

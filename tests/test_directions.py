@@ -147,7 +147,7 @@ def test_the_strongest_positions_with_their_text(made: Path):
     kept = fd.strongest(open_run(made / "factors"), LAYER, direction, count=6)
     again = fd.strongest(open_run(made / "summary"), LAYER, direction, count=6, documents=1000)
     assert kept.source == "the factors of all positions (exact)"
-    assert again.source == "the first 1000 documents, computed again (exact)"
+    assert again.source == "the first 1000 documents of its tasks, computed again (exact)"
     for found in (kept.places, again.places):
         assert [(p.document, p.position) for p in found] == [(rows[i]["document"], rows[i]["position"]) for i in order]
         np.testing.assert_allclose([p.sensitivity for p in found], strength[order], rtol=1e-4)
