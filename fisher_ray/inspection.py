@@ -135,8 +135,7 @@ def largest_traces(
     """The strongest places at each layer, see :func:`stronger`, with the text around them; a task's table at a time."""
     best: dict[int, list[dict[str, Any]]] = {layer: [] for layer in layers}
     columns = run.config.columns
-    for task in run.done_tasks:
-        table = reading(partial(run.table, task, [*_PLACE, *columns]))
+    for _, table in run.tables(reading, [*_PLACE, *columns]):
         for layer in layers if table is not None else ():
             best[layer] = stronger(best[layer], run.of_layer(table, layer), columns, count)
     return best

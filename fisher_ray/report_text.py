@@ -58,8 +58,7 @@ def text_sections(run: Run, reading: Reading, eigenvectors: Mapping[int, np.ndar
     places: dict[int, list[dict[str, Any]]] = {layer: [] for layer in run.layers}
     lost: list[str] = []
     directions = {} if run.config.save == "summary" else eigenvectors
-    for task in run.done_tasks:
-        table = reading(partial(run.table, task))
+    for task, table in run.tables(reading):
         if table is None:
             lost.append(f"Left out: {reading.last}")
         elif len(table) and len(documents) < _DOCUMENTS:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,9 @@ from fisher_ray.storage import DamagedError, StorageError, StoredFile
 from fisher_ray.sums import LayerSums
 
 T = TypeVar("T")
+
+# Tables of positions that are read at once; with those ahead a few hundred megabytes at most.
+_TABLES = 4
 
 
 def open_run(uri: str | Path) -> Run:
@@ -285,6 +288,22 @@ class Run:
         empty = positions_schema(tuple(self.config.columns), {}).empty_table()
         return empty if columns is None else empty.select(columns)
 
+    def tables(self, reading: Reading, columns: Sequence[str] | None = None) -> Iterator[tuple[int, pa.Table | None]]:
+        """Every task that is done, in order, with its positions as of :meth:`table`; None for what ``reading`` found damaged.
+
+        A few are read at once and ahead, as each takes two requests of the storage.
+        """
+
+        def read(task: int) -> Callable[[], pa.Table]:
+            try:
+                table = self.table(task, columns)
+            except (DamagedError, FileNotFoundError) as error:
+                return partial(_raised, error)
+            return lambda: table
+
+        found = self.store.several(read, self.done_tasks, _TABLES)
+        return ((task, reading(given)) for task, given in zip(self.done_tasks, found, strict=True))
+
     def of_layer(self, table: pa.Table, layer: int) -> pa.Table:
         """One layer's rows of a task's table, without copying them."""
         rows = len(table) // len(self.layers)
@@ -441,6 +460,10 @@ class Run:
 
     def _stored(self, path: str) -> StoredFile:
         return StoredFile(**self._made["files"][path])
+
+
+def _raised(error: Exception) -> NoReturn:
+    raise error
 
 
 def _squared(factors: np.ndarray) -> np.ndarray:

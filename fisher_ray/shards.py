@@ -26,12 +26,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -39,6 +40,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_ray.storage import WRITING, DamagedError, Storage, StorageError, StoredFile, seal, unseal
+
+T = TypeVar("T")
 
 TOP_EIGENVALUES = 4
 
@@ -253,7 +256,7 @@ class RunStore(Storage):
 
     def receipts(self, tasks: Iterable[int]) -> Iterator[Receipt]:
         """Receipts of tasks, in the order asked for, read several at once."""
-        return self._several(lambda task: self.receipt("done", task_name(task)), tasks)
+        return self.several(lambda task: self.receipt("done", task_name(task)), tasks)
 
     def undo(self, task: int, nodes: Iterable[str]) -> None:
         """Make a task undone, and the sums that it went into; its files stay behind as orphans."""
@@ -312,7 +315,7 @@ class RunStore(Storage):
             unfinished = []
         tasks = (("done", name) for name in sorted([*done, *unfinished]))
         checks = chain(tasks, (("tree", name) for name in sorted(nodes)))
-        for _, problems in self._several(lambda item: self.check(item[0], item[1], fingerprint), checks):
+        for _, problems in self.several(lambda item: self.check(item[0], item[1], fingerprint), checks):
             yield from problems
         yield from self.verify_reduced(fingerprint, done, nodes)
         for path in (*self.list("quarantine"), "progress.json"):
@@ -342,7 +345,7 @@ class RunStore(Storage):
         for name in sorted(set(manifest["nodes"]) - nodes):
             yield Problem(f"tree/{name}.json", "is missing")
         files = (StoredFile(**stored) for stored in manifest["files"].values())
-        yield from filter(None, self._several(self.problem, files))
+        yield from filter(None, self.several(self.problem, files))
 
     def _last(self, planned: int) -> int:
         """How many tasks, the first of the plan, have to be done: fewer than planned where the run ended early."""
@@ -359,7 +362,7 @@ class RunStore(Storage):
         named = {"run.json", "plan.parquet", "progress.json", "reduced/manifest.json"}
         found = self.list()
         paths = [(folder, name) for folder in ("done", "tree") for name in self.names(folder)]
-        for (folder, name), receipt in zip(paths, self._several(self._sound_receipt, paths), strict=True):
+        for (folder, name), receipt in zip(paths, self.several(self._sound_receipt, paths), strict=True):
             if receipt is not None:  # what is damaged is for verify; what it named cannot be known
                 named |= {f"{folder}/{name}.json", *(stored.path for stored in receipt.files.values())}
         if "reduced/manifest.json" in found:
@@ -375,14 +378,14 @@ class RunStore(Storage):
             return None
 
     @staticmethod
-    def _several(function: Any, items: Iterable[Any]) -> Iterator[Any]:
-        """Results in the order of the items, a few at once, a few ahead of the reader."""
-        with ThreadPoolExecutor(_THREADS) as threads:
-            ahead: list[Any] = []
+    def several(function: Callable[[Any], T], items: Iterable[Any], at_once: int = _THREADS) -> Iterator[T]:
+        """Results in the order of the items, a few at once, as many again ahead of the reader."""
+        with ThreadPoolExecutor(at_once) as threads:
+            ahead: deque[Future[T]] = deque()
             for item in items:
                 ahead.append(threads.submit(function, item))
-                if len(ahead) == 2 * _THREADS:
-                    yield ahead.pop(0).result()
+                if len(ahead) == 2 * at_once:
+                    yield ahead.popleft().result()
             for result in ahead:
                 yield result.result()
 

@@ -498,7 +498,7 @@ def test_a_hundred_long_documents_at_thirteen_layers_stay_below_ten_megabytes(ma
         }  # fmt: skip
 
     changed = {
-        "layers": layers, "tasks": 110, "done_tasks": list(range(110)), "table": lambda task: pa.table(columns(task)),
+        "layers": layers, "tasks": 110, "done_tasks": list(range(110)), "table": lambda task, _: pa.table(columns(task)),
         "blocks": lambda layer, group=None: blocks(layer % len(ALL)), "group_traces": lambda layer: {}, "summary": [],
     }  # fmt: skip
     vars(run).update(changed)

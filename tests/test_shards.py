@@ -564,7 +564,8 @@ def test_files_of_a_corpus_that_are_others_are_named(gpt2: str, tmp_path: Path) 
         (texts / f"{name}.txt").rename(texts / f"{name}{name}.txt")
     said = (
         r"another one: 1 file is changed \(a\.txt\), 4 files are gone \(b\.txt, c\.txt, d\.txt, \.\.\.\), "
-        r"4 files are not in the run \(bb\.txt, cc\.txt, dd\.txt, \.\.\.\); they are told by path, size and time of change\. Choose"
+        r"4 files are not in the run \(bb\.txt, cc\.txt, dd\.txt, \.\.\.\); "
+        r"they are told by path, size and time of change\. Choose"
     )
     with pytest.raises(RefusedError, match=said):
         jobs.run_here(config)
