@@ -350,11 +350,8 @@ def joined() -> Iterator[str]:
             ray.init(
                 given or "local", logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **local
             )
-        except (
-            ConnectionError,
-            RuntimeError,
-            RayError,
-        ) as error:  # it does not answer, is of another version, wants a token
+        except (ConnectionError, RuntimeError, RayError) as error:
+            # It does not answer, is of another version, or wants a token.
             what = f"the Ray cluster at {given} cannot be joined" if given else "Ray cannot be started on this machine"
             raise ConfigError(f"{what}: {_one_line(error)}") from error
     try:
