@@ -625,6 +625,8 @@ def _status(given: dict[str, Any]) -> int:
     quarantine = [note["error"] for note in notes if note is not None]
     done = len(store.names("done"))
     driver, at_work = Lease.holder(store)
+    if not at_work and progress["state"] in ("computing", "reducing"):
+        progress["state"] = "interrupted"
     facts = {
         **progress,
         "tasks_done": done,
@@ -647,7 +649,8 @@ def _status(given: dict[str, Any]) -> int:
         speed = f", {facts['tokens_per_second']:,.0f} a second" if at_work else ""
         left = facts["seconds_left"]
         left = f", {_clock(left)} left" if at_work and left is not None else ""
-        console.print(f"tokens: {facts['counts']['tokens']:,}{speed}{left}", highlight=False)
+        said = "" if at_work or facts["state"] != "interrupted" else " when that was written"
+        console.print(f"tokens: {facts['counts']['tokens']:,}{said}{speed}{left}", highlight=False)
     console.print(f"driver: {facts['driver'] or 'none'}{actors}", highlight=False)
     for line in quarantine[:_NAMED]:
         console.print(f"given up: {line}", markup=False, highlight=False, soft_wrap=True)
@@ -753,9 +756,12 @@ def _project(given: dict[str, Any]) -> int:
         for i, (raised, lowered) in enumerate(moved):
             known = {"norm": norms[i], "cost": nats[i], "error": None if math.isnan(error[i]) else error[i]}
             rows.append({"layer": layer, "direction": i, **known, "raised": raised, "lowered": lowered})
-    written = project(run, chosen, output, given["max_docs"], model) if output and chosen else None
+
+    def written() -> int | None:
+        return project(run, chosen, output, given["max_docs"], model) if output and chosen else None
+
     if given["json"]:
-        print(json.dumps({"directions": rows, "output": output and str(output), "rows": written}))
+        print(json.dumps({"directions": rows, "output": output and str(output), "rows": written()}))
         return _without(reading.damaged)
     console = _console()
     console.print(f"{run.store.uri}: {run.status}", soft_wrap=True, highlight=False)
@@ -769,8 +775,8 @@ def _project(given: dict[str, Any]) -> int:
             soft_wrap=True,
             highlight=False,
         )
-    if written is not None:
-        console.print(f"coordinates: {output}, {written:,} rows", soft_wrap=True, highlight=False)
+    if (count := written()) is not None:  # minutes and more, so that what is known is said before
+        console.print(f"coordinates: {output}, {count:,} rows", soft_wrap=True, highlight=False)
     return _without(reading.damaged)
 
 

@@ -463,6 +463,11 @@ def _look(source: Source, layout: Layout) -> None:
             f"{source.path} has no columns, and the encoder's text is to be in {layout.encoder_column!r}. Give JSON lines, "
             "Parquet or a saved dataset."
         )
+    if layout.carried and kind in ("text", "npy"):
+        raise CorpusError(
+            f"{source.path} has no columns, and {layout.carried[0]!r} is to be one (--columns, --group-by). Give JSON lines, "
+            "Parquet or a saved dataset."
+        )
     if kind == "arrow":
         with _batches(source) as reader:
             _check_columns(reader.schema, layout, source.path)
@@ -640,7 +645,7 @@ def _ended(source: SourceRange, offset: int) -> bool:
 def _text(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
     if layout.unit == "file":
         raw = b"".join(line for _, line in _lines(source, codec))
-        yield Document(f"{source.name}:0", _decode(raw, source.path, 0), None, (None,) * len(layout.carried))
+        yield Document(f"{source.name}:0", _decode(raw, source.path, 0))
         return
     # A paragraph belongs to the range in which the blank line before it starts; the first one to the file's start.
     paragraph: list[bytes] = []
@@ -667,7 +672,7 @@ def _text(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Do
 
 def _paragraph(source: SourceRange, layout: Layout, begun: int, lines: list[bytes]) -> Document:
     text = _decode(b"".join(lines), source.path, begun).rstrip("\r\n")
-    return Document(f"{source.name}:{begun}", text, None, (None,) * len(layout.carried))
+    return Document(f"{source.name}:{begun}", text)
 
 
 def _jsonl(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
@@ -760,7 +765,7 @@ def _npy(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Doc
             if len(raw) < row_bytes:
                 raise CorpusError(f"{source.path} ends within row {row}. Is the file complete?")
             ids = np.frombuffer(raw, dtype).tolist()
-            yield Document(f"{source.name}:{row}", ids, None, (None,) * len(layout.carried))
+            yield Document(f"{source.name}:{row}", ids)
 
 
 def _document(name: str, row: dict[str, Any], layout: Layout) -> Document:

@@ -84,13 +84,7 @@ def read_directions(path: str | Path, d_model: int) -> Float[np.ndarray, "k d_mo
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            read = np.load(path, allow_pickle=False)
-            tensors = {path.name: read} if isinstance(read, np.ndarray) else dict(read)
-            if not all(isinstance(array, np.ndarray) for array in tensors.values()):
-                raise ValueError("it is an archive of something else than arrays.")
+        tensors = load_file(path) if path.suffix == ".safetensors" else _arrays(path)
     except (OSError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
         raise ValueError(
             f"cannot read directions from {path}: {error} Expected .npy, .npz or .safetensors with rows of {d_model} numbers."
@@ -108,6 +102,17 @@ def read_directions(path: str | Path, d_model: int) -> Float[np.ndarray, "k d_mo
         named = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
         raise ValueError(f"directions in {path} must be finite and not zero; rows {named} are not.")
     return rows
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        read = np.load(path, allow_pickle=False)
+    except ValueError:  # it takes any other file for a pickle, and advises to load that
+        raise ValueError("it is no file of NumPy's arrays.") from None
+    arrays = {path.name: read} if isinstance(read, np.ndarray) else dict(read)
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ValueError("it is an archive of something else than arrays.")
+    return arrays
 
 
 def _check(run: Run, layer: int, directions: np.ndarray) -> None:

@@ -292,7 +292,6 @@ def _differing(first: _Mean, second: _Mean, count: int) -> dict[str, Any]:
     blocks = [one.blocks(layer, group), other.blocks(other_layer, other_group)]
     corpora = [run.description["result_fields"].get("corpus") for run in (one, other)]
     paired = one is other or (corpora[0] == corpora[1] and one.block_positions == other.block_positions)
-    numbers = (blocks[0].numbers, blocks[1].numbers) if paired else None
     spectra, whitened = ([spectrum(each, white) for each in blocks] for white in (False, True))
     stored = one.fisher(layer, group), other.fisher(other_layer, other_group)
     fishers = [torch.from_numpy(np.array(fisher)) for fisher in stored]
@@ -300,11 +299,12 @@ def _differing(first: _Mean, second: _Mean, count: int) -> dict[str, Any]:
     top = torch.from_numpy(np.stack([s.eigenvectors[:, :count] for s in spectra]))
     row: dict[str, Any] = {"layer": layer, "other_layer": other_layer, "paired": paired}
     row["positions"] = [each.total.count for each in blocks]
+    row["blocks"] = [len(each) for each in blocks]
     row["sketch_errors"] = [each.total.fisher.shrunk / each.total.count for each in blocks]
     for prefix, both in (("", spectra), ("whitened_", whitened)):
         for name in ("trace", *RANKS):
             before, after = (getattr(s, name) for s in both)
-            change = after.minus(before, numbers)
+            change = after.minus(before, (blocks[1].numbers, blocks[0].numbers) if paired else None)
             row[prefix + name] = {"values": [float(before.value), float(after.value)], "change": _pair(change)}
     row["distance"] = float((fishers[1] - fishers[0]).norm() / fishers[0].norm())
     row["overlap"] = float(subspace_overlaps(top)[0, 1])
@@ -452,10 +452,14 @@ def show_position(console: Console, facts: Mapping[str, Any]) -> None:
 
 def show_difference(console: Console, facts: Mapping[str, Any]) -> None:
     """Print what :func:`difference` found."""
-    for run, status, model, estimand, group in zip(
-        *(facts[k] for k in ("runs", "status", "models", "estimands", "groups")), strict=True
+    for i, (run, status, model, estimand, group) in enumerate(
+        zip(*(facts[k] for k in ("runs", "status", "models", "estimands", "groups")), strict=True)
     ):
-        _say(console, f"{run}: {status}; {model}; {estimand}" + (f"; group {group}" if group is not None else ""))
+        counts = {row["positions"][i] for row in facts["layers"]}
+        positions = (
+            f"; {'group ' + group + ', ' if group is not None else ''}{min(counts):,} positions" if counts else ""
+        )
+        _say(console, f"{run}: {status}; {model}; {estimand}{positions}")
     table = _table("layer", "trace", "change", "entropy rank", "change", "|F' - F| / |F|", "overlap", "gained", "lost")
     whitened = _table("layer", "whitened trace", "change", "whitened entropy rank", "change")
     for row in facts["layers"]:
@@ -465,12 +469,14 @@ def show_difference(console: Console, facts: Mapping[str, Any]) -> None:
         whitened.add_row(layer, *_changes(row, "whitened_trace", "whitened_entropy_rank"))
     console.print(table)
     console.print(whitened)
-    paired = "of the difference over the same documents"
+    errors = "± one standard error, of the difference over the same documents"
     if not all(row["paired"] for row in facts["layers"]):
-        paired = "the corpora taken for independent samples"
+        errors = "± one standard error, the corpora taken for independent samples"
+    if any(row["trace"]["change"][1] is None for row in facts["layers"]):
+        errors = "No standard errors: one side is of one block of documents"
     _say(
         console,
-        f"± one standard error, {paired}. Overlap of the top {facts['subspace']} directions: 1 where they span the same space, "
+        f"{errors}. Overlap of the top {facts['subspace']} directions: 1 where they span the same space, "
         f"{facts['random_overlap']:.2g} for random ones. Gained and lost: the largest eigenvalues of F' - F of either sign. "
         "Only what is whitened compares where the scales of h differ.",
     )

@@ -56,8 +56,8 @@ class Estimate:
 
         Args:
             other: of a quantity of the same shape.
-            numbers: which blocks of the same documents those of either estimate are. One that is left out where an estimate
-                has nothing of it leaves that as it is. None: the estimates are of independent samples.
+            numbers: which blocks of the same documents those of this estimate are, and those of the other. One that is left out
+                where an estimate has nothing of it leaves that as it is. None: the estimates are of independent samples.
         """
         if numbers is None or self.without is None or other.without is None:
             return Estimate(self.value - other.value, np.hypot(self.error, other.error), min(self.blocks, other.blocks))

@@ -39,6 +39,8 @@ from fisher_ray.shards import RunStore, parquet_bytes
 from fisher_ray.storage import StorageError
 
 _KNOWN = ("output", "side_by_side", "common", "product", "points")
+# Exit codes of a point that has all its results, but perhaps for quarantined tasks.
+_COMPLETE = (0, 4)
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ def _rows(sweep: Sweep, codes: list[int]) -> Iterator[tuple[str, int, dict[str, 
     for (name, config), code in zip(sweep.points.items(), codes, strict=True):
         rows: list[dict[str, Any]] = []
         with contextlib.suppress(StorageError):  # there is no run, or it is damaged
-            rows = open_run(config.output).summary
+            if code in _COMPLETE:  # else what is there may be of other settings, of before the file was changed
+                rows = open_run(config.output).summary
         for row in rows or [dict.fromkeys(("layer", "group", "positions", "trace", "entropy_rank", "trace_rank_99"))]:
             if row["group"] is None:
                 yield name, code, {key: value for key, value in row.items() if key != "group"}

@@ -115,6 +115,20 @@ def test_status_of_a_run_whose_driver_has_died(run: Stored, capsys: pytest.Captu
     assert "counts" in progress
 
 
+def test_status_of_a_run_that_was_killed(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody has written since that its driver is at work no more."""
+    store = RunStore(str(run.folder))
+    progress = store.read_sealed("progress.json")
+    store.write_sealed("progress.json", {**progress, "state": "computing"})
+    assert json.loads(said(capsys, "status", run.folder, "--json"))["state"] == "interrupted"
+    out = said(capsys, "status", run.folder)
+    assert ": interrupted, " in out and f"tokens: {progress['counts']['tokens']:,} when that was written\n" in out
+    lease = Lease(store)
+    out = said(capsys, "status", run.folder)
+    lease.release()
+    assert ": computing, " in out and "when that was written" not in out
+
+
 def test_status_counts_what_was_done_before(
     run: Stored, finished: Stored, small_tasks: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -526,11 +540,18 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
     none = sweep_file(tmp_path, output=str(tmp_path / "none"), common=common, points=[failing])
     assert "all points" not in said(capsys, "sweep", none, code=2) and not (tmp_path / "none/summary.parquet").exists()
     sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=points)
+    # A point that is refused has no numbers of what is in its place.
+    others = {**common, "max_docs": 1}
+    changed = sweep_file(tmp_path, output=str(tmp_path / "out"), common=others, points=points)
+    assert "holds another run: max_docs was None, is 1" in said(capsys, "sweep", changed, code=3)
+    rows = sweep_module._rows(sweep_module.read_sweep(changed), [3, 2, 3])
+    assert [row["trace"] for _, _, row in rows] == [None] * 3
+    sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=points)
     # What is damaged or not reduced is no row of numbers, and costs the others nothing.
     (tmp_path / "out/layers=1,seed=1/reduced/summary.parquet").write_bytes(b"damaged")
     (tmp_path / "out/layers=2,seed=3/reduced/manifest.json").unlink()
-    found = sweep_module._rows(sweep_module.read_sweep(tmp_path / "sweep.yaml"), [5, 2, 1])
-    assert [(code, row["trace"]) for _, code, row in found] == [(5, None), (2, None), (1, None)]
+    found = sweep_module._rows(sweep_module.read_sweep(tmp_path / "sweep.yaml"), [0, 2, 4])
+    assert [(code, row["trace"]) for _, code, row in found] == [(0, None), (2, None), (4, None)]
 
 
 @pytest.mark.parametrize(

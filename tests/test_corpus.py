@@ -347,11 +347,13 @@ def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
     assert [document.content for document in every(tmp_path / name)] == ["one", "two"]
 
 
-def test_an_encoders_text_is_in_a_column(tmp_path: Path) -> None:
-    """Of files without columns it would be the text of other documents."""
+def test_columns_are_of_files_that_have_some(tmp_path: Path) -> None:
+    """Where there are none an encoder's text would be that of other documents, and a misspelt group all of them."""
     (tmp_path / "a.txt").write_text("one")
     np.save(tmp_path / "b.npy", np.ones((1, 3), np.int64))
     for name in ("a.txt", "b.npy"):
+        with pytest.raises(CorpusError, match=f"{name} has no columns, and 'kind' is to be one"):
+            every(tmp_path / name, Layout(carried=("kind",)))
         with pytest.raises(CorpusError, match=f"{name} has no columns, and the encoder's text is to be in 'said'"):
             every(tmp_path / name, Layout(encoder_column="said"))
 

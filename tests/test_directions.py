@@ -534,7 +534,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"must be finite and not zero; rows 1 are not",
     ),
     "tensors.pt": (lambda path: torch.save(torch.ones(2, D_MODEL), path), r"cannot read directions from"),
-    "text.npy": (lambda path: path.write_text("no array"), r"cannot read directions from .*Expected .npy, .npz or .safet"),
+    "text.npy": (
+        lambda path: path.write_text("no array"),
+        r"cannot read directions from \S+: it is no file of NumPy's arrays. Expected .npy, .npz or .safet",
+    ),
     "text.safetensors": (lambda path: path.write_text("no tensors at all"), r"cannot read directions from"),
     "missing.npy": (lambda path: None, r"cannot read directions from .*No such file"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from test_run import made, rewrite, undo  # noqa: F401
 
 import jobs
-from fisher_ray import cost, open_run
+from fisher_ray import cost, open_run, reduce
 from fisher_ray.cli import BAD_INPUT, COMPLETE, DAMAGED, main
 from jobs import D_MODEL, LAYERS, Stored, gpt2  # noqa: F401
 
@@ -347,6 +347,58 @@ def test_two_groups_and_two_layers_of_a_run(made: Path, capsys: pytest.CaptureFi
         ([made, "--group", "2-3", "de"], "no group 'de'"),
     ):
         assert words in refused(capsys, "diff", *argv)
+
+
+@pytest.fixture(scope="module")
+def kinds(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A run of eight blocks whose groups are in some of them: b begins where a has not ended, and c is in the last."""
+    folder = tmp_path_factory.mktemp("kinds")
+    texts = [text for _, text in jobs.paragraphs(jobs.some_text(12_000).encode())]
+    named = {range(0, 4): "a", range(4, 6): "ab", range(6, 9): "b"}
+    lines = []
+    for i, text in enumerate(texts):
+        tenth = 10 * i // len(texts)
+        kind = next((names[i % len(names)] for span, names in named.items() if tenth in span), "b")
+        lines.append(json.dumps({"text": text, "kind": "c" if i == len(texts) - 1 else kind}))
+    (folder / "docs.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "MIN_TASK_BYTES", 300)
+        patch.setattr(reduce, "FAN_IN", 8)
+        jobs.run_here(jobs.settings(gpt2, folder / "docs.jsonl", folder / "run", group_by="kind", num_samples=2))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("groups", ["ab", "ba", "ac", "bc"])
+def test_groups_that_are_not_in_all_blocks(groups: str, kinds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their errors against leaving out each block by hand; those of a group in one block are not known."""
+    run = open_run(kinds)
+    parts = []
+    for group in groups:
+        found = run.blocks(1, group)
+        parts.append({b: (s.count, s.fisher.trace) for b, s in zip(found.numbers, found.sums, strict=True)})
+    every = sorted({*parts[0], *parts[1]})
+    assert len({tuple(part) for part in parts}) == 2 and len(run.block_positions) == 8
+    (row,) = told(capsys, "diff", kinds, "--layer", 1, "--group", *groups)["layers"]
+    assert row["blocks"] == [len(part) for part in parts] and row["paired"]
+    assert main(["diff", str(kinds), "--layer", "1", "--group", *groups]) == COMPLETE
+    shown = capsys.readouterr().out
+    assert all(f"; group {group}, {run.count(1, group):,} positions\n" in shown for group in groups)
+    if "c" in groups:
+        assert row["blocks"][1] == 1 and row["trace"]["change"][1] is None
+        assert "No standard errors: one side is of one block of documents" in shown and "±" not in shown
+        return
+    assert "± one standard error, of the difference over the same documents" in shown
+
+    def difference(without: int | None) -> float:
+        kept = [[part[b] for b in part if b != without] for part in parts]
+        one, other = (sum(t for _, t in each) / sum(n for n, _ in each) for each in kept)
+        return other - one
+
+    whole = difference(None)
+    left = np.array([difference(b) for b in every])
+    count = len(every)
+    expected = np.sqrt((count - 1) / count * np.square(left - whole).sum())
+    assert row["trace"]["change"] == pytest.approx([whole, expected])
 
 
 def test_runs_of_other_shape_are_refused(made: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
