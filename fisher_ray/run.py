@@ -337,7 +337,8 @@ class Run:
 
         Args:
             layer: one of the run's.
-            document, position: as in the table of positions.
+            document: its id.
+            position: of the document.
             task: the one that has scored it; None: it is looked up by the names of documents, as :meth:`task_of` does.
 
         Raises:
