@@ -463,11 +463,7 @@ def _look(source: Source, layout: Layout) -> None:
             f"{source.path} has no columns, and the encoder's text is to be in {layout.encoder_column!r}. Give JSON lines, "
             "Parquet or a saved dataset."
         )
-    if layout.carried and kind in ("text", "npy"):
-        raise CorpusError(
-            f"{source.path} has no columns, and {layout.carried[0]!r} is to be one (--columns, --group-by). Give JSON lines, "
-            "Parquet or a saved dataset."
-        )
+    _check_carried(source, layout)
     if kind == "arrow":
         with _batches(source) as reader:
             _check_columns(reader.schema, layout, source.path)
@@ -575,6 +571,7 @@ def _cut_rows(source: Source, groups: Iterable[_Group], target: int) -> Iterator
 
 def _sample(source: Source, layout: Layout, offsets: list[int]) -> Iterator[Document]:
     """A document for each offset in a file, or fewer where they would be the same."""
+    _check_carried(source, layout)
     kind, codec = _format(source.path)
     whole = SourceRange(source.path, source.name, 0, -1, source.size, source.version, source.size)
     if codec:
@@ -596,6 +593,14 @@ def _sample(source: Source, layout: Layout, offsets: list[int]) -> Iterator[Docu
         for group, hits in groupby(bisect_right(starts, row) - 1 for row in rows if row < starts[-1]):
             stop = min(starts[group] + len(list(hits)), starts[group + 1])
             yield from read_documents(replace(whole, start=starts[group], stop=stop), layout)
+
+
+def _check_carried(source: Source, layout: Layout) -> None:
+    if layout.carried and _format(source.path)[0] in ("text", "npy"):
+        raise CorpusError(
+            f"{source.path} has no columns, and {layout.carried[0]!r} is to be one (--columns, --group-by). Give JSON lines, "
+            "Parquet or a saved dataset."
+        )
 
 
 def _check_columns(schema: pa.Schema, layout: Layout, path: str) -> None:

@@ -354,6 +354,8 @@ def test_columns_are_of_files_that_have_some(tmp_path: Path) -> None:
     for name in ("a.txt", "b.npy"):
         with pytest.raises(CorpusError, match=f"{name} has no columns, and 'kind' is to be one"):
             every(tmp_path / name, Layout(carried=("kind",)))
+        with pytest.raises(CorpusError, match=f"{name} has no columns, and 'kind' is to be one"):
+            list(sample_documents(find_sources([str(tmp_path / name)]), Layout(carried=("kind",)), 3))
         with pytest.raises(CorpusError, match=f"{name} has no columns, and the encoder's text is to be in 'said'"):
             every(tmp_path / name, Layout(encoder_column="said"))
 
