@@ -146,7 +146,7 @@ def load_pretrained(
                 **common,
             )
             map_rewritten(model, folder)
-        tokenizer = AutoTokenizer.from_pretrained(name, **common) if _may_have_tokenizer(name) else None
+    tokenizer = load_tokenizer(name, revision, trust_remote_code)
     missing = sorted(report["missing_keys"])
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -199,11 +199,23 @@ def meta_model(name: str, dtype: str = "float32", revision: str | None = None, t
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A model's tokenizer alone; ModelError where it has none."""
+    """A model's tokenizer alone; None where there is none."""
     if not _may_have_tokenizer(name):
-        raise ModelError(f"{name} has no tokenizer. Put tokenizer files beside the model, or give token ids.")
+        return None
     with _load_errors(name):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def sink_token(config: Any, tokenizer: Any, vocab_size: int) -> int | None:
+    """The token that every window starts with: the decoder's start, else BOS, else EOS, else none."""
+    candidates = [
+        getattr(config, "decoder_start_token_id", None) if config.is_encoder_decoder else None,
+        getattr(tokenizer, "bos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+        getattr(config, "bos_token_id", None),
+        getattr(config, "eos_token_id", None),
+    ]
+    return next((token for token in candidates if isinstance(token, int) and 0 <= token < vocab_size), None)
 
 
 _POINTWISE = {nn.GELU} | {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}

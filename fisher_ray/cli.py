@@ -9,7 +9,9 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -390,15 +392,15 @@ def _guarded(act: Callable[[], int]) -> int:
     for library in ("ray", "huggingface_hub"):  # their retries and notes would bury the one line that matters
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        code = act()
+        with _terminable():
+            code = act()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read has left; the interpreter is not to say so again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (KeyboardInterrupt, StoppedError) as stopped:
-        said = str(stopped) or "stopped; what is done is kept, and the same command goes on."
-        errors.print(said, style="yellow", markup=False, soft_wrap=True)
+        errors.print(str(stopped) or "stopped.", style="yellow", markup=False, soft_wrap=True)
         return STOPPED
     except (RefusedError, StorageError, RunError, MemoryError, ValueError) as error:
         # ValueError: ConfigError, CorpusError, ModelError, and the estimators' own.
@@ -418,37 +420,56 @@ def _guarded(act: Callable[[], int]) -> int:
         return FAILED
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is heard as Ctrl-C is, so that what is half written goes with either."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _run(config: RunConfig) -> int:
     console = _console()
-    outcome = run(config, LocalPool if config.executor == "local" else RayPool, lambda plan: _progress(console))
+
+    @contextmanager
+    def show(_: Plan) -> Iterator[Callable[[Progress], None]]:
+        with _progress(console) as tell:
+            yield lambda p: tell(p.state, p.weight, p.total_weight, _line(p))
+
+    outcome = run(config, LocalPool if config.executor == "local" else RayPool, show)
     _show(console, outcome)
     return QUARANTINED if outcome.quarantined else COMPLETE
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """A bar with ETA on a terminal, a plain line now and then elsewhere."""
+def _progress(console: Console) -> Iterator[Callable[[str, float, float, str], None]]:
+    """A bar with ETA on a terminal, a plain line now and then elsewhere: of a state, what is done, of what, and a line."""
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         more = TextColumn("{task.fields[line]}")
         with Bar(*columns, TimeRemainingColumn(), more, console=console) as bar:
             shown = bar.add_task("starting", total=None, line="")
-            yield lambda p: bar.update(
-                shown, description=p.state, completed=p.weight, total=p.total_weight, line=_line(p)
+            yield lambda state, done, total, line: bar.update(
+                shown, description=state, completed=done, total=total, line=line
             )
         return
     last: tuple[float, str] = (float("-inf"), "")
 
-    def log(progress: Progress) -> None:
+    def log(state: str, done: float, total: float, line: str) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last[0] >= _LOG_EVERY or (progress.state != last[1] and progress.state != "computing"):
-            last = (now, progress.state)
-            console.print(f"{progress.state}: {_line(progress)}", soft_wrap=True, highlight=False)
+        if now - last[0] >= _LOG_EVERY or (state != last[1] and state != "computing"):
+            last = (now, state)
+            console.print(f"{state}: {line}", soft_wrap=True, highlight=False)
 
     yield log
 
@@ -757,11 +778,11 @@ def _project(given: dict[str, Any]) -> int:
             known = {"norm": norms[i], "cost": nats[i], "error": None if math.isnan(error[i]) else error[i]}
             rows.append({"layer": layer, "direction": i, **known, "raised": raised, "lowered": lowered})
 
-    def written() -> int | None:
-        return project(run, chosen, output, given["max_docs"], model) if output and chosen else None
-
+    if not chosen:
+        output = None
     if given["json"]:
-        print(json.dumps({"directions": rows, "output": output and str(output), "rows": written()}))
+        count = output and project(run, chosen, output, given["max_docs"], model)
+        print(json.dumps({"directions": rows, "output": output and str(output), "rows": count}))
         return _without(reading.damaged)
     console = _console()
     console.print(f"{run.store.uri}: {run.status}", soft_wrap=True, highlight=False)
@@ -775,7 +796,15 @@ def _project(given: dict[str, Any]) -> int:
             soft_wrap=True,
             highlight=False,
         )
-    if (count := written()) is not None:  # minutes and more, so that what is known is said before
+    if output:  # minutes and more, so that what is known is said before
+        documents = run.counts.documents - run.counts.empty
+        documents = min(documents, given["max_docs"] or documents)
+        with _progress(console) as tell:
+
+            def heard(read: int) -> None:
+                tell("coordinates", read, documents, f"{read:,} of {documents:,} documents")
+
+            count = project(run, chosen, output, given["max_docs"], model, heard)
         console.print(f"coordinates: {output}, {count:,} rows", soft_wrap=True, highlight=False)
     return _without(reading.damaged)
 

@@ -135,6 +135,7 @@ class _Passage:
 
     Attributes:
         document: its id.
+        number: of the document, from 1.
         window: tokens, and which of them are scored.
         ids: [1, seq].
         at: [n], window positions that are scored.
@@ -143,6 +144,7 @@ class _Passage:
     """
 
     document: str
+    number: int
     window: Window
     ids: Tensor
     at: Tensor
@@ -225,7 +227,7 @@ class _Corpus:
                 at = torch.tensor(window.scored, device=self.model.device)
                 encoder = {name: value.to(self.model.device) for name, value in arguments.items()}
                 encoded = self.model.encode(*encoder.values()) if encoder else {}
-                yield _Passage(document, window, ids, at, encoder, encoded)
+                yield _Passage(document, seen, window, ids, at, encoder, encoded)
 
 
 def _sensitivities(model: SplitModel, tape: Tape, layer: int, directions: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
@@ -363,6 +365,7 @@ def project(
     output: str | Path,
     documents: int | None = None,
     model: SplitModel | None = None,
+    heard: Callable[[int], None] | None = None,
 ) -> int:
     """Coordinates ``h_t . v`` and exact ``v^T F_t v`` of every position of the corpus, as a Parquet table.
 
@@ -377,6 +380,7 @@ def project(
         output: the file.
         documents: the first so many; default: all of the tasks that are done.
         model: the run's.
+        heard: told how many documents have been read so far.
 
     Returns:
         rows written. Positions where something is not finite have none.
@@ -396,6 +400,8 @@ def project(
                     for table in _coordinates(corpus, passage, layer, *measured):
                         writer.write_table(table)
                         written += len(table)
+                if heard is not None:
+                    heard(passage.number)
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)

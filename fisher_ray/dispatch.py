@@ -41,6 +41,9 @@ class StoppedError(RuntimeError):
     """A run that was asked to stop; what is done stays done."""
 
 
+STOPPED = "stopped; what is done is kept, and the same command goes on."
+
+
 # ---- what workers are asked, and what they answer ------------------------------------------------------------------------
 
 
@@ -310,7 +313,7 @@ class Dispatch:
             self._tick()
             seconds = self._stopping()
             if seconds is not None and (seconds <= 0 or not self._running):
-                raise StoppedError("stopped; what is done is kept, and the same command goes on.")
+                raise StoppedError(STOPPED)
             if seconds is None:
                 wanted = -(-left // width)
                 # As many again for second attempts, if they are there.

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisher_ray.dispatch import Call, Dispatch, Failure, Pool, RunError, StoppedError
+from fisher_ray.dispatch import STOPPED, Call, Dispatch, Failure, Pool, RunError, StoppedError
 from fisher_ray.plan import ConfigError, Plan, RunConfig, Task, Tasks, make_plan
 from fisher_ray.reduce import Checkpoint, Node, checkpoints, levels, manifest, roots, worst, write_summary
 from fisher_ray.report import spectra_png
@@ -117,7 +117,7 @@ def run(
         ModelError, ConfigError, CorpusError, StorageError: input that cannot be, or has nothing to score; nothing is left
             behind where nothing was there before and no task was done.
         RefusedError: the directory holds another run, or another driver works on it.
-        StoppedError: SIGTERM was received.
+        StoppedError: SIGTERM or Ctrl-C.
         RunError: nothing could be computed.
     """
     plan, store = make_plan(config), RunStore(config.output)
@@ -350,6 +350,8 @@ class _Run:
             if not isinstance(self.lease.lost, RefusedError):  # the file is another driver's by now
                 with contextlib.suppress(StorageError):
                     self._write_progress()
+            if isinstance(error, KeyboardInterrupt):
+                raise StoppedError(STOPPED) from None
             raise
         self.counts = covering.counts  # until now of what was read back or computed, some of it twice
         self.quarantined = {task: why for task, why in self.quarantined.items() if task < last}

@@ -11,9 +11,9 @@ import io
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import count
 from operator import itemgetter
 from types import UnionType
@@ -22,8 +22,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisher_ray.architecture import DTYPES, ModelError, ModelFacts, load_tokenizer, tokenizer_digest, weights_digest
+from fisher_ray.architecture import (
+    DTYPES,
+    ModelError,
+    ModelFacts,
+    load_tokenizer,
+    sink_token,
+    tokenizer_digest,
+    weights_digest,
+)
 from fisher_ray.corpus import (
+    CorpusError,
     Document,
     Layout,
     Source,
@@ -349,6 +358,11 @@ class RunConfig:
         carried = dict.fromkeys([*self.columns, *filter(None, [self.group_column])])
         return Layout(self.column, self.unit, self.encoder_column, tuple(carried))
 
+    def scored(self, length: int, sink: int | None) -> list[int]:
+        """Positions that are scored in a document of ``length`` tokens, ascending; the first is not drawn from nothing."""
+        first = 1 if self.token_source == "sampled" and sink is None else 0
+        return [t for t in Positions(self.positions).choose(length) if t >= first]
+
     def layer_list(self, num_layers: int) -> list[int]:
         """The layers meant, ascending."""
         if self.layers == "all":
@@ -653,17 +667,18 @@ class Reckoning:
 
 def reckon(plan: Plan, tasks: Tasks) -> Reckoning:
     """Tokenize a few tasks spread evenly over the corpus, and scale by weight; exact where those are all."""
-    config, read = plan.config, _reader(plan.config)
+    config, shapes = plan.config, plan.cost.model
+    tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    sink = sink_token(shapes.model.config, tokenizer, shapes.head.vocab_size)
     chosen = sorted({len(tasks) * i // _SAMPLED_TASKS for i in range(_SAMPLED_TASKS)})
     length, stride = config.window(plan.facts)
-    positions = Positions(config.positions)
     counts = [0, 0, 0, 0]
     weight = 0
     for task in map(tasks.__getitem__, chosen):
         weight += task.weight
         for document in (d for source in task.ranges for d in read_documents(source, config.layout)):
-            ids = read(document)
-            cut = list(windows(0, ids, length, stride, 0, positions.choose(len(ids))))
+            ids = token_ids(document, config.model, tokenizer)
+            cut = list(windows(0, ids, length, stride, sink, config.scored(len(ids), sink)))
             scored, through = sum(len(w.scored) for w in cut), sum(len(w.ids) for w in cut)
             counts = [a + b for a, b in zip(counts, (1, len(ids), scored, through), strict=True)]
     scale = 1.0 if len(chosen) == len(tasks) else tasks.weight / max(weight, 1)
@@ -744,29 +759,23 @@ def _check_sums(plan: Plan, sample: Sequence[Document]) -> None:
 
 def _frequent_tokens(config: RunConfig, sample: Sequence[Document]) -> tuple[int, ...]:
     """The most frequent tokens of a sample; of equally frequent ones the lowest."""
-    read = _reader(config)
+    tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
     counts: Counter[int] = Counter()
     for document in sample:
-        counts.update(read(document))
+        counts.update(token_ids(document, config.model, tokenizer))
     ranked = sorted(counts, key=lambda token: (-counts[token], token))
     return tuple(sorted(ranked[: config.num_groups - 1]))
 
 
-def _reader(config: RunConfig) -> Callable[[Document], list[int]]:
-    """Token ids of documents, with a tokenizer that is loaded when there is text."""
-
-    @cache
-    def tokenizer() -> Any:
-        return load_tokenizer(config.model, config.revision, config.trust_remote_code)
-
-    return lambda document: token_ids(document, tokenizer)
-
-
-def token_ids(document: Document, tokenizer: Callable[[], Any]) -> list[int]:
-    """A document's tokens, without any that a tokenizer puts around a text."""
+def token_ids(document: Document, model: str, tokenizer: Any) -> list[int]:
+    """A document's tokens, without any that the tokenizer of the model puts around a text."""
     if isinstance(document.content, list):
         return document.content
-    return list(tokenizer()(document.content, add_special_tokens=False, verbose=False)["input_ids"])
+    if tokenizer is None:
+        raise CorpusError(
+            f"{model} has no tokenizer and {document.id} holds text. Give token ids, or put tokenizer files beside the model."
+        )
+    return list(tokenizer(document.content, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def position_bucket(position: int) -> str:

@@ -17,8 +17,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from fisher_ray.architecture import sink_token
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
-from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, Positions, RunConfig, Task, position_bucket, token_ids
+from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, RunConfig, Task, position_bucket, token_ids
 from fisher_ray.scores import Scores, default_memory_budget, is_out_of_memory, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
@@ -119,7 +120,7 @@ class Worker:
         self.model = load_model(self.config) if model is None else model
         self.layers = plan.layers
         self.max_seq_len, self.stride = self.config.window(plan.facts)
-        self.sink = _sink(self.model)
+        self.sink = sink_token(self.model.model.config, self.model.tokenizer, self.model.head.vocab_size)
         if self.config.token_source == "sampled" and self.sink is None and self.stride == 0:
             raise ConfigError(
                 f"token_source sampled draws each token from those before it, and {self.config.model} has none to begin a "
@@ -300,12 +301,10 @@ class Worker:
 
     def _tokenize(self, task: Task) -> _Tokenized:
         """A task's documents as tokens, and their windows."""
-        positions = Positions(self.config.positions)
-        first = 1 if self.config.token_source == "sampled" and self.sink is None else 0
         work = _Tokenized([], [], [], [])
         for document in self._documents(task):
             ids = self._ids(document)
-            chosen = [t for t in positions.choose(len(ids)) if t >= first]
+            chosen = self.config.scored(len(ids), self.sink)
             index = len(work.documents)
             work.windows.extend(windows(index, ids, self.max_seq_len, self.stride, self.sink, chosen))
             work.documents.append(document)
@@ -328,12 +327,7 @@ class Worker:
                         f"{document.id}: token ids must be in [0, {entries}), got {i}. "
                         f"Were they made with {self.config.model}'s tokenizer?"
                     )
-        elif self.model.tokenizer is None:
-            raise CorpusError(
-                f"{self.config.model} has no tokenizer and {document.id} holds text. "
-                "Give token ids, or put tokenizer files beside the model."
-            )
-        return token_ids(document, lambda: self.model.tokenizer)
+        return token_ids(document, self.config.model, self.model.tokenizer)
 
     def text(self, token: int) -> str:
         """A token as text; its number where the model has no tokenizer."""
@@ -466,19 +460,3 @@ def _fitting(factors: Tensor) -> tuple[dict[str, np.ndarray], int]:
 
 def _per_position(scores: Scores) -> dict[str, np.ndarray]:
     return {name: getattr(scores, name).float().cpu().numpy() for name in _PER_POSITION}
-
-
-def _sink(model: SplitModel) -> int | None:
-    """The token that every window starts with: the decoder's start, else BOS, else EOS, else none."""
-    config = model.model.config
-    candidates = [
-        getattr(config, "decoder_start_token_id", None) if model.is_encoder_decoder else None,
-        getattr(model.tokenizer, "bos_token_id", None),
-        getattr(model.tokenizer, "eos_token_id", None),
-        getattr(config, "bos_token_id", None),
-        getattr(config, "eos_token_id", None),
-    ]
-    for token in candidates:
-        if isinstance(token, int) and 0 <= token < model.head.vocab_size:
-            return token
-    return None

@@ -109,9 +109,14 @@ def tokenizer() -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
-def save_model(folder: Path, kind: str = "gpt2", with_tokenizer: bool = True, seed: int = 0) -> str:
+def save_model(
+    folder: Path, kind: str = "gpt2", with_tokenizer: bool = True, seed: int = 0, with_sink: bool = True
+) -> str:
     """A tiny random model in a folder, as users have them."""
-    build(MODELS[kind], torch.float32, seed).save_pretrained(folder)
+    model = build(MODELS[kind], torch.float32, seed)
+    if not with_sink:
+        model.config.bos_token_id = model.config.eos_token_id = None
+    model.save_pretrained(folder)
     if with_tokenizer:
         tokenizer().save_pretrained(folder)
     return str(folder)

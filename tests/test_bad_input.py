@@ -279,11 +279,9 @@ def test_half_a_character_in_a_carried_column(place: Place) -> None:
 
 def test_drawn_tokens_need_one_before_them(place: Place) -> None:
     """Windows of a model that has no token to begin with, and that do not overlap, would begin with a drawn one."""
-    folder = Path(jobs.save_model(place.folder / "model", with_tokenizer=False))
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(told | {"bos_token_id": None, "eos_token_id": None}))
+    model = jobs.save_model(place.folder / "model", with_tokenizer=False, with_sink=False)
     np.save(place.folder / "a.npy", np.arange(100)[None] % VOCAB)
-    settings = jobs.settings(str(folder), place.folder / "a.npy", place.run, token_source="sampled", max_seq_len=20)
+    settings = jobs.settings(model, place.folder / "a.npy", place.run, token_source="sampled", max_seq_len=20)
     with pytest.raises(ConfigError, match="expected a stride of at least 1, got 0"):
         jobs.run_here(replace(settings, stride=0))
     assert jobs.run_here(replace(settings, stride=1))[1].counts.scored == 99

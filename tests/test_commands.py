@@ -31,6 +31,7 @@ from fisher_ray.driver import Progress
 from fisher_ray.plan import ConfigError, RunConfig, make_plan, reckon
 from fisher_ray.shards import Counts, Lease, RunStore
 from fisher_ray.sweep import read_sweep
+from fisher_ray.worker import Worker
 from jobs import LAYERS, Stored, cluster, gpt2  # noqa: F401
 
 TASK_BYTES = 1_500
@@ -423,6 +424,20 @@ def test_plan_counts_what_the_run_counts(
     assert f"{counts['tokens']:,} in" in out and "(exact)" in out and "device hours" in out
 
 
+@pytest.mark.parametrize("source", ["observed", "sampled"])
+def test_plan_counts_windows_without_a_sink(source: str, tmp_path: Path) -> None:
+    """As a worker cuts them, and the first token of a document is not drawn from nothing."""
+    model = jobs.save_model(tmp_path / "model", with_tokenizer=False, with_sink=False)
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(2, jobs.VOCAB, (5, 70)))
+    config = jobs.settings(model, tmp_path / "a.npy", tmp_path / "run", layers="2", token_source=source, num_samples=1)
+    plan = make_plan(config)
+    amount = reckon(plan, tasks := plan.make_tasks())
+    worker = Worker(plan, RunStore(str(tmp_path / "run")))
+    cut = [window for task in tasks for _, window, _ in worker.windows(task)]
+    assert amount.window_tokens == sum(len(window.ids) for window in cut)
+    assert amount.scored == sum(len(window.scored) for window in cut) == (350 if source == "observed" else 345)
+
+
 def cost_of(model: str, corpus: str) -> Any:
     return make_plan(jobs.settings(model, corpus, "run")).cost
 
@@ -463,11 +478,12 @@ def test_one_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "time", clock)
     text = io.StringIO()
     state = Progress("computing", 1, 40, 10, 400, Counts(tokens=5), 1234.5, 3725.0, 2, 1, 3, 4)
+    line = cli._line(state)
     with cli._progress(Console(file=text, width=40)) as tell:
         for _ in range(100):
-            tell(state)
+            tell("computing", 10, 400, line)
             clock.now += 1.0
-        tell(replace(state, state="reducing"))
+        tell("reducing", 10, 400, line)
     lines = text.getvalue().splitlines()
     assert len(lines) == 100 // 15 + 1 + 1
     assert lines[0] == (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 import jobs
 from fisher_ray import ModelError, SplitModel, cost, open_run
 from fisher_ray import directions as fd
-from fisher_ray.cli import BAD_INPUT, COMPLETE, main
+from fisher_ray.cli import BAD_INPUT, COMPLETE, STOPPED, main
 from fisher_ray.head import Head
 from fisher_ray.run import Run
 from fisher_ray.worker import load_model
@@ -599,6 +600,13 @@ def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert lines[0].split(":")[1].strip().startswith("complete") and len(lines) == 4
     assert f"{float(fd.cost(run, 1, top).value[0]):.4g}" in lines[2]
 
+    documents = run.counts.documents - run.counts.empty
+    for flags, count in (([], documents), (["--max-docs", "2"], 2)):
+        assert main(["project", uri, "--layers", "1", "-o", str(tmp_path / "o.parquet"), *flags]) == COMPLETE
+        lines = capsys.readouterr().out.splitlines()
+        assert f"coordinates: 1 of {count} documents" in lines
+        assert lines[-1].startswith(f"coordinates: {tmp_path / 'o.parquet'}, ")
+
     np.save(tmp_path / "narrow.npy", np.ones((2, 5)))
     for flags in (
         ["--directions", str(tmp_path / "narrow.npy")],
@@ -607,3 +615,21 @@ def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ):
         assert main(["project", uri, *flags]) == BAD_INPUT
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_table_that_is_ended_leaves_nothing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Nothing half-written, and no word of work that is kept: that is a run's."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def measured(*_: object) -> Iterator[object]:
+        assert (tmp_path / "o.parquet.part").exists()
+        signal.raise_signal(signal.SIGTERM)
+        yield
+
+    monkeypatch.setattr(fd, "_measured", measured)
+    assert main(["project", str(made / "summary"), "--layers", "1", "-o", str(tmp_path / "o.parquet")]) == STOPPED
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "stopped.\n"
+    assert not list(tmp_path.iterdir())
