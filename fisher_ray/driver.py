@@ -230,6 +230,7 @@ def _description(plan: Plan, tasks: Tasks) -> dict[str, Any]:
         "tasks": len(tasks),
         "plan": asdict(StoredFile("plan.parquet", hashlib.sha256(tasks.raw).hexdigest(), len(tasks.raw))),
         "estimand": _estimand(plan.config),
+        "tokens": {str(token): text for token, text in plan.tokens.items()},
     }
 
 

@@ -61,6 +61,7 @@ def overview(run: Run) -> dict[str, Any]:
         "sketch": run.config.sketch,
         "counts": None if counts is None else asdict(counts),
         "groups": {group: n for group, (n, _) in groups.items()},
+        "group_titles": {group: run.group_title(group) for group in groups},
         "layers": layers,
         "quarantined": [note["error"] for note in notes if note],
         "problems": problems,
@@ -359,7 +360,8 @@ def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
     ):
         _say(console, line)
     if facts["groups"]:
-        _say(console, "groups:    " + ", ".join(f"{name} ({n:,})" for name, n in facts["groups"].items()))
+        named = (f"{facts['group_titles'][name]} ({n:,})" for name, n in facts["groups"].items())
+        _say(console, "groups:    " + ", ".join(named))
     table = _table("layer", "trace", "top eigenvalue", "entropy rank", "whitened", "99 % rank")
     table.add_column("spectrum")
     for row in facts["layers"]:

@@ -14,6 +14,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from fisher_ray.plan import visible
+
 INK, _LINE = "#1d2530", "#e6eaee"
 
 
@@ -89,7 +91,7 @@ def _cell(value: Any) -> str:
 
 def token_marks(tokens: Sequence[str] | None) -> Markup:
     """Tokens side by side, spaces and newlines made visible."""
-    shown = (f'<span class="token">{escape(repr(token)[1:-1].replace(" ", "·"))}</span>' for token in tokens or ())
+    shown = (f'<span class="token">{escape(visible(token))}</span>' for token in tokens or ())
     return Markup(" ".join(shown) or "–")
 
 

@@ -549,7 +549,7 @@ class Plan:
 
     Attributes:
         sources: the corpus's files; not needed by workers.
-        tokens: names of the frequent tokens that are groups of their own.
+        tokens: the frequent tokens that are groups of their own, and their text.
         result_fields: everything that changes results, by name; two runs with the same ones give the same bits on the
             same kind of hardware.
     """
@@ -557,7 +557,7 @@ class Plan:
     config: RunConfig
     facts: ModelFacts
     sources: tuple[Source, ...] = ()
-    tokens: tuple[int, ...] = ()
+    tokens: Mapping[int, str] = field(default_factory=dict)
     result_fields: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -726,7 +726,7 @@ def make_plan(config: RunConfig) -> Plan:
     }
     if config.ends_early:
         fixed["shuffled"] = True
-    tokens = _frequent_tokens(config, sample) if config.group_by == "token" else ()
+    tokens = _frequent_tokens(config, sample) if config.group_by == "token" else {}
     plan = Plan(config, facts, sources, tokens, fixed)
     _check_sums(plan, sample)
     return plan
@@ -757,14 +757,14 @@ def _check_sums(plan: Plan, sample: Sequence[Document]) -> None:
         )
 
 
-def _frequent_tokens(config: RunConfig, sample: Sequence[Document]) -> tuple[int, ...]:
-    """The most frequent tokens of a sample; of equally frequent ones the lowest."""
+def _frequent_tokens(config: RunConfig, sample: Sequence[Document]) -> dict[int, str]:
+    """The most frequent tokens of a sample, with their text; of equally frequent ones the lowest."""
     tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
     counts: Counter[int] = Counter()
     for document in sample:
         counts.update(token_ids(document, config.model, tokenizer))
     ranked = sorted(counts, key=lambda token: (-counts[token], token))
-    return tuple(sorted(ranked[: config.num_groups - 1]))
+    return {token: token_text(token, tokenizer) for token in sorted(ranked[: config.num_groups - 1])}
 
 
 def token_ids(document: Document, model: str, tokenizer: Any) -> list[int]:
@@ -776,6 +776,18 @@ def token_ids(document: Document, model: str, tokenizer: Any) -> list[int]:
             f"{model} has no tokenizer and {document.id} holds text. Give token ids, or put tokenizer files beside the model."
         )
     return list(tokenizer(document.content, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def token_text(token: int, tokenizer: Any) -> str:
+    """A token as text; its number without a tokenizer."""
+    if tokenizer is None:
+        return str(token)
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+def visible(token: str) -> str:
+    """A token's text in a line, its spaces and newlines made visible."""
+    return repr(token)[1:-1].replace(" ", "·")
 
 
 def position_bucket(position: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fisher_ray.plan import Plan
+from fisher_ray.plan import Plan, visible
 from fisher_ray.reduce import read_array
 from fisher_ray.shards import RunStore
 
@@ -48,7 +48,7 @@ def direction_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _quoted(tokens: list[str]) -> str:
-    return " ".join(repr(token)[1:-1].replace(" ", "·") for token in tokens[:3]).replace("[", "\\[")
+    return " ".join(map(visible, tokens[:3])).replace("[", "\\[")
 
 
 def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> bytes:

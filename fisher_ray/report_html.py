@@ -539,7 +539,7 @@ def _groups(run: Run, reading: Reading) -> Section:
     # Names over all layers shown: each has the same ones.
     first = next(iter(found.values()), {})
     rows = [
-        (group, f"{positions:,}", *(_pm(means[group][1]) for means in found.values()))
+        (run.group_title(group), f"{positions:,}", *(_pm(means[group][1]) for means in found.values()))
         for group, (positions, _) in first.items()
     ]
     return Section(

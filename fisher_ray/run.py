@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from fisher_ray.cost import FAN_IN
-from fisher_ray.plan import RunConfig, Task, Tasks
+from fisher_ray.plan import RunConfig, Task, Tasks, visible
 from fisher_ray.reduce import Checkpoint
 from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder, task_name
 from fisher_ray.statistics import Blocks, Estimate, Spectrum, mean_trace, spectrum
@@ -123,6 +123,11 @@ class Run:
     def estimand(self) -> str:
         """What the mean matrices are an estimate of, in words."""
         return str(self.description["estimand"])
+
+    def group_title(self, group: str) -> str:
+        """A group's name; of a token's, which is its id, with the token's text."""
+        text = self.description.get("tokens", {}).get(group)
+        return group if text is None else f"{group} {visible(text)}"
 
     @property
     def status(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisher_ray.architecture import sink_token
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
-from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, RunConfig, Task, position_bucket, token_ids
+from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, RunConfig, Task, position_bucket, token_ids, token_text
 from fisher_ray.scores import Scores, default_memory_budget, is_out_of_memory, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
@@ -216,10 +216,9 @@ class Worker:
             def group_of(window: Window, t: int) -> str:
                 return position_bucket(window.start + t - window.sink)
         elif config.group_by == "token":
-            frequent = set(self.plan.tokens)
 
             def group_of(window: Window, t: int) -> str:
-                return str(window.ids[t]) if window.ids[t] in frequent else "other"
+                return str(window.ids[t]) if window.ids[t] in self.plan.tokens else "other"
         else:
             index = config.layout.carried.index(str(column))
 
@@ -331,9 +330,7 @@ class Worker:
 
     def text(self, token: int) -> str:
         """A token as text; its number where the model has no tokenizer."""
-        if self.model.tokenizer is None:
-            return str(token)
-        return str(self.model.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return token_text(token, self.model.tokenizer)
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 

@@ -231,8 +231,12 @@ def jsonl(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("group_by", ["language", "position", "token"])
 def test_each_groups_mean_is_that_of_its_positions(
-    group_by: str, gpt2: str, tmp_path: Path, small_tree: None  # noqa: F811
-) -> None:  # fmt: skip
+    group_by: str,
+    gpt2: str,  # noqa: F811
+    tmp_path: Path,
+    small_tree: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """From the stored factors of every position, by plain NumPy."""
     jsonl(tmp_path / "docs.jsonl")
     config = jobs.settings(
@@ -260,6 +264,11 @@ def test_each_groups_mean_is_that_of_its_positions(
         frequent = sorted(set(tokens), key=tokens.count, reverse=True)
         assert len(named) == 5 and len(named & {str(t) for t in frequent[:8]}) >= 4
         groups = [str(token) if str(token) in named else "other" for token in tokens]
+        main(["inspect", str(tmp_path / "run")])
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("groups:"))
+        for name in named:
+            text = jobs.tokenizer().decode([int(name)]).replace(" ", "·")
+            assert f"{name} {text} ({groups.count(name)})" in line
     summary = {row["group"]: row for row in outcome.rows}
     assert set(summary) == {None, *groups}
     for name in set(groups):
