@@ -30,7 +30,16 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's configuration says, known before any weights are read."""
+    """What a model's configuration says, known before any weights are read.
+
+    Attributes:
+        num_layers: blocks, of an encoder-decoder those of the decoder.
+        d_model: width of the residual stream.
+        vocab_size: rows of the embeddings.
+        max_positions: tokens that a sequence may have, or None without a bound. With LongRoPE as many as it knows without its
+            longer ranges: for those it turns all keys otherwise, by the longest sequence of a batch.
+        is_encoder_decoder: whether there is an encoder.
+    """
 
     num_layers: int
     d_model: int
@@ -45,6 +54,9 @@ class ModelFacts:
         encoder_decoder = bool(config.is_encoder_decoder)
         num_layers = getattr(text, "num_decoder_layers", None) if encoder_decoder else None
         longest = getattr(text, "max_position_embeddings", None)
+        rope = getattr(text, "rope_parameters", None) or {}
+        if longest and rope.get("rope_type") == "longrope":
+            longest = min(longest, rope.get("original_max_position_embeddings", longest))
         return cls(
             num_layers=int(num_layers or text.num_hidden_layers),
             d_model=int(text.hidden_size),
@@ -65,9 +77,10 @@ def weights_digest(name: str, revision: str | None = None, trust_remote_code: bo
     """What identifies a model's function: a hub model's commit, else a sha256 over a local one's configuration,
     code and weights.
 
-    Of each file it takes the name, the size and 64 KiB at 64 places, so that a large model costs no full read.
+    Of a file beyond 1 GiB it takes the name, the size and 64 KiB of every MiB, so that a large model costs no full read: an
+    edit of less than a MiB there may go unnoticed.
     """
-    return _digest(name, revision, trust_remote_code, _is_of_model, 64)
+    return _digest(name, revision, trust_remote_code, _is_of_model)
 
 
 def tokenizer_digest(name: str, revision: str | None = None, trust_remote_code: bool = False) -> str:
@@ -75,7 +88,7 @@ def tokenizer_digest(name: str, revision: str | None = None, trust_remote_code: 
 
     Which names those are is each tokenizer's own affair. Chat templates in files of their own are none of them.
     """
-    return _digest(name, revision, trust_remote_code, _is_of_tokenizer, None)
+    return _digest(name, revision, trust_remote_code, _is_of_tokenizer)
 
 
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab")
@@ -89,10 +102,11 @@ def _is_of_tokenizer(file: Path) -> bool:
     return not _is_of_model(file) and file.suffix in _TOKENIZER_SUFFIXES
 
 
-def _digest(
-    name: str, revision: str | None, trust_remote_code: bool, wanted: Callable[[Path], bool], places: int | None
-) -> str:
-    """A hub model's commit, or the sha256 of a local one's wanted files: whole, or 64 KiB at so many places of each."""
+_WHOLE = 1 << 30
+
+
+def _digest(name: str, revision: str | None, trust_remote_code: bool, wanted: Callable[[Path], bool]) -> str:
+    """A hub model's commit, or the sha256 of a local one's wanted files: whole, or of large ones a sixteenth."""
     path = Path(name)
     if not path.is_dir():
         with _load_errors(name):
@@ -102,7 +116,7 @@ def _digest(
     for file in sorted(file for file in path.iterdir() if wanted(file) and file.name != "generation_config.json"):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
-        step = 1 << 16 if places is None else max(1 << 16, size // places)
+        step = 1 << 16 if size <= _WHOLE else 1 << 20
         with file.open("rb") as raw:
             for start in range(0, max(size, 1), step):
                 raw.seek(start)
@@ -231,7 +245,7 @@ def fuse_activations(model: nn.Module) -> list[Pointwise]:
         for child, activation in list(module.named_children()):
             if isinstance(activation, NewGELUActivation):
                 activation = nn.GELU(approximate="tanh")
-            if type(activation) in _POINTWISE and not any(activation.parameters()):
+            if type(activation) in _POINTWISE and next(activation.parameters(), None) is None:
                 setattr(module, child, Pointwise(activation))
     return [module for module in model.modules() if isinstance(module, Pointwise)]
 

@@ -61,17 +61,27 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 
 
-def kept_keys(seq_len: int) -> float:
-    """Attention weights that the graph of an own-position pass keeps a query and head, the mean over a sequence."""
+def kept_keys(seq_len: int, positions: Sequence[int] | None = None) -> float:
+    """Attention weights that the graph of an own-position pass keeps a query and head, the mean over the queries.
+
+    Args:
+        positions: of the queries that are replayed, ascending; None: all are queries.
+    """
     if seq_len > _KEPT:
         return 0.0
-    stops = torch.arange(seq_len) // _BLOCK * _BLOCK + _BLOCK
-    return float(stops.clamp_max(seq_len).double().mean())
+    positions = range(seq_len) if positions is None else positions
+    blocks = (positions[start : start + _BLOCK] for start in range(0, len(positions), _BLOCK))
+    return sum(len(block) * (block[-1] + 1) for block in blocks) / len(positions)
 
 
-def held_keys(seq_len: int) -> int:
-    """Attention scores that a pass holds at once a query and head: those of one block, spread over all queries."""
-    return min(seq_len, _BLOCK)
+def held_keys(seq_len: int, queries: int | None = None) -> float:
+    """Attention scores that a pass holds at once a query and head: those of one block, spread over the queries of a sequence.
+
+    Args:
+        queries: that are replayed; None: all tokens are.
+    """
+    queries = queries or seq_len
+    return min(queries, _BLOCK) * seq_len / queries
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,7 @@ class _Mode:
     name: Literal["own", "record", "replay"]
     context: Context | None = None
     positions: Int[Tensor, "batch queries"] | None = None
+    ends: Sequence[int] = ()
 
 
 _ENTERING = Lock()
@@ -152,7 +163,9 @@ def attention_mode(
             raise RuntimeError(_ANOTHER)
         for config in configs:
             config._attn_implementation = IMPLEMENTATION
-    token = _MODE.set(_Mode(name, context, positions))
+    # Asked for once: a GPU is waited for.
+    ends = [] if positions is None else (positions.amax(0) + 1).tolist()
+    token = _MODE.set(_Mode(name, context, positions, ends))
     try:
         yield
     finally:
@@ -174,6 +187,9 @@ def _mask(
     **kwargs: Any,
 ) -> _Window | Tensor | None:
     """The mask that transformers asks for: None, a window where it is given by positions alone, else a tensor."""
+    mode = _MODE.get()
+    if mode is not None and mode.name == "replay" and attention_mask is None:
+        return None  # queries see what the context's mask says; one of their own would be [queries, queries]
     plain = allow_is_causal_skip and attention_mask is None and q_length == kv_length and q_offset == kv_offset == 0
     if plain and local_size is not None and kv_length >= local_size:
         return _Window(mask_function, batch_size, local_size)
@@ -233,7 +249,7 @@ def _attention(
         if mode.name == "record":
             assert mode.context is not None
             mode.context.layers[module] = _Layer(key, value, attention_mask, position_bias, broken)
-    seen = _Seen(where, attention_mask, query.shape[2], key.shape[2])
+    seen = _Seen(where, mode.ends, attention_mask, query.shape[2], key.shape[2])
     out = _OwnPosition.apply(
         query, own_key, own_value, key.detach(), value.detach(), seen, position_bias, s_aux, scale, softcap
     )
@@ -247,7 +263,7 @@ def _broken(key: Tensor, value: Tensor) -> Bool[Tensor, "batch 1 1 keys"] | None
 
     A weight of zero times NaN is NaN, so they would reach the queries before them, which do not see them.
     """
-    if bool((key.float().sum() + value.float().sum()).isfinite()):
+    if bool((key.sum(dtype=torch.float32) + value.sum(dtype=torch.float32)).isfinite()):
         return None
     return ~(key.isfinite().all(-1) & value.isfinite().all(-1)).all(1)[:, None, None]
 
@@ -284,10 +300,12 @@ class _Seen:
 
     Attributes:
         where: positions of the queries among the keys, [batch, queries]; None: the queries are the keys' own, in order.
+        ends: of each replayed query the position after its own, the largest in the batch.
         mask: of all positions.
     """
 
     where: Int[Tensor, "batch queries"] | None
+    ends: Sequence[int]
     mask: _Mask
     queries: int
     keys: int
@@ -296,8 +314,10 @@ class _Seen:
         """Queries, and the keys that some of them may see."""
         for start in range(0, self.queries, rows):
             stop = min(start + rows, self.queries)
-            if self.where is not None or isinstance(self.mask, Tensor):
+            if isinstance(self.mask, Tensor):
                 yield slice(start, stop), slice(0, self.keys)
+            elif self.where is not None:
+                yield slice(start, stop), slice(0, max(self.ends[start:stop]))
             else:
                 first = max(0, start + 1 - self.mask.size) if self.mask is not None else 0
                 yield slice(start, stop), slice(first, stop)
@@ -321,7 +341,7 @@ class _Seen:
         if self.where is None:
             return square[:, :, rows, keys]
         at = self.where[:, rows]
-        square = square.expand(at.shape[0], -1, -1, -1)
+        square = square[..., keys].expand(at.shape[0], -1, -1, -1)
         return square.gather(2, at[:, None, :, None].expand(-1, square.shape[1], -1, square.shape[-1]))
 
     def any_of(self, broken: Bool[Tensor, "batch 1 1 keys"], query: Tensor) -> Bool[Tensor, "#batch #heads queries 1"]:

@@ -298,7 +298,7 @@ class Cost:
         Fewer than a window has are a block of one window's; more are whole windows. A ``budget`` for micro-batches that holds
         the graph of a whole model has the engine keep it; by default it keeps one block's at a time, the least there is.
         """
-        wanted = self._scored[:positions]
+        wanted = self._scored[-positions:]
         windows = max(1, -(-positions // len(self._scored)))
         return self.resident_bytes + int(self._pass(1, budget).memory([0] * windows, [wanted] * windows))
 
@@ -374,8 +374,10 @@ class Cost:
 
     @property
     def _scored(self) -> list[int]:
-        """Positions of a window: only their number counts."""
-        return list(range(min(self.max_seq_len, max(1, round(self.share * self.max_seq_len)))))
+        """Positions of a window, spread evenly up to its last."""
+        length = self.max_seq_len
+        count = min(length, max(1, round(self.share * length)))
+        return [length - 1 - i * length // count for i in reversed(range(count))]
 
     @property
     def _rows(self) -> int:
@@ -428,7 +430,8 @@ class Cost:
                     tape = model.alone_tape(ids.expand(queries, -1), each, self.layers, zeros)
                 else:
                     context, _ = model.record(ids, encoded)
-                    tape = model.replay_tape(zeros[None], zeros[None], context, encoded, self.layers, (zeros, zeros))
+                    at = torch.tensor(scored).repeat_interleave(queries // len(scored))[None]
+                    tape = model.replay_tape(zeros[None], at, context, encoded, self.layers, (zeros, zeros))
         with _counted(model.name) as once:
             list(tape.pull_each([tape.z]))
         first = backward = once.get_total_flops()

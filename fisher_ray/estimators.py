@@ -66,7 +66,8 @@ class Exact:
 
     def held(self, n: int, head: Head) -> int:
         """Numbers that predictions at n positions and what is made of them hold at once, at most; counted."""
-        return (3 if self.tolerance == 0 else 9) * n * head.vocab_size
+        numbers = n * head.vocab_size
+        return 3 * numbers if self.tolerance == 0 else 9 * numbers + 10 * head.d_z**2
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part of M, or all of it."""
@@ -111,8 +112,9 @@ class Sampled:
             return 12 * numbers
         if self.temperature != 1.0:
             return 5 * numbers
-        # Logits, p, and what p is computed or, on a GPU, multiplied with.
-        return 2 * numbers + (numbers if head.weight.is_cuda else min(numbers, SOFTMAX_BLOCK))
+        # Logits, p, and what p is computed or, on a GPU or with soft-capping, multiplied with.
+        whole = head.weight.is_cuda or head.softcap is not None
+        return 2 * numbers + (numbers if whole else min(numbers, SOFTMAX_BLOCK))
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """Scores of drawn tokens."""
@@ -160,8 +162,9 @@ class Deflated:
 
     def held(self, n: int, head: Head) -> int:
         """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
-        deflated = n * self._deflated(head.vocab_size, head.d_z) * max(head.d_z, self.num_samples)
-        return 4 * (n * head.vocab_size + min(_chunk(head), deflated))
+        deflated = self._deflated(head.vocab_size, head.d_z)
+        rows, gram = deflated * max(head.d_z, self.num_samples), deflated**2
+        return 4 * n * head.vocab_size + min(n, self._step(head)) * (3 * rows + 4 * gram)
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part, then the drawn terms."""
@@ -170,7 +173,7 @@ class Deflated:
         weights = prediction.energies()  # becomes |a|^2
         _, longest = weights.topk(self._deflated(vocab_size, d_z))
         rows = weights.new_empty(n, rank + self.num_samples, d_z)
-        step = max(1, _chunk(prediction.head) // (longest.shape[1] * max(d_z, self.num_samples)))
+        step = self._step(prediction.head)
         for some in (slice(start, min(start + step, n)) for start in range(0, n, step)):
             tokens = longest[some]
             leading, basis, rest = _split_off(prediction.weighted_scores(tokens, some), rank)
@@ -193,15 +196,19 @@ class Deflated:
         """K, tokens whose part of M is deflated."""
         return min(vocab_size, max(_DEFLATED * min(self.rank, vocab_size, d_z), _LEAST_DEFLATED))
 
-
-def _chunk(head: Head) -> int:
-    return _GPU_CHUNK if head.weight.is_cuda else _CHUNK
+    def _step(self, head: Head) -> int:
+        """Positions worked on at once, by the numbers of their rows, of the Gram matrices, or of which of them are drawn."""
+        deflated = self._deflated(head.vocab_size, head.d_z)
+        chunk = _GPU_CHUNK if head.weight.is_cuda else _CHUNK
+        return max(1, chunk // (deflated * max(head.d_z, self.num_samples, deflated)))
 
 
 def _split_off(
     rows: Float[Tensor, "n K d_z"], rank: int
 ) -> tuple[Float[Tensor, "n rank d_z"], Float[Tensor, "n K rank"], Float[Tensor, "n K d_z"]]:
     """``B = U^T C``, U, and ``C - U B``, which takes the place of C."""
+    if rank == 0:
+        return rows[:, :0], rows[..., :0], rows
     gram = rows @ rows.mT
     # A matrix that is not finite has no eigenvectors; its rows, which are none either, show that it was not.
     finite = gram.isfinite().flatten(1).all(1)[:, None, None]

@@ -137,7 +137,7 @@ class Prediction:
         """scale f'(a) at the given logits."""
         if self.head.softcap is None:
             return self.head.scale
-        return self.head.scale * (1 - (logits / self.head.softcap).square())
+        return (logits / self.head.softcap).square_().neg_().add_(1).mul_(self.head.scale)
 
     def _row(self, token: Int[Tensor, "some k"], rows: slice = _EVERY) -> Float[Tensor, "some k d_z"]:
         """Effective rows u_y."""
@@ -155,12 +155,13 @@ class Prediction:
         """m - u_*: one product of p, its top entry replaced by -tail, with W."""
         top = self.top[:, None]
         likeliest = self.prob.gather(1, top)
-        weights = self.prob.scatter_(1, top, -self.tail[:, None])
-        if self.head.softcap is not None:
-            weights = weights * self._slope(self.logits)
-        offset = self.head.weighted_rows(weights)
+        weights, slope = self.prob.scatter_(1, top, -self.tail[:, None]), self._slope(self.logits)
+        if isinstance(slope, Tensor):
+            offset = self.head.weighted_rows(slope.mul_(weights))
+        else:
+            offset = self.head.weighted_rows(weights) * slope
         self.prob.scatter_(1, top, likeliest)  # back: a copy of p would cost more than the entry
-        return offset if self.head.softcap is not None else offset * self.head.scale
+        return offset
 
     def scores(self, token: Int[Tensor, "some k"], rows: slice = _EVERY) -> Float[Tensor, "some k d_z"]:
         """``c_y = grad_z log p(y)`` for the given tokens, at some of the positions."""
@@ -180,7 +181,9 @@ class Prediction:
         slope = self._slope(self.logits)
         mean = self._top_row[:, 0] + self._offset
         size = mean.square().sum(-1, keepdim=True)
-        squared = head.products(mean).mul_(-2).mul_(slope).add_(head.squared_rows().to(dtype) * slope**2).add_(size)
+        squared, lengths = head.products(mean).mul_(-2).mul_(slope), head.squared_rows().to(dtype)
+        squared += slope.square_().mul_(lengths) if isinstance(slope, Tensor) else lengths * slope**2
+        squared += size
         # What is p times more than nothing can be drawn: rounding must not make it nothing.
         squared.clamp_(min=size * torch.finfo(dtype).eps)
         squared.scatter_(1, self.top[:, None], self._offset.square().sum(-1, keepdim=True))
@@ -285,8 +288,11 @@ def psd_factor(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     if trace == 0 or not trace.isfinite():
         return torch.full_like(matrix, float(trace))
     for exponent in range(-16, -4):
-        shift = 0.0 if exponent == -16 else 10.0**exponent
-        lower, failed = torch.linalg.cholesky_ex(matrix + shift * trace * torch.eye(len(matrix)).to(matrix))
+        shifted = matrix
+        if exponent > -16:
+            shifted = matrix.clone()
+            shifted.diagonal().add_(10.0**exponent * trace)
+        lower, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return lower.mT
     raise ValueError(f"expected a positive semi-definite matrix, got one with trace {float(trace):.3g} that is not.")

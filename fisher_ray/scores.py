@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisher_ray.attention import kept_keys
 from fisher_ray.draws import Draws, sequence_key
 from fisher_ray.estimators import Estimator, check_tempering, tempered
 from fisher_ray.head import psd_factor
@@ -311,6 +312,8 @@ def _chosen_positions(
 ) -> list[list[int]]:
     """Positions of each sequence, ascending."""
     per_row: Sequence[Any]
+    if isinstance(positions, Tensor):
+        positions = positions.tolist()
     if positions is None:
         per_row = [range(first, len(row)) for row in rows]
     elif len(positions) and not isinstance(positions[0], Integral):
@@ -418,7 +421,7 @@ class Pass:
         if self.walks:
             pulled += self.num_factors * stream
         # A backward pass holds the gradients of all streams; predictions stand on the graph before it.
-        held = tokens * (model.working_bytes(longest) + num_layers * stream)
+        held = tokens * (model.working_bytes(longest, tokens // len(rows)) + num_layers * stream)
         head = model.head
         predicting = number * self.estimator.held(min(queries, head.rows()), head)
         pulling = kept + max(held + queries * pulled, predicting) + queries * asked
@@ -436,10 +439,13 @@ class Pass:
     def _taped(self, rows: list[int], positions: list[list[int]], longest: int) -> tuple[int, float, bool]:
         """Tokens of the tape, padding and copies included, the bytes that it keeps, and whether it holds more than queries."""
         model, queries = self.model, sum(map(len, positions)) * self.num_token_draws
-        token = model.graph_bytes(longest, self.layers[0])
+        # Of rows replayed side by side a block sees as many keys as the one that sees most.
+        replayed = None if self.whole(rows, positions) else max(positions, key=partial(kept_keys, longest))
+        token = model.graph_bytes(longest, self.layers[0], replayed)
         if self.walks:  # the graph of one block, and what enters each
             blocks = model.num_layers - self.layers[0]
-            token = model.graph_bytes(longest, model.num_layers - 1) + blocks * model.d_model * model.dtype.itemsize
+            token = model.graph_bytes(longest, model.num_layers - 1, replayed)
+            token += blocks * model.d_model * model.dtype.itemsize
         if model.gradients == "per_position":
             tokens = queries * self.copies(queries) * longest
             return tokens, tokens * token, True
@@ -639,7 +645,8 @@ class Pass:
     def _pulled(self, tape: Tape, cotangents: Float[Tensor, "n R d_z"], copies: int) -> dict[int, Tensor]:
         """Score factors [n, R, d_model] a layer: one backward pass for every ``copies`` cotangents that are not all zero."""
         n, num_factors, d_z = cotangents.shape
-        together = [some for some in _slices(num_factors, copies) if cotangents[:, some].any()]
+        pulls = (cotangents != 0).any(-1).any(0).tolist()
+        together = [some for some in _slices(num_factors, copies) if any(pulls[some])]
         complete = sum(some.stop - some.start for some in together) == num_factors
         new = cotangents.new_empty if complete else cotangents.new_zeros
         factors = {layer: new(n, num_factors, self.model.d_model) for layer in self.layers}

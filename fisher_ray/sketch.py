@@ -60,6 +60,10 @@ class Sketch:
         """Factors G with ``G^T G = B^T B / count``, [at most limit, d], float64."""
         return self.rows.astype(np.float64) / count**0.5
 
+    def quadratic(self, vectors: np.ndarray) -> np.ndarray:
+        """``|B u|^2`` for every column u of [d, k], float64."""
+        return np.square(self.rows @ vectors).sum(0)
+
     def square(self) -> np.ndarray:
         """``B^T B``, float64."""
         rows = self.rows.astype(np.float64)

@@ -34,7 +34,7 @@ def entropy_rank(eigenvalues: Float[Tensor, "*n rank"]) -> Float[Tensor, "*n"]:
 def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> Int[Tensor, "*n"]:
     """How many of the largest (descending) eigenvalues hold ``share`` of the trace."""
     # A product and no cumsum: CUDA's prefix sums of floats add in an order of their own.
-    largest = eigenvalues @ torch.ones(eigenvalues.shape[-1:] * 2).triu().to(eigenvalues)
+    largest = eigenvalues @ eigenvalues.new_ones(eigenvalues.shape[-1:] * 2).triu()
     reached = largest < share * eigenvalues.sum(-1, keepdim=True)
     return reached.sum(-1) + 1
 

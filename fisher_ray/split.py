@@ -84,6 +84,9 @@ class SelfCheck:
         return asdict(self)
 
 
+# What a model that is run in a way it does not expect raises, ModelError apart.
+_FAILS = (RuntimeError, LookupError, TypeError, AttributeError)
+
 _SLOW_PATH = "Pass gradients='per_position' (--gradients per_position): slower, right for any causal model."
 
 
@@ -556,16 +559,20 @@ class SplitModel:
         ids = torch.zeros(batch, tokens, dtype=torch.long, device=self.device)
         return ids, self.encode(ids[:, :4]) if self.is_encoder_decoder else {}
 
-    def graph_bytes(self, seq_len: int, lowest_layer: int) -> float:
-        """Bytes that the graph of one token keeps, in a pass over ``seq_len`` tokens from ``lowest_layer`` up."""
+    def graph_bytes(self, seq_len: int, lowest_layer: int, positions: Sequence[int] | None = None) -> float:
+        """Bytes that the graph of one token keeps, in a pass over ``seq_len`` tokens from ``lowest_layer`` up.
+
+        Args:
+            positions: of the tokens that are replayed; None: all go through the pass.
+        """
         per_token, per_key = self.footprint.kept
-        keys = kept_keys(seq_len) if self.gradients == "own_position" else seq_len
+        keys = kept_keys(seq_len, positions) if self.gradients == "own_position" else seq_len
         return (self.num_layers - lowest_layer) / self.num_layers * (per_token + per_key * keys)
 
-    def working_bytes(self, seq_len: int) -> float:
-        """Bytes that a backward pass holds a token beside the graph, at most; its block's, whatever the layer."""
+    def working_bytes(self, seq_len: int, queries: int) -> float:
+        """Bytes that a backward pass of so many a sequence holds a token beside the graph, at most; whatever the layer."""
         per_token, per_key = self.footprint.held
-        return per_token + per_key * (held_keys(seq_len) if self.gradients == "own_position" else seq_len)
+        return per_token + per_key * (held_keys(seq_len, queries) if self.gradients == "own_position" else seq_len)
 
     def recorded_bytes(self, seq_len: int) -> tuple[float, float]:
         """Bytes a token that recording a sequence leaves behind, its context, and holds at once, at most."""
@@ -643,7 +650,7 @@ def _self_check(split: SplitModel) -> SelfCheck:
                 cut.append(tape.z)
                 cotangents.append(split.head.predict(tape.z).scores(unlikely)[:, 0])
                 truths.append(tape.pull(cotangents[-1])[0])
-        except RuntimeError as error:
+        except _FAILS as error:
             raise ModelError(f"{split.label} does not run: {' '.join(str(error).split())}") from error
         cotangent, truth = torch.cat(cotangents), torch.cat(truths)
         causality = _error(z[at], torch.cat(cut), half)
@@ -661,7 +668,7 @@ def _self_check(split: SplitModel) -> SelfCheck:
                 tape = split.replay_tape(ids[:, at], at[None], context, encoded, [0], (row, columns))
                 replayed = _error(tape.pull(cotangent)[0], truth, half)
                 logits_error = _error(split.head.predict(recorded[0]).logits, logits[0], half)
-            except (RuntimeError, NotImplementedError, KeyError, IndexError, TypeError) as error:
+            except _FAILS as error:
                 raise ModelError(
                     f"{split.label} does not run on own-position attention ({type(error).__name__}: "
                     f"{' '.join(str(error).split())}). {_SLOW_PATH}"
@@ -760,9 +767,11 @@ def deterministic_kernels() -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No autocast and no TF32: float32 products are float32 products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """No autocast and no TF32: float32 products are float32 products, whichever way the caller asked for less."""
+    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [each.fp32_precision for each in products]
+    for each in products:
+        each.fp32_precision = "ieee"
     cuda: AbstractContextManager[Any] = (
         torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
     )
@@ -770,7 +779,8 @@ def full_precision() -> Iterator[None]:
         with torch.autocast("cpu", enabled=False), cuda:
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for each, own in zip(products, before, strict=True):
+            each.fp32_precision = own
 
 
 def _error(got: Tensor, truth: Tensor, half: bool) -> float:

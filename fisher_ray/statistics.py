@@ -22,7 +22,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from fisher_ray.spectrum import anisotropy, entropy_rank, participation_ratio, symmetric_eigh, trace_rank, whitening
-from fisher_ray.sums import GroupSums, Matrix
+from fisher_ray.sums import GroupSums, Matrix, Triangle
 
 # Neighbouring eigenvalues closer than this many of their standard errors are told apart by no sample of this size.
 _SEPARATED = 3.0
@@ -118,14 +118,27 @@ class Blocks:
         """The mean trace of F, exact also where sums are sketches."""
         return mean_trace([(block.count, block.fisher.trace) for block in self.sums])
 
-    def mean(self, name: Literal["fisher", "second_moment", "activation"], without: GroupSums | None = None) -> Tensor:
-        """The mean over all positions, or over those of all other blocks; [d, d], of ``activation`` [d]."""
+    def mean(self, name: Literal["fisher", "second_moment", "activation"]) -> Tensor:
+        """The mean over all positions; [d, d], of ``activation`` [d]."""
+        total = np.asarray(self.total.activation, np.float64) if name == "activation" else self.total.square(name)
+        return torch.from_numpy(total / self.total.count)
+
+    def quadratic(self, name: Literal["fisher", "second_moment"], vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """``u^T A u`` with a mean matrix A for every column u; [k], and without each of the blocks [blocks, k]."""
+        columns = vectors.numpy()
+        return self._with_and_without(lambda sums: getattr(sums, name).quadratic(columns))
+
+    def linear(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """``u . m`` with the mean activation m, as :meth:`quadratic`."""
+        columns = vectors.numpy()
+        return self._with_and_without(lambda sums: sums.activation @ columns)
+
+    def _with_and_without(self, of: Callable[[GroupSums], np.ndarray]) -> tuple[Tensor, Tensor]:
+        """A mean, and that without each of the blocks (of one alone as it is), from a linear function of sums."""
         count = self.total.count
-        total, left_out = (
-            (sums.square(name) if name != "activation" else np.asarray(sums.activation, np.float64)) if sums else 0.0
-            for sums in (self.total, without)
-        )
-        return torch.from_numpy((total - left_out) / (count - (without.count if without else 0)))
+        mean = of(self.total) / count
+        left = [mean + (b.count * mean - of(b)) / (count - b.count) for b in self.sums if b.count < count]
+        return torch.from_numpy(mean), torch.from_numpy(np.stack(left or [mean]))
 
 
 def mean_trace(blocks: Sequence[tuple[int, float]]) -> Estimate:
@@ -180,24 +193,18 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
     ``a_i = Sigma^(1/2) v_i`` and ``c_i = Sigma^(-1/2) v_i``: ``F Sigma`` has the same eigenvalues, and those are its left and
     right eigenvectors.
     """
-    fisher, mean, second_moment = (blocks.mean(name) for name in ("fisher", "activation", "second_moment"))
+    fisher = blocks.mean("fisher")
     if whitened:
-        root, inverse = whitening(mean, second_moment)
+        root, inverse = whitening(blocks.mean("activation"), blocks.mean("second_moment"))
         values, vectors = symmetric_eigh(root @ fisher @ root)
-        across, along = root @ vectors, inverse @ vectors
+        whole, left = blocks.quadratic("fisher", root @ vectors)
+        along = inverse @ vectors
+        (second, seconds), (first, firsts) = blocks.quadratic("second_moment", along), blocks.linear(along)
+        left = left + values * ((seconds - firsts.square()) - (second - first.square()))
     else:
         values, vectors = symmetric_eigh(fisher)
-        across = vectors
-    sigma = second_moment - torch.outer(mean, mean)
-    without = [] if len(blocks) > 1 else [values]
-    for block in blocks.sums if len(blocks) > 1 else ():
-        moved = _quadratic(across, blocks.mean("fisher", without=block) - fisher)
-        if whitened:
-            m = blocks.mean("activation", without=block)
-            change = blocks.mean("second_moment", without=block) - torch.outer(m, m) - sigma
-            moved = moved + values * _quadratic(along, change)
-        without.append(values + moved)
-    left = torch.stack(without)
+        whole, left = blocks.quadratic("fisher", vectors)
+    left = values + (left - whole)
     read = (blocks.total.fisher, blocks.total.second_moment) if whitened else (blocks.total.fisher,)
     lossy = any(matrix.shrunk > _ROUNDING * matrix.trace for matrix in read)
 
@@ -220,16 +227,9 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
     )
 
 
-def _quadratic(vectors: Tensor, matrix: Tensor) -> Tensor:
-    """``u_i^T A u_i`` for every column."""
-    return (vectors * (matrix @ vectors)).sum(0)
-
-
 def quadratic_form(blocks: Blocks, directions: Tensor) -> Estimate:
     """``v^T F v`` with the mean F for directions [k, d], one a row; nats^2 per squared unit of v."""
-    means = [blocks.mean("fisher"), *(blocks.mean("fisher", without=block) for block in blocks.sums if len(blocks) > 1)]
-    value, *without = (_quadratic(directions.mT, mean) for mean in means)
-    return jackknife(value, torch.stack(without or [value]))
+    return jackknife(*blocks.quadratic("fisher", directions.mT))
 
 
 def half_angles(blocks: Blocks, count: int, splits: int = 8, seed: int = 0) -> np.ndarray:
@@ -249,7 +249,9 @@ def half_angles(blocks: Blocks, count: int, splits: int = 8, seed: int = 0) -> n
 
 def _leading(parts: Sequence[Matrix], count: int) -> np.ndarray:
     """The first ``count`` eigenvectors of a sum, as columns."""
-    total = reduce(operator.add, parts).square()
+    # Triangles are added as they are; of sketches the squares, as their sum would lose part of itself again.
+    packed = isinstance(parts[0], Triangle)
+    total = reduce(operator.add, parts).square() if packed else reduce(operator.add, (part.square() for part in parts))
     last = len(total) - 1
     return eigh(total, subset_by_index=(max(0, len(total) - count), last), overwrite_a=True)[1][:, ::-1]
 

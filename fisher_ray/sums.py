@@ -178,6 +178,10 @@ class Triangle:
         """Divided by a count, in full, float64."""
         return self.square() / count
 
+    def quadratic(self, vectors: np.ndarray) -> np.ndarray:
+        """``u^T A u`` for every column u of [d, k], float64."""
+        return (vectors * (self.square() @ vectors)).sum(0)
+
     def square(self) -> np.ndarray:
         """In full, float64."""
         matrix = np.empty((self._width, self._width))

@@ -65,9 +65,9 @@ def test_no_mask_of_a_long_sequence_is_made(name: str, models: Models, monkeypat
     seen = []
     mask = attention._Seen.__init__
 
-    def noted(self, where, mask_, queries, keys):
+    def noted(self, where, ends, mask_, queries, keys):
         seen.append(mask_)
-        mask(self, where, mask_, queries, keys)
+        mask(self, where, ends, mask_, queries, keys)
 
     monkeypatch.setattr(attention._Seen, "__init__", noted)
     for seq_len in (5, 40):  # the window's own length, and more
@@ -85,3 +85,4 @@ def test_kept_keys(seq_len: int, mean: float):
 
 def test_held_keys():
     assert [attention.held_keys(seq_len) for seq_len in (16, 128, 4096)] == [16, 128, 128]
+    assert [attention.held_keys(4096, queries) for queries in (1, 128, 256)] == [4096, 4096, 2048]

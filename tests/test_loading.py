@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,15 +180,25 @@ def test_what_changes_no_score_is_in_no_digest(tmp_path: Path):
     assert (weights_digest(str(folder)), tokenizer_digest(str(folder))) == before
 
 
-def test_large_weights_cost_no_full_read(tmp_path: Path):
-    """A sparse file of 8 GiB: reading it would take seconds."""
+@pytest.mark.parametrize(("size", "noticed"), [(200 << 20, 1), (2 << 30, 1 << 20)])
+def test_an_edit_of_weights_is_noticed(size: int, noticed: int, tmp_path: Path):
+    """Wherever it is: one byte of a small file, a MiB of one beyond 1 GiB, of which no more than a sixteenth is read."""
     folder = saved("gpt2", tmp_path)
     with (folder / "model.safetensors").open("r+b") as raw:
-        raw.truncate(8 << 30)
-    start = time.perf_counter()
-    weights_digest(str(folder))
-    tokenizer_digest(str(folder))
-    assert time.perf_counter() - start < 1
+        raw.truncate(size)  # sparse
+        digests = {weights_digest(str(folder))}
+        for place in (size // 3 + 12_345, size // 2, size - noticed):
+            raw.seek(place)
+            raw.write(b"x" * noticed)
+            raw.flush()
+            before = bytes_read()
+            digests.add(weights_digest(str(folder)))
+            assert size <= 1 << 30 or bytes_read() - before < size / 15
+    assert len(digests) == 4
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
 def test_a_hub_models_commit_identifies_both(monkeypatch: pytest.MonkeyPatch):
