@@ -45,6 +45,7 @@ DAMPING = 1e-2
 _SHOWN = 12  # tokens before a position
 _SPREAD = 16  # positions a window that steps are tried at
 _PUSH = 3  # backward passes that a product with J_z costs; factors of F cost d_model
+_PUSHED = 1 << 24  # numbers of products with J_z in memory
 _TABLE = 1 << 18  # rows of a table in memory
 
 COORDINATES_SCHEMA = pa.schema(
@@ -232,10 +233,13 @@ class _Corpus:
 
 def _sensitivities(model: SplitModel, tape: Tape, layer: int, directions: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
     """``v^T F_t v`` exactly, at every query of a tape; nats^2 per squared unit of v."""
-    pushed = tape.push(layer, directions)
-    rows = max(1, model.head.rows() // len(directions))
-    parts = [model.head.predict(z).variance(u) for z, u in zip(tape.z.split(rows), pushed.split(rows), strict=True)]
-    return torch.cat(parts)
+    found = []
+    for some in directions.split(max(1, _PUSHED // tape.z.numel())):
+        pushed = tape.push(layer, some)
+        rows = max(1, model.head.rows() // len(some))
+        parts = [model.head.predict(z).variance(u) for z, u in zip(tape.z.split(rows), pushed.split(rows), strict=True)]
+        found.append(torch.cat(parts))
+    return torch.cat(found, 1)
 
 
 # ---- what they move, and where -------------------------------------------------------------------------------------------
@@ -735,8 +739,8 @@ def _least_change(fisher: Float[Tensor, "*n d d"], gradient: Float[Tensor, "n d"
     """``(F + DAMPING tr F / d)^-1 g``."""
     d = gradient.shape[-1]
     ridge = DAMPING / d * fisher.diagonal(dim1=-2, dim2=-1).sum(-1)
-    damped = fisher + ridge[..., None, None] * torch.eye(d).to(fisher)
-    return torch.linalg.solve(damped, gradient[..., None])[..., 0]
+    damped = fisher + ridge[..., None, None] * torch.eye(d, dtype=fisher.dtype, device=fisher.device)
+    return torch.linalg.solve_ex(damped, gradient[..., None]).result[..., 0]  # where F is zero nothing changes anything
 
 
 def _reach(gained: Callable[[Tensor], Tensor], gain: float, guess: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -379,10 +379,11 @@ class SplitModel:
         directions: Float[Tensor, "k d_model"],
         encoder_input_ids: Int[Tensor, "1 enc_seq"] | None = None,
         encoder_attention_mask: Bool[Tensor, "1 enc_seq"] | None = None,
-    ) -> Float[Tensor, "k n vocab_size"]:
+    ) -> Iterator[Float[Tensor, "some n vocab_size"]]:
         """``dp(y | h_t + e v, x_<t) / de = p(y) g_y . v`` at ``e = 0`` for each direction v, position and token.
 
-        The context is held constant; ``v`` need not be a unit vector.
+        The context is held constant; ``v`` need not be a unit vector. They come in order, a few at a time: those of all are
+        vocab_size times as many numbers as there are directions and positions.
         """
         input_ids, positions = input_ids.to(self.device), positions.to(self.device)
         encoded = (
@@ -395,10 +396,12 @@ class SplitModel:
                 context, _ = self.record(input_ids, encoded)
                 at = positions[None]
                 tape = self.replay_tape(input_ids[:, positions], at, context, encoded, [layer_idx], None)
-        with full_precision(), uncompiled():
-            pushed = tape.push(layer_idx, directions.to(self.device))
-            prediction = self.head.predict(tape.z)
-            return (prediction.prob[:, None] * prediction.rates(pushed)).movedim(1, 0)
+        for some in directions.to(self.device).split(max(1, self.head.rows() // len(positions))):
+            with full_precision(), uncompiled():
+                pushed = tape.push(layer_idx, some)
+                prediction = self.head.predict(tape.z)
+                rates = (prediction.prob[:, None] * prediction.rates(pushed)).movedim(1, 0)
+            yield rates
 
     @torch.no_grad()
     def replaced(

@@ -32,7 +32,7 @@ from fisher_ray.shards import (
     task_name,
 )
 from fisher_ray.spectrum import entropy_rank, factor_eigenvalues, participation_ratio, trace_rank
-from fisher_ray.split import SplitModel, deterministic_kernels
+from fisher_ray.split import SplitModel, deterministic_kernels, full_precision
 from fisher_ray.storage import StoredFile
 from fisher_ray.sums import ALL, LayerSums, Sums, sums_memory
 
@@ -42,6 +42,10 @@ InTurn = Callable[..., Any]
 # Padding that a batch may hold, in tokens, or an eighth of the batch where that is more. Measured: windows of a small task,
 # which differ, cost a quarter more where they all go together (the demo's, 2,400 tokens a task).
 _PADDING = 128
+
+# Where tokens that a direction moves are looked for, and numbers of rates of tokens that are held.
+_WINDOWS, _SPREAD = 8, 16
+_RATES = 1 << 26
 
 
 def at_once(function: Callable[..., Any], *args: Any) -> Any:
@@ -171,6 +175,7 @@ class Worker:
         receipt = Receipt(task_name(task.id), self.plan.fingerprint, files, counts, seconds, self.provenance)
         return self.store.commit("done", receipt)
 
+    @full_precision()
     def _score_all(self, work: _Tokenized) -> tuple[_Scored, float]:
         """A task's results, and the seconds it took."""
         start = time.perf_counter()
@@ -259,11 +264,11 @@ class Worker:
             return dict(zip(writes, stored, strict=True))
 
     def moved_tokens(
-        self, task: Task, directions: Mapping[int, np.ndarray], num_windows: int = 8, num_positions: int = 16
+        self, task: Task, directions: Mapping[int, np.ndarray]
     ) -> dict[int, list[tuple[list[str], list[str]]]]:
         """Tokens that a step along each of a layer's directions raises and lowers most, through the model's own upper layers.
 
-        Ranked by ``dp(y)/de`` at ``h + e v``, summed over scored positions spread over a task's first windows.
+        Ranked by ``dp(y)/de`` at ``h + e v``, summed over up to 16 scored positions of each of a task's first 8 windows.
 
         Args:
             directions: per layer [k, d_model].
@@ -271,20 +276,33 @@ class Worker:
         Returns:
             per layer and direction: the five tokens raised and the five lowered, most first.
         """
-        rates: dict[int, Tensor | float] = dict.fromkeys(directions, 0.0)  # [k, vocab_size], sums over positions
-        for _, window, encoded in islice(self.windows(task), num_windows):
-            ids = torch.tensor([window.ids], device=self.model.device)
-            spread = window.scored[:: -(-len(window.scored) // num_positions)]
-            at = torch.tensor(spread, device=self.model.device)
-            for layer, rows in directions.items():
-                along = torch.tensor(rows, device=self.model.device)
-                rates[layer] += self.model.probability_rates(ids, at, layer, along, **encoded).nan_to_num().sum(1)
+        windows = list(islice(self.windows(task), _WINDOWS))
+
+        def summed(layer: int, rows: Tensor) -> Tensor:
+            """Over the positions, [k, vocab_size]."""
+            total = torch.zeros((), device=self.model.device)
+            for _, window, encoded in windows:
+                ids = torch.tensor([window.ids], device=self.model.device)
+                spread = window.scored[:: -(-len(window.scored) // _SPREAD)]
+                at = torch.tensor(spread, device=self.model.device)
+                rates = self.model.probability_rates(ids, at, layer, rows, **encoded)
+                total = total + torch.cat([some.nan_to_num().sum(1) for some in rates])
+            return total
 
         def extremes(rate: Tensor) -> tuple[list[str], list[str]]:
-            ranked = rate.argsort().tolist()
-            return [self.text(t) for t in ranked[:-6:-1]], [self.text(t) for t in ranked[:5]]
+            ranked = rate.argsort()
+            raised, lowered = ranked[-5:].flip(0), ranked[:5]
+            return [self.text(t) for t in raised.tolist()], [self.text(t) for t in lowered.tolist()]
 
-        return {layer: [extremes(rate) for rate in torch.as_tensor(each)] for layer, each in rates.items()}
+        together = max(1, _RATES // self.model.head.vocab_size)
+        return {
+            layer: [
+                extremes(rate)
+                for some in torch.tensor(rows, device=self.model.device).split(together)
+                for rate in summed(layer, some)
+            ]
+            for layer, rows in directions.items()
+        }
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 

@@ -141,13 +141,24 @@ def test_numbers_are_float32_whatever_surrounds_the_call():
             "matrices": scores.matrices(1),
             "fisher": calculate_fisher(split, 1, IDS),
             "streams": split.lower(IDS, {}, [2])[2],
-            "rates": split.probability_rates(IDS[:1], torch.tensor([2, 4]), 1, directions),
+            "rates": torch.cat([*split.probability_rates(IDS[:1], torch.tensor([2, 4]), 1, directions)]),
             "expected": fim_expected_gradient_outerproduct(grads, torch.full((1, 5), 0.2)),
         }
 
     alone = everything()
     with torch.autocast("cpu", torch.bfloat16):
         within = everything()
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [each.fp32_precision for each in products]
+    try:
+        for each, asked in zip(products, ("tf32", "bf16"), strict=True):
+            each.fp32_precision = asked
+        fast = everything()
+        assert [each.fp32_precision for each in products] == ["tf32", "bf16"]
+    finally:
+        for each, own in zip(products, before, strict=True):
+            each.fp32_precision = own
     for name, truth in alone.items():
-        assert within[name].dtype == torch.float32, name
-        assert torch.equal(within[name], truth), name
+        for found in (within[name], fast[name]):
+            assert found.dtype == torch.float32, name
+            assert torch.equal(found, truth), name

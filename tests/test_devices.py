@@ -145,7 +145,7 @@ def test_other_ways_in(name: str, gradients: Any, unchecked_shapes: None):
             before,
             upper(hidden[:, -1], hidden[:, :-1], **encoded),
             upper.jacobian(hidden[:, -1], hidden[:, :-1], **encoded),
-            split.probability_rates(IDS[1:], at, 1, direction[None], **encoder(split, 1)),
+            *split.probability_rates(IDS[1:], at, 1, direction[None], **encoder(split, 1)),
             split.tape(ids, oracles.encoded(split, encoder(split, 1)), [1], at).push(1, direction[None]),
             score_factors(split, IDS, layers=[1], estimator=Sampled(2), positions=[5], **encoder(split)),
         ]

@@ -23,13 +23,14 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 import jobs
-from fisher_ray import ModelError, SplitModel, cost, open_run
+from fisher_ray import ModelError, SplitModel, cost, open_run, worker
 from fisher_ray import directions as fd
 from fisher_ray.cli import BAD_INPUT, COMPLETE, STOPPED, main
 from fisher_ray.head import Head
 from fisher_ray.run import Run
+from fisher_ray.tape import Tape
 from fisher_ray.worker import load_model
-from jobs import D_MODEL, LAYERS, MAX_POSITIONS, Stored, gpt2  # noqa: F401
+from jobs import D_MODEL, LAYERS, MAX_POSITIONS, VOCAB, Stored, gpt2  # noqa: F401
 
 LAYER = 1
 STRIDE = 12  # a quarter of the window
@@ -576,6 +577,32 @@ def test_another_model_or_layer_is_refused(run: Run, models: Callable[..., Split
             ValueError, match=r"directions must be \[k, 12\] at layers of \[0, 1, 2\], got \[1, 5\] at layer 0"
         ):
             read(run, 0, np.ones(5))
+
+
+def test_many_directions_are_taken_a_few_at_a_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their rates of tokens, and their products with J_z, are more than memory holds; the numbers are the same."""
+    rows = {LAYER: some_directions(3)}
+    taken: list[int] = []
+    push = Tape.push
+
+    def noted(self: Tape, layer: int, directions: Tensor) -> Tensor:
+        taken.append(len(directions))
+        return push(self, layer, directions)
+
+    monkeypatch.setattr(Tape, "push", noted)
+    whole = fd.moved_tokens(run, rows)
+    assert set(taken) == {3}
+    fd.project(run, rows, tmp_path / "whole", documents=2)
+    assert set(taken) == {3}
+    monkeypatch.setattr(worker, "_RATES", 2 * VOCAB)
+    monkeypatch.setattr(fd, "_PUSHED", 1)
+    taken.clear()
+    assert fd.moved_tokens(run, rows) == whole
+    assert set(taken) == {1, 2}
+    fd.project(run, rows, tmp_path / "few", documents=2)
+    assert taken[-1] == 1
+    one, other = (pq.read_table(tmp_path / name) for name in ("whole", "few"))
+    np.testing.assert_allclose(one["sensitivity"], other["sensitivity"], rtol=1e-4)
 
 
 def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -398,7 +398,8 @@ def test_probability_rates_are_directional_derivatives(models: Models):
         for layer in (0, 2):
             encoder = batch.encoder_of(0)
             arguments = [encoder["encoder_input_ids"], encoder["encoder_attention_mask"].bool()] if encoder else []
-            rates = split.probability_rates(batch.rows[0][None], torch.tensor([1, 5, 8]), layer, v[None], *arguments)[0]
+            at = torch.tensor([1, 5, 8])
+            rates = next(split.probability_rates(batch.rows[0][None], at, layer, v[None], *arguments))[0]
             for n, position in enumerate((1, 5, 8)):
                 truth = oracles.one_position(split, batch.rows[0], position, [layer], encoder)
                 expected = truth.prob * (truth.scores[layer] @ v)
@@ -411,7 +412,7 @@ def test_probability_rates_of_half_precision(dtype: torch.dtype):
     half = SplitModel(build(FAMILIES["llama"], dtype))
     exact = SplitModel(build(FAMILIES["llama"], dtype).double())
     ids, at, v = torch.arange(1, 13)[None], torch.tensor([3, 7, 11]), torch.eye(24)
-    expected, got = (split.probability_rates(ids, at, 1, v) for split in (exact, half))
+    expected, got = (torch.cat([*split.probability_rates(ids, at, 1, v)]) for split in (exact, half))
     errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.median() < 0.03
     assert errors.max() < 0.3
