@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisher_ray.draws import Draws
-from fisher_ray.head import Head, Prediction
+from fisher_ray.head import VOCAB_CHUNK, Head, Prediction
 from fisher_ray.kernels import SOFTMAX_BLOCK
 from fisher_ray.spectrum import leading_vectors
 
@@ -67,7 +67,9 @@ class Exact:
     def held(self, n: int, head: Head) -> int:
         """Numbers that predictions at n positions and what is made of them hold at once, at most; counted."""
         numbers = n * head.vocab_size
-        return 3 * numbers if self.tolerance == 0 else 9 * numbers + 10 * head.d_z**2
+        # Of one position at a time rows of W, what M is summed in, and its eigenvectors.
+        one = 2 * min(head.vocab_size, VOCAB_CHUNK) * head.d_z + 10 * head.d_z**2
+        return (9 if self.tolerance else 3 if head.softcap is None else 4) * numbers + one
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part of M, or all of it."""
@@ -164,7 +166,9 @@ class Deflated:
         """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
         deflated = self._deflated(head.vocab_size, head.d_z)
         rows, gram = deflated * max(head.d_z, self.num_samples), deflated**2
-        return 4 * n * head.vocab_size + min(n, self._step(head)) * (3 * rows + 4 * gram)
+        # Beside C what is taken from it, or its Gram matrices in the hands of a solver, which works on one at a time.
+        together = min(n, self._step(head)) * max(2 * (rows + gram), rows + 5 * gram) + 2 * gram
+        return 4 * n * head.vocab_size + together
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part, then the drawn terms."""

@@ -24,7 +24,7 @@ from fisher_ray.spectrum import symmetric_eigh
 
 # Rows of W in one product of the exact second moment: large enough for the product to run at its peak, small enough
 # for the centred copy of the rows to stay in cache.
-_VOCAB_CHUNK = 2048
+VOCAB_CHUNK = 2048
 # Rows of logits start at multiples of so many numbers, which MKL's products need: one of 166 rows by GPT-2's vocabulary ran at
 # 0.9 of the peak in chunks and so aligned, at 0.7 in chunks alone, and at 0.55 as a whole.
 _ALIGNED = 16
@@ -101,8 +101,8 @@ class Head:
 
     def row_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "chunk d_z"]]]:
         """Slices of the vocabulary with their rows of W in ``dtype``."""
-        for start in range(0, self.vocab_size, _VOCAB_CHUNK):
-            chunk = slice(start, min(start + _VOCAB_CHUNK, self.vocab_size))
+        for start in range(0, self.vocab_size, VOCAB_CHUNK):
+            chunk = slice(start, min(start + VOCAB_CHUNK, self.vocab_size))
             yield chunk, self.weight[chunk].to(dtype)
 
 
@@ -257,7 +257,7 @@ class Prediction:
                 rows = vectors.mT @ rows
             else:
                 moment = torch.zeros(head.d_z, head.d_z, dtype=torch.float64, device=ranked.device)
-                for some in tokens.split(_VOCAB_CHUNK, 1):
+                for some in tokens.split(VOCAB_CHUNK, 1):
                     part = self.weighted_scores(some, here)[0]
                     add_outer(moment, part, part)
                 values, vectors = symmetric_eigh(moment.mT)

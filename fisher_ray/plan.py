@@ -52,7 +52,7 @@ from fisher_ray.shards import POSITION_FIELDS
 from fisher_ray.split import Gradients
 
 # Raised whenever the same configuration would give other numbers.
-RESULT_VERSION = 11
+RESULT_VERSION = 12
 
 Device = Literal["cpu", "cuda"]
 Executor = Literal["ray", "local"]

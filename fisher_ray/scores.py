@@ -396,7 +396,7 @@ class Pass:
                 yield _Batch(rows, [chosen[r] for r in rows])
                 rows = []
             size = len(positions)
-            while size > 1 and self.memory([i], [positions[:size]]) > self.budget:
+            while size > 1 and self.memory([i], [positions[-size:]]) > self.budget:  # the last ones see most keys
                 size = -(-size // 2)
             for start in range(0, len(positions), size):
                 yield _Batch([i], [positions[start : start + size]])

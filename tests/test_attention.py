@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import Models
 
-from fisher_ray import Exact, attention, score_factors
+from fisher_ray import Exact, Sampled, attention, score_factors
 
 # Windows, soft-capping, sinks and position biases among them.
 KINDS = ["gpt2", "mistral", "gemma2", "gpt_oss", "t5"]
@@ -78,9 +78,28 @@ def test_no_mask_of_a_long_sequence_is_made(name: str, models: Models, monkeypat
         assert not any(isinstance(each, torch.Tensor) for each in seen)
 
 
+def test_no_mask_of_replayed_queries_is_made(models: Models, monkeypatch: pytest.MonkeyPatch):
+    """Positions that repeat look to transformers like packed sequences, which get a mask of [queries, queries]."""
+    split = models("llama")
+    made: list[int] = []
+    mask = attention.sdpa_mask
+    monkeypatch.setattr(attention, "sdpa_mask", lambda *given, **more: [made.append(1), mask(*given, **more)][1])
+    asked = {"layers": [0], "estimator": Sampled(1), "token_source": "sampled", "num_token_draws": 3}
+    score_factors(split, torch.arange(20)[None], **asked)  # and what is measured once
+    made.clear()
+    assert len(score_factors(split, torch.arange(20)[None], **asked)) == 19
+    assert len(made) == 1  # of the context
+
+
 @pytest.mark.parametrize(("seq_len", "mean"), [(100, 100.0), (128, 128.0), (256, 192.0), (1024, 576.0), (1025, 0.0)])
 def test_kept_keys(seq_len: int, mean: float):
     assert attention.kept_keys(seq_len) == mean
+
+
+def test_kept_keys_of_replayed_queries():
+    assert attention.kept_keys(1024, [1023]) == 1024
+    assert attention.kept_keys(1024, range(7, 1024, 8)) == 1024  # one block
+    assert attention.kept_keys(1024, range(3, 1024, 4)) == (512 + 1024) / 2
 
 
 def test_held_keys():

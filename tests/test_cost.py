@@ -123,7 +123,7 @@ def counted(name: str, expected: Cost, gradients: Any = "own_position") -> float
     model.model.set_attn_implementation("eager")  # explicit products in encoders and on the slow path
     windows = expected.batch_tokens // SEQ
     ids = torch.randint(3, VOCAB, (windows, SEQ), generator=torch.Generator().manual_seed(0))
-    first = 1 if expected.token_source == "sampled" else 0
+    count = round(expected.share * SEQ)
     model.graph_bytes(SEQ, 0)  # measured once a model: passes of their own
     model.streamed = expected.model.streamed
     layers = list(expected.layers)
@@ -134,7 +134,7 @@ def counted(name: str, expected: Cost, gradients: Any = "own_position") -> float
             ids,
             layers=layers,
             estimator=expected.estimator,
-            positions=list(range(first, first + round(expected.share * SEQ))),
+            positions=[SEQ - 1 - i * SEQ // count for i in reversed(range(count))],  # up to the last
             token_source=expected.token_source,
             num_token_draws=expected.token_draws,
             encoder_input_ids=ids if model.is_encoder_decoder else None,
@@ -326,6 +326,25 @@ def test_memory_of_few_positions_counts_what_recording_takes(name: str, layer: i
     (batch,) = pass_.batches([[511]] * 4)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         assert len(pass_._score(batch)) == 4
+    assert pass_.memory(batch.rows, batch.positions) == pytest.approx(live.most, rel=0.1)
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_memory_of_drawn_tokens(draws: int) -> None:
+    """Replayed queries keep and hold the weights of the keys up to their block's last, and have no mask of their own."""
+    config = tf.LlamaConfig(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=8, intermediate_size=512, vocab_size=128
+    )
+    model = tf.LlamaForCausalLM(config).float()
+    split = SplitModel(model, check=False)
+    rows = [torch.arange(1024) % 128]
+    pass_ = Pass(
+        split, rows, [-1], [0], Sampled(2), True, draws, 1.0, 1.0, torch.zeros(1, 2).long(), None, None, 1 << 40
+    )
+    (batch,) = pass_.batches([[*range(1, 1024)]])
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        pass_._score(batch)
     assert pass_.memory(batch.rows, batch.positions) == pytest.approx(live.most, rel=0.1)
 
 

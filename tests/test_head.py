@@ -276,12 +276,25 @@ def test_an_altered_head_is_refused(change: str, dtype: torch.dtype, gradients: 
     ],
     ids=repr,
 )
-def test_what_an_estimator_holds(estimator: Estimator, n: int):
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_what_an_estimator_holds(estimator: Estimator, n: int, softcap: float | None):
     """Of a vocabulary that is large beside all else; a softmax takes ten rows of it together."""
     vocab_size, d_z = 200_000, 4
     weight, z = (torch.randn(rows, d_z, dtype=torch.float32) for rows in (vocab_size, n))
     zeros = torch.zeros(n, dtype=torch.long)
     with LiveBytes([weight]) as live:
-        estimator.cotangents(Head(weight).predict(z), Draws(zeros[:, None].expand(n, 2), zeros, zeros, "score"))
-    expected = 4 * estimator.held(n, Head(weight))
+        head = Head(weight, softcap=softcap)
+        estimator.cotangents(head.predict(z), Draws(zeros[:, None].expand(n, 2), zeros, zeros, "score"))
+    expected = 4 * estimator.held(n, head)
     assert 0.75 * expected < live.most < 1.05 * expected
+
+
+@pytest.mark.parametrize("estimator", [Deflated(200, 8), Exact(0.05)], ids=repr)
+def test_what_decompositions_hold(estimator: Estimator):
+    """Where the matrices of few positions are larger than their rows and than the vocabulary."""
+    weight, z = torch.randn(2_000, 256, dtype=torch.float32) / 16, torch.randn(8, 256, dtype=torch.float32)
+    zeros = torch.zeros(8, dtype=torch.long)
+    with LiveBytes([weight]) as live:
+        head = Head(weight)
+        found = estimator.cotangents(head.predict(z), Draws(zeros[:, None].expand(8, 2), zeros, zeros, "score"))
+    assert live.most - found.rows.nbytes < 1.05 * 4 * estimator.held(8, head)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fisher_ray import Exact, ModelError, Sampled, Scores, SplitModel, calculate_fisher, score_factors
 from fisher_ray.architecture import tokenizer_digest, weights_digest
+from fisher_ray.cost import Cost, outline
 from fisher_ray.split import ModelFacts
 
 # Median over positions of the relative error of exact matrices against float64 with the same weights. The worst position
@@ -126,6 +127,35 @@ def test_the_facts_of_a_model_are_read_before_its_weights(tmp_path: Path):
 
 
 # ---- what identifies a model -----------------------------------------------------------------------------------------
+
+
+def test_long_ranges_of_rotations_are_beyond(tmp_path: Path):
+    """LongRoPE turns the keys of a sequence that is longer than what it was trained on otherwise, all of them: so scores of a
+    position would depend on what is behind it, and on its batch."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [1.5, 3.0, 6.0]}
+    sizes: dict[str, Any] = {
+        "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 120, "original_max_position_embeddings": 60, "pad_token_id": 0,
+    }  # fmt: skip
+    config = tf.Phi3Config(**sizes, rope_parameters={**rope, "original_max_position_embeddings": 60})
+    split = SplitModel(build(lambda: tf.Phi3ForCausalLM(config)))
+    ids = torch.arange(1, 62)[None] % 61
+    asked: dict[str, Any] = {"layers": [0], "estimator": Exact()}
+    every = score_factors(split, ids[:, :60], **asked).matrices(0)
+    few = score_factors(split, ids[:, :60], positions=[5, 40], **asked).matrices(0)
+    torch.testing.assert_close(few, every[[5, 40]], rtol=1e-3, atol=1e-9)
+    with pytest.raises(ValueError, match="sequences must have at most 60 tokens, got 61"):
+        score_factors(split, ids, **asked)
+
+
+def test_an_activation_with_parameters_can_be_planned_for(tmp_path: Path):
+    """xIELU's are asked for their number, not for their values, which a plan has none of."""
+    config = tf.ApertusConfig(
+        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    config.save_pretrained(tmp_path)
+    assert Cost(outline(str(tmp_path)), (0, 1), Sampled(1), max_seq_len=16).flop_per_token > 0
+
 
 TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
