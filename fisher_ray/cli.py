@@ -287,7 +287,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument(
         "--group-by", help="position, token or a column: a mean for each bucket, frequent token or value as well"
     )
-    corpus.add_argument("--num-groups", type=int, help="frequent tokens, or values of the column at most (32)")
+    corpus.add_argument(
+        "--num-groups", type=int, help="frequent tokens; or at most, values of a column in 64 documents (32)"
+    )
     corpus.add_argument(
         "--sketch", type=int, metavar="ROWS", help="keep sketches of so many rows in place of d x d sums (sums in full)"
     )
@@ -386,7 +388,7 @@ def _config(given: dict[str, Any]) -> RunConfig:
 
 def _guarded(act: Callable[[], int]) -> int:
     """Turn every failure into one line and an exit code."""
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, markup=False)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for library in ("ray", "huggingface_hub"):  # their retries and notes would bury the one line that matters
@@ -400,11 +402,11 @@ def _guarded(act: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (KeyboardInterrupt, StoppedError) as stopped:
-        errors.print(str(stopped) or "stopped.", style="yellow", markup=False, soft_wrap=True)
+        errors.print(str(stopped) or "stopped.", style="yellow", soft_wrap=True)
         return STOPPED
     except (RefusedError, StorageError, RunError, MemoryError, ValueError) as error:
         # ValueError: ConfigError, CorpusError, ModelError, and the estimators' own.
-        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        errors.print(f"error: {error}", style="red", soft_wrap=True)
         if isinstance(error, RefusedError):
             return REFUSED
         if isinstance(error, DamagedError):
@@ -416,7 +418,7 @@ def _guarded(act: Callable[[], int]) -> int:
             said = f"the storage did not answer: {said} The same command goes on."
         elif not isinstance(error, OSError):
             raise
-        errors.print(f"error: {said}", style="red", markup=False, soft_wrap=True)
+        errors.print(f"error: {said}", style="red", soft_wrap=True)
         return FAILED
 
 
@@ -434,10 +436,20 @@ def _terminable() -> Iterator[None]:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 120, markup=False)  # paths and text may look like it
+
+
+def _lasting(output: str) -> None:
+    """Refuse a path that would be in the copy of a working directory that a job runs in."""
+    if ":" not in output and not Path(output).is_absolute() and "/working_dir_files/" in f"{Path.cwd()}":
+        raise ConfigError(
+            f"output {output} is a relative path, and a job runs in a copy of its working directory, which goes with it. Give "
+            "a path that begins with / and that all nodes share, or a URI."
+        )
 
 
 def _run(config: RunConfig) -> int:
+    _lasting(config.output)
     console = _console()
 
     @contextmanager
@@ -455,7 +467,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, float, float, str], N
     """A bar with ETA on a terminal, a plain line now and then elsewhere: of a state, what is done, of what, and a line."""
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        more = TextColumn("{task.fields[line]}")
+        more = TextColumn("{task.fields[line]}", markup=False)
         with Bar(*columns, TimeRemainingColumn(), more, console=console) as bar:
             shown = bar.add_task("starting", total=None, line="")
             yield lambda state, done, total, line: bar.update(
@@ -480,6 +492,7 @@ def _line(p: Progress) -> str:
         f"{p.tasks_done:,}/{p.tasks:,} tasks, {p.tokens_per_second:,.0f} tokens/s{left}, actors {p.actors_alive} alive "
         f"{p.actors_pending} pending, {p.retried} retried, {p.quarantined} quarantined"
         + (f"; {p.checkpoint.words}" if p.checkpoint else "")
+        + (f"; {p.actors_wait}" if p.actors_wait else "")
     )
 
 
@@ -517,15 +530,14 @@ def _show(console: Console, outcome: Outcome) -> None:
     console.print(f"positions:            {uri}/positions/*.parquet", soft_wrap=True)
     console.print(f"picture:              {uri}/reduced/spectra.png", soft_wrap=True)
     if outcome.quarantined:
-        errors = Console(stderr=True)
+        errors = Console(stderr=True, markup=False)
         for line in list(outcome.quarantined.values())[:_NAMED]:
-            errors.print(f"given up: {line}", style="red", markup=False, soft_wrap=True)
+            errors.print(f"given up: {line}", style="red", soft_wrap=True)
         errors.print(
             f"error: {len(outcome.quarantined)} of {outcome.tasks} tasks were given up, and the means are without them; "
             f"{uri}/quarantine says why. Once the cause is gone, the same command with --retry-quarantined completes the run; "
             "where the corpus has to be corrected, that is another run, with an --output of its own.",
             style="red",
-            markup=False,
             soft_wrap=True,
         )
 
@@ -670,11 +682,15 @@ def _status(given: dict[str, Any]) -> int:
         speed = f", {facts['tokens_per_second']:,.0f} a second" if at_work else ""
         left = facts["seconds_left"]
         left = f", {_clock(left)} left" if at_work and left is not None else ""
-        said = "" if at_work or facts["state"] != "interrupted" else " when that was written"
+        said = (
+            ""
+            if facts["state"] in ("complete", "quarantined")
+            else " of tasks computed or read back by the last driver"
+        )
         console.print(f"tokens: {facts['counts']['tokens']:,}{said}{speed}{left}", highlight=False)
     console.print(f"driver: {facts['driver'] or 'none'}{actors}", highlight=False)
     for line in quarantine[:_NAMED]:
-        console.print(f"given up: {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"given up: {line}", highlight=False, soft_wrap=True)
     return _without(reading.damaged)
 
 
@@ -683,12 +699,12 @@ def _verify(given: dict[str, Any]) -> int:
     try:
         store, run = _opened(given["run"])
     except DamagedError as error:
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        console.print(str(error), highlight=False, soft_wrap=True)
         return DAMAGED
     found = 0
     for problem in store.verify(run):
         found += 1
-        console.print(f"{problem.path} {problem.what}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{problem.path} {problem.what}", highlight=False, soft_wrap=True)
     if found:
         console.print(f"{found} problems. The command that made the run finds and mends them when it is given again.")
         return DAMAGED
@@ -729,9 +745,9 @@ def _validation(path: Path | None) -> dict[str, Any] | None:
 
 def _without(damaged: Sequence[str]) -> int:
     """Name what had to be left out; the exit code."""
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, markup=False)
     for line in damaged[:_NAMED]:
-        errors.print(f"left out: {line}", style="red", markup=False, soft_wrap=True)
+        errors.print(f"left out: {line}", style="red", soft_wrap=True)
     return DAMAGED if damaged else COMPLETE
 
 
@@ -816,7 +832,7 @@ def _clean(given: dict[str, Any]) -> int:
     try:
         orphans = store.orphans()
         for path in orphans:
-            console.print(path, markup=False, highlight=False, soft_wrap=True)
+            console.print(path, highlight=False, soft_wrap=True)
             if given["remove"]:
                 store.remove(path)
     finally:
@@ -878,7 +894,7 @@ def _export(given: dict[str, Any]) -> int:
         raw = safetensors.numpy.save(arrays, metadata=about)
     folder = Storage(str(path.absolute().parent))
     folder.write(path.name, raw)
-    _console().print(f"{len(arrays)} arrays, {_size(len(raw))}: {path}", highlight=False, soft_wrap=True, markup=False)
+    _console().print(f"{len(arrays)} arrays, {_size(len(raw))}: {path}", highlight=False, soft_wrap=True)
     return _without(reading.damaged)
 
 
@@ -901,7 +917,9 @@ def _submit(given: dict[str, Any]) -> int:
 
 
 def _sweep(given: dict[str, Any]) -> int:
-    return run_sweep(read_sweep(given["config"]), _console())
+    sweep = read_sweep(given["config"])
+    _lasting(sweep.output)
+    return run_sweep(sweep, _console())
 
 
 if __name__ == "__main__":

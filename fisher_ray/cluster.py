@@ -127,7 +127,7 @@ class RayPool:
         self._idle: OrderedDict[_Member, None] = OrderedDict()
         self._busy: OrderedDict[_Member, None] = OrderedDict()
         self._looked = 0.0
-        self._failed_loads, self._load_failed = 0, -math.inf
+        self._failed_loads, self._load_failed, self._load_failure = 0, -math.inf, ""
         self._spread = True
 
     def __enter__(self) -> RayPool:
@@ -145,7 +145,7 @@ class RayPool:
             if not (grows and self._config.max_actors) and not self._room():
                 have = ray.cluster_resources()
                 raise ConfigError(
-                    f"an actor needs {self._config.cpus_per_actor} CPUs and {gpus:g} GPUs of one node, and no node has them; "
+                    f"no node has the {self._needs}; "
                     f"{'the cluster' if grows else 'this machine'} has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}. Ask "
                     "for fewer (--cpus-per-actor, --gpus-per-actor), or for --max-actors on a cluster that grows with demand."
                 )
@@ -166,6 +166,16 @@ class RayPool:
     @property
     def pending(self) -> int:
         return len(self._loading)
+
+    @property
+    def waits(self) -> str | None:
+        if self._failed_loads:
+            return f"{self._failed_loads} actors in a row did not load the model, the last: {self._load_failure}"
+        return None if self.alive or not self.pending or self._room() else f"no node has the {self._needs}"
+
+    @property
+    def _needs(self) -> str:
+        return f"{self._config.cpus_per_actor} CPUs and {self._gpus:g} GPUs that an actor needs"
 
     def open(self, plan: Plan) -> None:
         # Ray restarts nothing by itself: the driver counts what fails.
@@ -192,8 +202,10 @@ class RayPool:
             return
         self._looked = time.monotonic()
         most = self._config.max_actors or max(self._config.min_actors, self._room())
-        for _ in range(min(wanted, most) - len(self._members)):
-            self._start()
+        # After one that did not load the next has time: what it died of may pass.
+        if self._looked >= self._load_failed + 2.0 ** min(self._failed_loads, 6):
+            for _ in range(min(wanted, most) - len(self._members)):
+                self._start()
         surplus = len(self._members) - max(min(kept, most), 1)
         for member in [*self._loading.values(), *self._idle][: max(0, surplus)]:
             self._drop(member)
@@ -280,19 +292,24 @@ class RayPool:
         try:
             answer = future.result()
         except RayError as error:
-            self._died(member, error, alive)
-            if member.started >= self._load_failed:
-                self._failed_loads, self._load_failed = self._failed_loads + 1, time.monotonic()
-            if self.alive or self._failed_loads < _MAX_LOADS:
+            answer = self._died(member, error, alive)
+            if answer.kind == "lost":  # a machine that leaves says nothing of the model
                 return []
             why = "workers die while they load the model; were the machines out of memory?"
-            return [(None, Failure("fatal", f"{why} Ray says: {_one_line(error)}"))]
-        if isinstance(answer, Failure):
+            answer = Failure("fatal", f"{why} Ray says: {answer.message}")
+        else:
+            if not isinstance(answer, Failure):
+                member.node, self._failed_loads = answer, 0
+                self._place(member)
+                return []
             self._drop(member)
-            return [(None, answer)]
-        member.node, self._failed_loads = answer, 0
-        self._place(member)
-        return []
+            if answer.kind == "fatal" and not self.alive:  # the model's fault, or the settings'
+                return [(None, answer)]
+        if member.started >= self._load_failed:  # of those that were started together one counts
+            self._failed_loads, self._load_failed = self._failed_loads + 1, time.monotonic()
+            self._load_failure = answer.message
+        # One machine that cannot is not the others' end.
+        return [] if self.alive or self._failed_loads < _MAX_LOADS else [(None, answer)]
 
     def _place(self, member: _Member) -> None:
         """Put a member where it will be found: among the idle, or those that take a second call."""
@@ -354,6 +371,9 @@ def joined() -> Iterator[str]:
             # It does not answer, is of another version, or wants a token.
             what = f"the Ray cluster at {given} cannot be joined" if given else "Ray cannot be started on this machine"
             raise ConfigError(f"{what}: {_one_line(error)}") from error
+        except KeyboardInterrupt:
+            ray.shutdown()
+            raise
     try:
         yield str(ray.get_runtime_context().gcs_address)
     finally:

@@ -473,8 +473,22 @@ def _look(source: Source, layout: Layout) -> None:
         with _opened(source) as file:
             head = _stream(file, codec, _SNIFFED).read(_SNIFFED)
         text = _decode(head[: head.rfind(b"\n") + 1] if len(head) == _SNIFFED else head, source.path, 0)
-        if kind == "jsonl" and (first := next((line for line in text.split("\n") if line.strip()), None)):
-            _json_row(first.encode(), source.path, 0, layout)
+        if kind == "jsonl":
+            _look_at_rows(text.encode().splitlines(keepends=True), source.path, layout)
+
+
+def _look_at_rows(lines: Sequence[bytes], path: str, layout: Layout) -> None:
+    """Refuse JSON lines of which the first is none, or that all lack a column."""
+    offset, row, lacking = 0, None, list(layout.carried)
+    for line in lines:
+        if line.strip():
+            row = _json_row(line, path, offset, layout)
+            lacking = [column for column in lacking if column not in row]
+            if not lacking:
+                return
+        offset += len(line)
+    if row is not None:
+        raise CorpusError(f"{path}: no column {lacking[0]!r}; its last row has {', '.join(row)}. Choose of those.")
 
 
 def _counted(sources: Iterable[Source], layout: Layout) -> Iterator[tuple[Source, list[_Group] | None]]:
@@ -697,7 +711,7 @@ def _json_row(line: bytes, path: str, offset: int, layout: Layout) -> dict[str, 
         raise CorpusError(f"{path}, byte {offset}: not a JSON object ({reason}). Expected one a line.") from error
     if not isinstance(row, dict):
         raise CorpusError(f"{path}, byte {offset}: expected a JSON object, got {type(row).__name__}.")
-    for column in layout.columns:
+    for column in filter(None, (layout.column, layout.encoder_column)):
         if column not in row:
             raise CorpusError(f"{path}, byte {offset}: no column {column!r}; it has {', '.join(row)}. Choose of those.")
     return row
@@ -782,9 +796,11 @@ def _document(name: str, row: dict[str, Any], layout: Layout) -> Document:
         raise CorpusError(
             f"{name}: column {layout.column!r} must hold text or a list of token ids, got {type(content).__name__}."
         )
-    for column in (layout.column, *layout.carried):
-        if isinstance(row[column], str):
-            _check_unicode(name, column, row[column])
+    # What is carried along need not be known of all.
+    carried = [(column, row.get(column)) for column in layout.carried]
+    for column, value in ((layout.column, content), *carried):
+        if isinstance(value, str):
+            _check_unicode(name, column, value)
     encoder_text = None
     if layout.encoder_column is not None:
         encoder_text = row[layout.encoder_column]
@@ -793,8 +809,7 @@ def _document(name: str, row: dict[str, Any], layout: Layout) -> Document:
                 f"{name}: column {layout.encoder_column!r} must hold text, got {type(encoder_text).__name__}."
             )
         _check_unicode(name, layout.encoder_column, encoder_text)
-    carried = tuple(None if row[column] is None else str(row[column]) for column in layout.carried)
-    return Document(name, content, encoder_text, carried)
+    return Document(name, content, encoder_text, tuple(None if v is None else str(v) for _, v in carried))
 
 
 def _check_unicode(name: str, column: str, text: str) -> None:

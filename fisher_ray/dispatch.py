@@ -136,8 +136,8 @@ class Servant:
     def check(self, folder: str, names: Sequence[str]) -> tuple[Counts, list[str]]:
         """Read back what receipts vouch for: counts of the sound ones, and the names of the others."""
         counts, damaged = Counts(), []
-        for name in names:
-            receipt, _ = self.store.check(folder, name, self.plan.fingerprint)
+        found = self.store.several(lambda name: self.store.check(folder, name, self.plan.fingerprint)[0], names, 4)
+        for name, receipt in zip(names, found, strict=True):
             if receipt is None:
                 damaged.append(name)
             else:
@@ -176,6 +176,10 @@ class Pool(Protocol):
     def pending(self) -> int:
         """Workers that wait for a machine, or load their model."""
 
+    @property
+    def waits(self) -> str | None:
+        """Why there are no more workers, where that is known."""
+
     def open(self, plan: Plan) -> None:
         """Start no worker yet, but know how."""
 
@@ -201,7 +205,7 @@ class Pool(Protocol):
 class LocalPool:
     """One worker in this process, for debugging and for machines without Ray."""
 
-    alive, pending = 1, 0
+    alive, pending, waits = 1, 0, None
 
     def __init__(self, config: RunConfig):
         self.device: Device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -422,10 +426,10 @@ class Dispatch:
             tries.failed += 1
         final = outcome.kind in ("input", "fatal", "damaged")
         unlucky = any(tries.blameless[kind] >= most for kind, most in _MAX_BLAMELESS.items())
-        if final or unlucky or tries.failed >= self._max_attempts:
+        if final or (not tries.running and (unlucky or tries.failed >= self._max_attempts)):
             self._forget(call)
             yield call, outcome
-        elif not tries.running:
+        elif not tries.running:  # else another attempt may yet end well
             self.retried += 1
             pause = min(30.0, 0.25 * 2 ** (tries.failed + tries.blameless.total()))
             heapq.heappush(self._later, (time.monotonic() + pause, self.retried, call))

@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice, takewhile
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -55,6 +54,7 @@ class Progress:
         tokens_per_second: over the last minute.
         seconds_left: None where it cannot be said.
         checkpoint: the last one looked back from, of a run that may end early.
+        actors_wait: why there are no more actors, where that is known.
     """
 
     state: str
@@ -70,6 +70,7 @@ class Progress:
     retried: int
     quarantined: int
     checkpoint: Checkpoint | None = None
+    actors_wait: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,25 +125,25 @@ def run(
     with contextlib.suppress(DamagedError):
         store.read_run()  # a directory that is no run's is refused before anything is started
     made = store.missing_folders()
-    with _Stop() as stop, open_pool(config) as pool:
+    with _Stop() as stop, contextlib.ExitStack() as workers:
+        pool = workers.enter_context(open_pool(config))
         stop.listen()
         plan = plan.on(pool.device)
         tasks, is_new = _opened(plan, store)
+        lease = Lease(store)
         try:
-            lease = Lease(store)
-            try:
-                pool.open(_for_workers(plan))
-                with show(plan) as tell:
-                    return _Run(plan, tasks, store, pool, lease, stop, tell).go()
-            finally:
-                lease.release()
-        except RefusedError:
-            raise  # it is another driver's now
+            pool.open(_for_workers(plan))
+            with show(plan) as tell:
+                return _Run(plan, tasks, store, pool, lease, stop, tell).go()
         except (ValueError, RunError, StorageError):
-            if is_new and not _scored(store):
+            workers.close()  # none is to commit what is removed, and no heartbeat to write it anew
+            lease.rest()
+            if is_new and lease.lost is None and not _scored(store):  # else it is another driver's now
                 with contextlib.suppress(StorageError):  # the error that there was says more
                     store.remove_run(made)
             raise
+        finally:
+            lease.release()
 
 
 class _Stop:
@@ -303,14 +304,8 @@ def _corpus_change(plan: Plan, existing: dict[str, Any], store: RunStore) -> str
 
 
 def _for_workers(plan: Plan) -> Plan:
-    """A plan as workers need it: without the corpus's files, and with paths that hold in any current directory."""
-    model = Path(plan.config.model)
-    config = replace(
-        plan.config,
-        model=str(model.resolve()) if model.exists() else plan.config.model,
-        output=RunStore(plan.config.output).uri,
-    )
-    return replace(plan, config=config, sources=())
+    """A plan as workers need it: without the corpus's files, and with an output that is the same in any current directory."""
+    return replace(plan, config=replace(plan.config, output=RunStore(plan.config.output).uri), sources=())
 
 
 class _Run:
@@ -380,6 +375,8 @@ class _Run:
                 self.done[int(name)] = 1
         resumed = self.done.count(1)
         for name in sorted(self.store.names("quarantine")):
+            if not (name.isdigit() and int(name) < len(self.done)):
+                continue
             task, path = int(name), f"quarantine/{name}.json"
             if self.plan.config.retry_quarantined or self.done[task]:
                 self.store.remove(path)
@@ -450,7 +447,7 @@ class _Run:
                     self._give_up(call.args[0], outcome, hopeless=failed_first >= _HOPELESS and not any(self.done))
                 else:
                     self._computed(call.args[0], outcome)
-        if not any(self.done):
+        if not any(self.done) and last == len(self.tasks):
             # Nothing could be computed: the first reason is as good as an answer to the command.
             raise self._first_failure.to_exception() if self._first_failure else RunError(self._given_up())
 
@@ -477,17 +474,17 @@ class _Run:
                 self.store.remove(f"tree/{name}.json")
             return
         self.counts += counts
-        for name in damaged:
-            self.damaged += 1
-            if name.isdigit() and int(name) < len(self.done):
-                self._undo(int(name))
-            else:
-                self.store.remove(f"done/{name}.json")
+        self.damaged += len(damaged)
+        tasks = [int(name) for name in damaged if name.isdigit() and int(name) < len(self.done)]
+        for name in set(damaged) - set(map(task_name, tasks)):
+            self.store.remove(f"done/{name}.json")
+        self._undo(tasks)
 
-    def _undo(self, task: int) -> None:
-        self.store.undo(task, self.store.names("tree"))
-        self.done[task] = 0
-        self.weight -= self.tasks[task].weight
+    def _undo(self, tasks: Sequence[int]) -> None:
+        self.store.undo(tasks)
+        for task in tasks:
+            self.done[task] = 0
+            self.weight -= self.tasks[task].weight
 
     def _computed(self, task: Task, receipt: Receipt) -> None:
         self.done[task.id] = 1
@@ -617,7 +614,7 @@ class _Run:
         folder, name = path.split("/")[:2]
         if folder in ("done", "sums"):
             self.damaged += 1
-            self._undo(int(name[:8]))
+            self._undo([int(name[:8])])
             return f"done/{name[:8]}.json"
         node = name.removesuffix(".json") if name.endswith(".json") else name.rsplit("-", 1)[0]
         self.store.remove(f"tree/{node}.json")
@@ -656,6 +653,7 @@ class _Run:
             self.dispatch.retried,
             len(self.quarantined),
             self.looked[-1] if self.looked else None,
+            self.pool.waits,
         )
 
     def _write_progress(self) -> None:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fisher_ray.run import Reading, Run
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
@@ -398,10 +398,10 @@ def show_layer(console: Console, facts: Mapping[str, Any]) -> None:
         table = _table("document", "position", "trace", "entropy")
         table.add_column("text", overflow="fold")
         for row in facts["largest_traces"]:
-            text = escape(f"{row['before']}[{row['text']}]{row['after']}")
+            text = f"{row['before']}[{row['text']}]{row['after']}"
             numbers = (f"{row['trace']:.4g}", f"{row['entropy']:.3f}")
-            title = escape(document_title(row["document"], row["carried"]))
-            table.add_row(title, str(row["position"]), *numbers, " ".join(text.split()))
+            title = Text(document_title(row["document"], row["carried"]))
+            table.add_row(title, str(row["position"]), *numbers, Text(" ".join(text.split())))
         console.print(table)
 
 
@@ -512,7 +512,7 @@ def _table(*names: str) -> Table:
 
 
 def _say(console: Console, line: str, style: str | None = None) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True, style=style)
+    console.print(Text(line), highlight=False, soft_wrap=True, style=style)
 
 
 def _plus_minus(pair: Sequence[float | None]) -> str:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import count
 from operator import itemgetter
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -711,6 +712,10 @@ def make_plan(config: RunConfig) -> Plan:
     sources = tuple(find_sources(config.corpus))
     sampled = config.group_by not in (None, "position")
     sample = list(sample_documents(sources, config.layout, _SAMPLE)) if sampled else []
+    # Whoever reads the run later may be in another directory.
+    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    corpus = tuple(uri if ":" in uri else str(Path(uri).absolute()) for uri in config.corpus)
+    config = replace(config, model=model, corpus=corpus)
     listed = [(source.name, source.size, source.version) for source in sources]
     # What is unset is left out, so that a setting that comes to be later changes no fingerprint of before.
     settings = {k: v for k, v in config.asdict().items() if k not in _EXECUTION | {"corpus"} and v is not None}

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from fisher_ray.plan import Plan, visible
 from fisher_ray.reduce import read_array
@@ -27,7 +28,7 @@ def layer_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['participation_ratio']:.1f}",
             f"{row['entropy_rank']:.1f}",
             str(row["trace_rank_99"]),
-            f"{_quoted(row['raised'])} / {_quoted(row['lowered'])}",
+            _moved(row),
         )
     return table
 
@@ -40,15 +41,15 @@ def direction_table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("raises / lowers", overflow="ellipsis", no_wrap=True)
     for row in rows:
         error = "-" if row["error"] is None else f"{row['error']:.2g}"
-        moved = f"{_quoted(row['raised'])} / {_quoted(row['lowered'])}"
         table.add_row(
-            str(row["layer"]), str(row["direction"]), f"{row['norm']:.3g}", f"{row['cost']:.4g}", error, moved
+            str(row["layer"]), str(row["direction"]), f"{row['norm']:.3g}", f"{row['cost']:.4g}", error, _moved(row)
         )
     return table
 
 
-def _quoted(tokens: list[str]) -> str:
-    return " ".join(map(visible, tokens[:3])).replace("[", "\\[")
+def _moved(row: dict[str, Any]) -> Text:
+    """Tokens that a direction raises and lowers; they may look like markup."""
+    return Text(" / ".join(" ".join(map(visible, row[name][:3])) for name in ("raised", "lowered")))
 
 
 def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> bytes:

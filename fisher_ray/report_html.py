@@ -640,8 +640,8 @@ def _validation(found: Mapping[str, Any]) -> Section:
     return Section(
         "validation",
         "Validation",
-        f"The run's own model at {len(found['positions'])} of its positions, in {found['dtype']}: the divergence that a step "
-        "of the stream really makes, over what F says of it. As steps shrink the deviation falls with their first power, down "
-        "to what rounding hides (grey); the dotted line is at 10 %, up to which the second order is said to hold.",
+        f"The run's own model at {len(found['positions'])} of its positions, in {escape(str(found['dtype']))}: the divergence "
+        "that a step of the stream really makes, over what F says of it. As steps shrink the deviation falls with their first "
+        "power, down to what rounding hides (grey); the dotted line is at 10 %, up to which the second order is said to hold.",
         figure_of(figure, 430) + table_of(head, rows, range(7)),
     )

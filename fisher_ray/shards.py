@@ -258,14 +258,17 @@ class RunStore(Storage):
         """Receipts of tasks, in the order asked for, read several at once."""
         return self.several(lambda task: self.receipt("done", task_name(task)), tasks)
 
-    def undo(self, task: int, nodes: Iterable[str]) -> None:
-        """Make a task undone, and the sums that it went into; its files stay behind as orphans."""
-        for name in nodes:
+    def undo(self, tasks: Sequence[int]) -> None:
+        """Make tasks undone, and the sums that they went into; their files stay behind as orphans."""
+        gone = []
+        for name in self.names("tree") if tasks else ():
             first, last = (int(part) for part in name.split("-")[:2])
-            if first <= task < last:
-                self.remove(f"tree/{name}.json")
-        self.remove("reduced/manifest.json")
-        self.remove(f"done/{task_name(task)}.json")
+            if any(first <= task < last for task in tasks):
+                gone.append(f"tree/{name}.json")
+        if tasks:
+            self.remove("reduced/manifest.json")
+        for _ in self.several(self.remove, [*gone, *(f"done/{task_name(task)}.json" for task in tasks)]):
+            pass
 
     # ---- checking ----------------------------------------------------------------------------------------------------
 
@@ -345,7 +348,7 @@ class RunStore(Storage):
         for name in sorted(set(manifest["nodes"]) - nodes):
             yield Problem(f"tree/{name}.json", "is missing")
         files = (StoredFile(**stored) for stored in manifest["files"].values())
-        yield from filter(None, self.several(self.problem, files))
+        yield from filter(None, self.several(self.problem, files, 2))  # whole matrices
 
     def _last(self, planned: int) -> int:
         """How many tasks, the first of the plan, have to be done: fewer than planned where the run ended early."""
@@ -414,10 +417,14 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
-    def release(self) -> None:
-        """Stop the heartbeat and leave the run to others."""
+    def rest(self) -> None:
+        """Stop the heartbeat: for as long as others are patient the run is still this driver's."""
         self._left.set()
         self._thread.join()
+
+    def release(self) -> None:
+        """Leave the run to others."""
+        self.rest()
         if self.lost is None:
             self._store.remove(self._path(self._number))
 

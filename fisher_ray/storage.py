@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,17 +267,15 @@ class Storage:
     def _temporary(self, path: str, raw: bytes) -> Iterator[str]:
         folder = Path(self._at(path)).parent
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=WRITING)
+        temporary = folder / f"{WRITING}{uuid.uuid4().hex}"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:  # with the permissions that the user's files have
                 file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            yield temporary
+            yield str(temporary)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                Path(temporary).unlink()
+            temporary.unlink(missing_ok=True)
 
     def _patiently(self, what: str, attempt: Callable[[], T], reading: bool = False) -> T:
         """The result of an attempt that may be made again."""

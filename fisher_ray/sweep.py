@@ -127,8 +127,8 @@ def run_sweep(sweep: Sweep, console: Console) -> int:
 
         with ThreadPoolExecutor(sweep.side_by_side) as threads:
             codes = list(threads.map(one, enumerate(sweep.points.items())))
-    rows = [{"point": name, "code": code, **row} for (name, code, row) in _rows(sweep, codes)]
-    console.print(_table(rows))
+    rows = list(_rows(sweep, codes))
+    console.print(_table([row for row in rows if row.get("group") is None]))
     if any(row["layer"] is not None for row in rows):
         store = RunStore(sweep.output)
         names = dict.fromkeys(name for row in rows for name in row)  # a point without a run has few of them
@@ -172,25 +172,34 @@ class _Children:
             text=True,
         )
         self._running.add(process)
+        if self._stopped:  # between the two
+            process.send_signal(signal.SIGTERM)
         try:
             for line in process.stdout or ():
                 if line.strip():
-                    console.print(f"{name}: {line.rstrip()}", markup=False, highlight=False, soft_wrap=True)
+                    console.print(f"{name}: {line.rstrip()}", highlight=False, soft_wrap=True)
             return process.wait()
         finally:
             self._running.discard(process)
 
 
-def _rows(sweep: Sweep, codes: list[int]) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Each point's summary over all positions; one empty row where it has none."""
+def _rows(sweep: Sweep, codes: list[int]) -> Iterator[dict[str, Any]]:
+    """Each point with what it sets otherwise than others and its summary; one empty row where it has none."""
+    told = {name: {k: v for k, v in config.asdict().items() if k != "output"} for name, config in sweep.points.items()}
+    first = next(iter(told.values()))
+    varied = [setting for setting in first if any(each[setting] != first[setting] for each in told.values())]
     for (name, config), code in zip(sweep.points.items(), codes, strict=True):
         rows: list[dict[str, Any]] = []
         with contextlib.suppress(StorageError):  # there is no run, or it is damaged
             if code in _COMPLETE:  # else what is there may be of other settings, of before the file was changed
                 rows = open_run(config.output).summary
         for row in rows or [dict.fromkeys(("layer", "group", "positions", "trace", "entropy_rank", "trace_rank_99"))]:
-            if row["group"] is None:
-                yield name, code, {key: value for key, value in row.items() if key != "group"}
+            settings = {f"setting_{setting}": _plain(told[name][setting]) for setting in varied}
+            yield {"point": name, "code": code, **settings, **row}
+
+
+def _plain(value: Any) -> str | None:
+    return " ".join(map(str, value)) if isinstance(value, list) else None if value is None else str(value)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ class LayerTest:
         if self.judged and (share := (self.off > self.tolerance).mean()) > _KINKS:
             found.append(f"limit is off at {share:.0%}")
         if self.order is not None and abs(self.order - 1) > 0.5:
-            found.append(f"order is {self.order:.2f}, not 1")
+            found.append(f"order is {round(self.order, 2) + 0.0:.2f}, not 1")
         if self.judges_stored and len(self.stored) and self.stored.max() > _STORED:
             found.append("stored F is another")
         return found
@@ -373,10 +374,12 @@ class _Place:
 def _spread(run: Run, count: int) -> Iterator[tuple[int, pa.Table, list[int]]]:
     """Tasks spread over those that are done, with their rows at one layer, and rows spread over each, always the same."""
     number = min(count, run.done)
-    for i in range(number):
-        task = run.done_tasks[run.done * i // number]
+    parts = (run.done_tasks[run.done * i // number : run.done * (i + 1) // number] for i in range(number))
+    # A task within a long document has no position: the first of each part that has any.
+    found = [task for part in parts for task in islice(filter(lambda task: len(run.table(task)), part), 1)]
+    for i, task in enumerate(found):
         table = run.table(task).filter(pc.field("layer") == run.layers[0])
-        wanted = min(len(table), count * (i + 1) // number - count * i // number)
+        wanted = min(len(table), count * (i + 1) // len(found) - count * i // len(found))
         yield task, table, [len(table) * (2 * j + 1) // (2 * wanted) for j in range(wanted)]
 
 

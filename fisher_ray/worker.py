@@ -232,11 +232,11 @@ class Worker:
 
         names = sorted({group_of(window, t) for window in work.windows for t in window.scored})
         held = len(names) * len(self.layers) * sums_memory(self.model.d_model, config.sketch)
-        if column is not None and (len(names) > config.num_groups or held > MAX_SUMS):
+        if held > MAX_SUMS:
             raise CorpusError(
-                f"{column!r} has {len(names)} values in one task; their sums need {held / 2**30:.1f} GiB. At most "
-                f"{config.num_groups} groups and {MAX_SUMS >> 30} GiB are allowed. Group by a column with fewer values, or "
-                "keep sketches (--sketch)."
+                f"{column!r} has {len(names)} values in one task, whose sums need {held / 2**30:.1f} GiB; the limit is "
+                f"{MAX_SUMS >> 30} GiB. Make tasks smaller (--task-bytes), take fewer layers a run (--layers), group by a "
+                "column with fewer values, or keep sketches (--sketch)."
             )
         return names, group_of
 

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 import jobs
-from fisher_ray import cost
+from fisher_ray import cost, open_run, plan
 from fisher_ray.cli import main, reference_main
 from fisher_ray.corpus import CorpusError
 from fisher_ray.plan import ConfigError
@@ -277,6 +277,30 @@ def test_half_a_character_in_a_carried_column(place: Place) -> None:
         jobs.run_here(config)
 
 
+def test_a_column_that_some_rows_lack(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is null there, wherever they are; one that all of the first rows lack is a mistake."""
+    rows = [{"text": f"one two {i}", **({"author": "a"} if i % 3 else {})} for i in range(9)]
+    corpus = place.file("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    config = jobs.settings(place.model, corpus, place.run, num_samples=1, positions="last", columns=("author",))
+    stored, _ = jobs.run_here(replace(config, group_by="author"))
+    assert [row["author"] for row in stored.rows(0)] == [row.get("author") for row in rows]
+    assert open_run(place.run).groups == ["None", "a"]
+    place.file("good.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    message = refused(place, capsys, columns="writer", output=place.folder / "other")
+    assert "no column 'writer'; its last row has text, author" in message
+
+
+def test_more_values_than_a_sample_has_are_no_loss(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many are allowed is asked of a sample; the rest is for memory to say."""
+    monkeypatch.setattr(plan, "_SAMPLE", 4)
+    rows = [{"text": "one two", "user": "all" if i % 16 else f"user {i}"} for i in range(160)]
+    corpus = place.file("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    config = jobs.settings(place.model, corpus, place.run, num_samples=1, positions="last", group_by="user")
+    config = replace(config, num_groups=4, layers="1")
+    _, outcome = jobs.run_here(config)
+    assert not outcome.quarantined and len(open_run(place.run).groups) == 11
+
+
 def test_drawn_tokens_need_one_before_them(place: Place) -> None:
     """Windows of a model that has no token to begin with, and that do not overlap, would begin with a drawn one."""
     model = jobs.save_model(place.folder / "model", with_tokenizer=False, with_sink=False)
@@ -377,14 +401,14 @@ def test_more_than_the_machine_has(asked: Any, place: Place, cluster: None) -> N
     if ray.cluster_resources().get("GPU", 0) and "gpus_per_actor" in asked:
         pytest.skip("there is a GPU here")
     code, err = finished(jobs.command(*place.argv(**asked), RAY_ADDRESS=jobs.address()))
-    assert "an actor needs" in the_error(code, err) and "the cluster has" in err
+    assert "that an actor needs" in the_error(code, err) and "the cluster has" in err
     assert not place.run.exists()
 
 
 def test_more_than_ever_comes(place: Place) -> None:
     """A Ray that is started for the run has no node to wait for, whatever the pool may grow to."""
     code, err = finished(jobs.command(*place.argv(cpus_per_actor=1000, max_actors=2)))
-    assert "an actor needs 1000 CPUs" in the_error(code, err) and "this machine has" in err
+    assert "no node has the 1000 CPUs" in the_error(code, err) and "this machine has" in err
     assert not place.run.exists()
 
 

@@ -402,9 +402,7 @@ def test_no_gpus_and_none_to_come(flags: list[Any], output: Path) -> None:
         assert run.code(60) == 2, run.said
         assert time.monotonic() - begun < 30
     (line,) = run.said.splitlines()
-    assert line.startswith(
-        "error: an actor needs 1 CPUs and 1 GPUs of one node, and no node has them; the cluster has 1 and 0."
-    )
+    assert line.startswith("error: no node has the 1 CPUs and 1 GPUs that an actor needs; the cluster has 1 and 0.")
     assert "--max-actors" in line and not output.exists()
 
 

@@ -123,11 +123,11 @@ def test_status_of_a_run_that_was_killed(run: Stored, capsys: pytest.CaptureFixt
     store.write_sealed("progress.json", {**progress, "state": "computing"})
     assert json.loads(said(capsys, "status", run.folder, "--json"))["state"] == "interrupted"
     out = said(capsys, "status", run.folder)
-    assert ": interrupted, " in out and f"tokens: {progress['counts']['tokens']:,} when that was written\n" in out
+    assert ": interrupted, " in out and f"tokens: {progress['counts']['tokens']:,} of tasks" in out
     lease = Lease(store)
     out = said(capsys, "status", run.folder)
     lease.release()
-    assert ": computing, " in out and "when that was written" not in out
+    assert ": computing, " in out and "a second" in out
 
 
 def test_status_counts_what_was_done_before(
@@ -518,6 +518,9 @@ def test_a_sweep_is_a_run_for_each_point(
     for row in rows:
         fisher = np.load(tmp_path / "out" / row["point"] / f"reduced/layer_{row['layer']:03d}/fisher.npy")
         assert row["trace"] == pytest.approx(fisher.trace()) and row["code"] == 0
+        assert (row["setting_estimator"], row["setting_seed"]) == tuple(
+            part.split("=")[1] for part in row["point"].split(",")
+        )
     exact = [row["trace"] for row in rows if "exact" in row["point"]]
     assert exact[:2] == exact[2:] and exact[0] != rows[4]["trace"]  # the seed changes only what is sampled
     table = out[out.rindex("99 % rank") :]
@@ -527,6 +530,50 @@ def test_a_sweep_is_a_run_for_each_point(
     again = said(capsys, "sweep", path)
     assert again.count("tasks were done before") == 3
     assert pq.read_table(tmp_path / "out/summary.parquet").to_pylist() == rows
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_job_does_not_write_into_its_copy_of_the_working_directory(
+    command: str, gpt2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    copied = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"
+    copied.mkdir(parents=True)
+    monkeypatch.chdir(copied)
+    Path("docs.txt").write_text("one two\n")
+    common = {"model": gpt2, "corpus": ["docs.txt"], "executor": "local"}
+    sweep_file(copied, output="out", common=common, points=[{"seed": 1}])
+    flags = ["--model", gpt2, "--corpus", "docs.txt", "--output", "out", "--executor", "local"]
+    assert main([command, *(flags if command == "run" else ["sweep.yaml"])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "output out is a relative path, and a job runs in a copy of its working directory" in line
+    assert not Path("out").exists()
+    assert main(["run", *flags[:4], "--output", str(tmp_path / "out"), "--executor", "local"]) == 0
+
+
+def test_what_a_path_looks_like_is_no_markup(
+    gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    (tmp_path / "docs.txt").write_text("one two\n")
+    output = str(tmp_path / "r[/b][a]")
+    said(capsys, "run", "--model", gpt2, "--corpus", tmp_path / "docs.txt", "--output", output, "--executor", "local")
+    for command in ("status", "inspect", "verify"):
+        assert output in said(capsys, command, output)
+
+
+def test_a_run_is_read_from_any_directory(
+    gpt2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """Where model and corpus were given by relative paths."""
+    shutil.copytree(gpt2, tmp_path / "here/model")
+    (tmp_path / "here/docs.txt").write_text(jobs.some_text(500))
+    monkeypatch.chdir(tmp_path / "here")
+    flags = ["--executor", "local", "--layers", "1"]
+    said(capsys, "run", "--model", "model", "--corpus", "docs.txt", "--output", "run", *flags)
+    monkeypatch.chdir(tmp_path)
+    assert "raises" in said(capsys, "project", "here/run", "--top", "1")
+    absolute = [tmp_path / "here" / name for name in ("model", "docs.txt", "run")]
+    again = ["--model", absolute[0], "--corpus", absolute[1], "--output", absolute[2], *flags]
+    assert "tasks were done before" in said(capsys, "run", *again)
 
 
 def test_a_sweep_goes_on_past_a_point_that_fails(
@@ -561,13 +608,13 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
     changed = sweep_file(tmp_path, output=str(tmp_path / "out"), common=others, points=points)
     assert "holds another run: max_docs was None, is 1" in said(capsys, "sweep", changed, code=3)
     rows = sweep_module._rows(sweep_module.read_sweep(changed), [3, 2, 3])
-    assert [row["trace"] for _, _, row in rows] == [None] * 3
+    assert [row["trace"] for row in rows] == [None] * 3
     sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=points)
     # What is damaged or not reduced is no row of numbers, and costs the others nothing.
     (tmp_path / "out/layers=1,seed=1/reduced/summary.parquet").write_bytes(b"damaged")
     (tmp_path / "out/layers=2,seed=3/reduced/manifest.json").unlink()
     found = sweep_module._rows(sweep_module.read_sweep(tmp_path / "sweep.yaml"), [0, 2, 4])
-    assert [(code, row["trace"]) for _, code, row in found] == [(0, None), (2, None), (4, None)]
+    assert [(row["code"], row["trace"]) for row in found] == [(0, None), (2, None), (4, None)]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Pool:
     """Workers that answer what ``behave(call, attempt)`` says after a tenth of a second, two calls at a time each."""
 
-    device, alive, pending = "cpu", 0, 0
+    device, alive, pending, waits = "cpu", 0, 0, None
 
     def __init__(self, clock: Clock, workers: int, behave: Callable[[Call, int], Any]):
         self.clock, self.behave = clock, behave
@@ -293,6 +293,26 @@ def test_a_stop_does_not_wait_for_ever(clock: Clock) -> None:
     with pytest.raises(StoppedError):
         list(stop.run(calls(10), 10))
     assert clock.now <= deadline + 1.5
+
+
+def test_a_call_is_not_given_up_while_another_attempt_runs(clock: Clock) -> None:
+    """The second attempt of a slow call dies, and one failure is all that is allowed; the first ends well."""
+
+    class Slow(Pool):
+        def wait(self, timeout: float) -> list[tuple[Any, Any]]:
+            ended = super().wait(timeout)
+            if any(isinstance(outcome, Failure) for _, outcome in ended):
+                (first,) = (key for key, (call, outcome, _) in self.calls.items() if outcome is HANGS)
+                self.calls[first] = (self.calls[first][0], "fine", False)
+            return ended
+
+    pool = Slow(
+        clock,
+        2,
+        lambda call, attempt: "fine" if call.args[0] != 3 else HANGS if attempt == 1 else Failure("died", "no memory"),
+    )
+    assert outcomes(pool, 4, max_attempts=1) == {f"task {i}": "fine" for i in range(4)}
+    assert pool.attempts["task 3"] == 2
 
 
 def test_the_pools_own_failure_ends_everything(clock: Clock) -> None:

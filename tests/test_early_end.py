@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 import jobs
-from fisher_ray import cost, open_run
+from fisher_ray import cost, driver, open_run
 from fisher_ray.cli import main
 from fisher_ray.cluster import RayPool
-from fisher_ray.dispatch import LocalPool
+from fisher_ray.corpus import CorpusError
+from fisher_ray.dispatch import LocalPool, Servant
 from fisher_ray.driver import Outcome, Progress, RefusedError, run
-from fisher_ray.plan import ConfigError, RunConfig, make_plan
+from fisher_ray.plan import ConfigError, RunConfig, Task, make_plan
 from fisher_ray.reduce import Checkpoint, checkpoints, worst
 from jobs import D_MODEL, LAYERS, Stored, cluster, gpt2  # noqa: F401
 
@@ -268,6 +269,26 @@ def test_a_smaller_share_goes_on(whole: tuple[Stored, Outcome], ended: Stored, t
     assert once_more.computed == 0 and again.bits() == stored.bits()
     back, outcome = stopped_at(whole, 1, output)  # and a larger one takes less of what is there
     assert outcome.computed == 0 and back.bits() == ended.bits()
+
+
+@pytest.mark.parametrize("ahead", [1, 10])
+def test_first_tasks_that_cannot_be_read_are_not_the_end(
+    ahead: int, gpt2: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """All of the first checkpoint's: the run goes on to those that can be, however many workers there are."""
+    monkeypatch.setattr(driver, "_HOPELESS", 1000)
+    compute = Servant.compute
+
+    def unreadable(self: Servant, task: Task) -> Any:
+        if task.id < 8:
+            raise CorpusError(f"task {task.id} is damaged")
+        return compute(self, task)
+
+    monkeypatch.setattr(Servant, "compute", unreadable)
+    monkeypatch.setattr(LocalPool, "alive", ahead)
+    settings = jobs.settings(gpt2, corpus, tmp_path / "run", num_samples=1, until_relative_error=1e-6, layers="1")
+    stored, outcome = jobs.run_here(settings)
+    assert set(outcome.quarantined) == set(range(8)) and len(stored.receipts) == outcome.tasks - 8
 
 
 def test_a_damaged_sum_is_computed_again_before_it_decides(

@@ -343,6 +343,9 @@ def test_a_validation_beside_the_run(
     np.testing.assert_array_equal(array(line["y"]), test["deviation"]["median"])
     assert ("fails at layers 1" if failing else "passes at layers 1") in page.rows("health")
 
+    (tmp_path / "law.json").write_text(json.dumps({**law, "dtype": "<img src=x>"}))
+    assert main(command) == COMPLETE
+    assert "<img" not in (tmp_path / "r.html").read_text(encoding="utf-8").replace("<\\/", "")
     for content, complaint in (
         (json.dumps({**law, "fingerprint": "f" * 64}), "of another run"),
         ("[1]", "is not what fisher-ray validate"),

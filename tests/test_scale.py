@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -18,7 +20,7 @@ import transformers as tf
 import jobs
 from fisher_ray import Sampled, cluster, cost, dispatch
 from fisher_ray.cost import HARDWARE, Cost, outline
-from fisher_ray.dispatch import Call, Dispatch, RunError
+from fisher_ray.dispatch import Call, Dispatch, Failure, RunError
 from fisher_ray.plan import RunConfig
 from fisher_ray.storage import Storage
 
@@ -259,6 +261,62 @@ def test_workers_that_always_die_while_they_load_end_the_run() -> None:
     with pytest.raises(RunError, match="workers die while they load the model; were the machines out of memory"):
         list(ended)
     assert 3 <= stand_in.losses <= 8 and stand_in.now < 300
+
+
+def loaded(pool: cluster.RayPool, answer: Any) -> list[tuple[Any, Any]]:
+    """What comes of an actor that was started just now and answers so once it has tried to load its model."""
+    future: Future[Any] = Future()
+    future.set_result(answer)
+    member = cluster._Member(SimpleNamespace(), future, time.monotonic())
+    pool._members.add(member)
+    pool._loading[future] = member
+    return pool._loaded(future, cluster._Nodes())
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> cluster.RayPool:
+    monkeypatch.setattr(cluster.ray, "kill", lambda actor: None)
+    pool = cluster.RayPool(RunConfig("none", ("none",), "memory://none", max_actors=4))
+    pool._gpus = 0.0
+    return pool
+
+
+def test_one_sick_machine_is_not_the_others_end(pool: cluster.RayPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it fails of, however often; others are started there after growing pauses, and the progress line says why."""
+    assert loaded(pool, "node") == [] and pool.waits is None
+    for count in range(1, 8):
+        kind = ("sticky", "error", "fatal")[count % 3]
+        assert loaded(pool, Failure(kind, "CUDA error: uncorrectable ECC")) == []
+        assert pool.waits == f"{count} actors in a row did not load the model, the last: CUDA error: uncorrectable ECC"
+    started: list[int] = []
+    monkeypatch.setattr(pool, "_start", lambda: started.append(1))
+    pool.resize(4, 8)
+    assert not started
+    pool._looked, pool._load_failed = 0.0, time.monotonic() - 65
+    pool.resize(4, 8)
+    assert len(started) == 3
+    assert loaded(pool, "node") == [] and pool.waits is None
+
+
+def test_without_a_worker_the_third_failure_in_a_row_ends_the_run(pool: cluster.RayPool) -> None:
+    sick = Failure("error", "CUDA error: uncorrectable ECC")
+    assert [loaded(pool, sick) for _ in range(3)] == [[], [], [(None, sick)]]
+
+
+def test_what_is_wrong_with_the_model_is_said_at_once(pool: cluster.RayPool) -> None:
+    wrong = Failure("fatal", "no such model", "ModelError")
+    assert loaded(pool, wrong) == [(None, wrong)]
+
+
+@pytest.mark.parametrize(("cpus", "said"), [(1, None), (64, "no node has the 64 CPUs and 0 GPUs that an actor needs")])
+def test_what_no_node_has_is_said(cpus: int, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = cluster.RayPool(RunConfig("none", ("none",), "memory://none", max_actors=1, cpus_per_actor=cpus))
+    pool._gpus = 0.0
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    member = cluster._Member(SimpleNamespace(), Future(), time.monotonic())
+    pool._members.add(member)
+    pool._loading[member.loaded] = member
+    assert pool.waits == said
 
 
 # ---- the scheduler -------------------------------------------------------------------------------------------------------

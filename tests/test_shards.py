@@ -485,7 +485,7 @@ def test_what_undoing_a_task_takes_along(store: RunStore) -> None:
     for name in nodes:
         store.commit("tree", Receipt(name, "this", {}, Counts()))
     store.write("reduced/manifest.json", seal({}))
-    store.undo(2, nodes)
+    store.undo([2])
     assert store.names("done") == {f"{task:08d}" for task in (0, 1, 3)}
     assert store.names("tree") == {nodes[0]}
     assert "reduced/manifest.json" not in store.list()

@@ -447,6 +447,17 @@ def test_readers_see_all_of_a_file_or_nothing(shared: str) -> None:
     assert seen == {b"a", b"b"} and read >= 60
 
 
+def test_files_have_the_permissions_that_are_asked_for(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        storage = Storage(str(tmp_path / "run"))
+        storage.write("a", b"x")
+        storage.create("b", b"x")
+    finally:
+        os.umask(before)
+    assert {(tmp_path / "run" / name).stat().st_mode & 0o777 for name in "ab"} == {0o640}
+
+
 def test_a_killed_writer_leaves_only_what_nobody_sees(tmp_path: Path) -> None:
     """Killed between writing and naming, for a file that is new, one that exists, and a marker."""
     run = RunStore(str(tmp_path / "run"))

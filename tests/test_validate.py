@@ -26,7 +26,8 @@ from fisher_ray.cli import main
 from fisher_ray.head import Prediction, divergence
 from fisher_ray.run import Run, Shard
 from fisher_ray.scores import Scores
-from fisher_ray.validate import STEPS, LayerTest, Validation
+from fisher_ray.validate import STEPS, LayerTest, Validation, _spread
+from jobs import gpt2  # noqa: F401
 
 SEQ_LEN = 14
 
@@ -338,6 +339,20 @@ def test_a_model_that_is_gone_or_another(copied: Path, capsys: pytest.CaptureFix
     assert "the weights of" in (said := fails(capsys, copied)) and "are not those" in said
     shutil.rmtree(folder)
     assert str(folder) in fails(capsys, copied)
+
+
+def test_a_document_longer_than_a_task(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    """Most tasks have no position then: those asked for are of the others."""
+    (tmp_path / "long.txt").write_text(jobs.some_text(30_000).replace("\n\n", "\n") + "\n\n" + jobs.some_text(300))
+    config = jobs.settings(gpt2, tmp_path / "long.txt", tmp_path / "run", layers="1", num_samples=1)
+    _, outcome = jobs.run_here(replace(config, task_bytes=2_000))
+    run = open_run(tmp_path / "run")
+    empty = [task for task in run.done_tasks if not len(run.table(task))]
+    assert len(empty) > outcome.tasks // 2
+    chosen = list(_spread(run, 32))
+    assert sum(len(rows) for _, _, rows in chosen) == 32
+    assert not {task for task, _, _ in chosen} & set(empty)
+    assert len(validate.validate(run, num_positions=8).positions) == 8
 
 
 def test_a_run_without_a_position(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
