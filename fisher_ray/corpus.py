@@ -474,7 +474,7 @@ def _look(source: Source, layout: Layout) -> None:
             head = _stream(file, codec, _SNIFFED).read(_SNIFFED)
         text = _decode(head[: head.rfind(b"\n") + 1] if len(head) == _SNIFFED else head, source.path, 0)
         if kind == "jsonl":
-            _look_at_rows(text.encode().splitlines(keepends=True), source.path, layout)
+            _look_at_rows(text.encode().split(b"\n"), source.path, layout)
 
 
 def _look_at_rows(lines: Sequence[bytes], path: str, layout: Layout) -> None:
@@ -486,7 +486,7 @@ def _look_at_rows(lines: Sequence[bytes], path: str, layout: Layout) -> None:
             lacking = [column for column in lacking if column not in row]
             if not lacking:
                 return
-        offset += len(line)
+        offset += len(line) + 1
     if row is not None:
         raise CorpusError(f"{path}: no column {lacking[0]!r}; its last row has {', '.join(row)}. Choose of those.")
 
