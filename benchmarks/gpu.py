@@ -240,7 +240,7 @@ def kernels(device: torch.device, scale: Scale) -> Iterator[Row]:
 
     def gradient(flash: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         q, k, v = (x.detach().to(dtype) for x in (query, key, value))
-        seen = attention._Seen(None, None, seq_len, seq_len)
+        seen = attention._Seen(None, (), None, seq_len, seq_len)
         with mock.patch.object(attention, "flash_attends", return_value=flash):
             leaf = q.requires_grad_()
             out = attention._OwnPosition.apply(leaf, k, v, k, v, seen, None, None, sizes["head_dim"] ** -0.5, None)

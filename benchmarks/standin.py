@@ -169,7 +169,8 @@ class StandIn:
 
     def _list_nodes(self) -> list[dict[str, Any]]:
         self.asked_nodes += 1
-        return [{"NodeID": node.name, "Alive": node.alive} for node in self._nodes]
+        has = {"CPU": float(self._weather.actors_per_node)}
+        return [{"NodeID": node.name, "Alive": node.alive, "Resources": has} for node in self._nodes]
 
     def _kill(self, handle: Any) -> None:
         self._end(handle.actor)

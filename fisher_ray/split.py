@@ -672,10 +672,11 @@ def _self_check(split: SplitModel) -> SelfCheck:
                 replayed = _error(tape.pull(cotangent)[0], truth, half)
                 logits_error = _error(split.head.predict(recorded[0]).logits, logits[0], half)
             except _FAILS as error:
-                raise ModelError(
-                    f"{split.label} does not run on own-position attention ({type(error).__name__}: "
-                    f"{' '.join(str(error).split())}). {_SLOW_PATH}"
-                ) from error
+                if scores <= limit:  # else its positions mix, which says more
+                    raise ModelError(
+                        f"{split.label} does not run on own-position attention ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())}). {_SLOW_PATH}"
+                    ) from error
     worst = max(scores, replayed)
     if not worst <= limit:
         raise ModelError(

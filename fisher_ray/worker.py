@@ -232,7 +232,7 @@ class Worker:
 
         names = sorted({group_of(window, t) for window in work.windows for t in window.scored})
         held = len(names) * len(self.layers) * sums_memory(self.model.d_model, config.sketch)
-        if held > MAX_SUMS:
+        if column is not None and held > MAX_SUMS:  # of others the plan knows
             raise CorpusError(
                 f"{column!r} has {len(names)} values in one task, whose sums need {held / 2**30:.1f} GiB; the limit is "
                 f"{MAX_SUMS >> 30} GiB. Make tasks smaller (--task-bytes), take fewer layers a run (--layers), group by a "
