@@ -309,3 +309,14 @@ def test_a_sketch_that_saves_nothing_is_refused(gpt2: str, tmp_path: Path) -> No
 def test_factors_of_a_run_in_full_are_refused(runs: tuple[Run, Run]) -> None:
     with pytest.raises(ValueError, match="keeps its sums in full"):
         runs[0].fisher_factors(1)
+
+
+@pytest.mark.parametrize("sketched", [False, True])
+def test_quadratic_forms_are_those_of_the_square(sketched: bool):
+    sums = Sums([0], 12, sketch=4 if sketched else None)
+    rows = torch.randn(40, 1, 12, generator=torch.Generator().manual_seed(0))
+    sums.add(0, rows, rows)
+    matrix = sums.packed(0).groups[""].fisher
+    vectors = np.random.default_rng(0).normal(size=(12, 3))
+    expected = np.einsum("ik,ij,jk->k", vectors, matrix.square(), vectors)
+    np.testing.assert_allclose(matrix.quadratic(vectors), expected, rtol=1e-12)
