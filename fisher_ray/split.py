@@ -396,10 +396,11 @@ class SplitModel:
                 context, _ = self.record(input_ids, encoded)
                 at = positions[None]
                 tape = self.replay_tape(input_ids[:, positions], at, context, encoded, [layer_idx], None)
+        with full_precision():
+            prediction = self.head.predict(tape.z)
         for some in directions.to(self.device).split(max(1, self.head.rows() // len(positions))):
             with full_precision(), uncompiled():
                 pushed = tape.push(layer_idx, some)
-                prediction = self.head.predict(tape.z)
                 rates = (prediction.prob[:, None] * prediction.rates(pushed)).movedim(1, 0)
             yield rates
 
