@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from fisher_ray.report_html import html_report
 from fisher_ray.run import Reading, open_run, read_description
 from fisher_ray.shards import Lease, RefusedError, RunStore
 from fisher_ray.statistics import Estimate
-from fisher_ray.storage import DamagedError, Storage, StorageError, is_transient
+from fisher_ray.storage import DamagedError, Storage, StorageError, absolute, is_transient
 from fisher_ray.sweep import read_sweep, run_sweep
 from fisher_ray.validate import validate
 
@@ -52,6 +52,7 @@ COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3
 _POOL = ("executor", "min_actors", "max_actors", "gpus_per_actor", "cpus_per_actor", "device", "retry_quarantined")
 
 _LOG_EVERY = 15.0
+_SILENT = 60.0  # seconds without a word of a driver, which writes one every 15
 _NAMED = 20  # tasks, files or problems that are listed one by one
 
 
@@ -296,7 +297,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument("--max-docs", type=int, help="documents to take (all)")
     corpus.add_argument("--max-seq-len", type=int, help="tokens a window (the model's positions, at most 512)")
     corpus.add_argument("--stride", type=int, help="tokens that windows overlap by (a quarter of the window)")
-    corpus.add_argument("--positions", help="all, last, start:stop:step or 0,5,-1, in each document (all)")
+    corpus.add_argument(
+        "--positions",
+        help="all, last, start:stop:step or 0,5,-1, in each document; what begins with - as --positions=-5: (all)",
+    )
     out = parser.add_argument_group("results and resources")
     out.add_argument(
         "--save", choices=("summary", "factors", "matrices"), help="what to keep for each position (summary)"
@@ -388,6 +392,9 @@ def _config(given: dict[str, Any]) -> RunConfig:
 
 def _guarded(act: Callable[[], int]) -> int:
     """Turn every failure into one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # what has been computed is not to fail for a letter that cannot be shown
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     errors = Console(stderr=True, markup=False)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -440,11 +447,11 @@ def _console() -> Console:
 
 
 def _lasting(output: str) -> None:
-    """Refuse a path that would be in the copy of a working directory that a job runs in."""
-    if ":" not in output and not Path(output).is_absolute() and "/working_dir_files/" in f"{Path.cwd()}":
+    """Refuse a path in the copy of a working directory that a job runs in."""
+    if "/working_dir_files/" in absolute(output):
         raise ConfigError(
-            f"output {output} is a relative path, and a job runs in a copy of its working directory, which goes with it. Give "
-            "a path that begins with / and that all nodes share, or a URI."
+            f"output {output} is in the job's copy of its working directory, which goes with the job. Give a path that begins "
+            "with / and that all nodes share, or a URI."
         )
 
 
@@ -571,8 +578,9 @@ def _plan(given: dict[str, Any]) -> int:
     gpus = max(1, int(plan.config.gpus_per_actor or 1))
     hardware = [_hardware(name.strip(), tflops) for name in (names or ",".join(HARDWARE)).split(",")]
     exact = amount.sampled == len(tasks)
+    a_task = replace(cost, num_groups=math.ceil(amount.task_groups))
     stored = {
-        save: len(tasks) * cost.sums_bytes + amount.scored * replace(cost, save=save).position_bytes
+        save: len(tasks) * a_task.sums_bytes + amount.scored * replace(cost, save=save).position_bytes
         for save in ("summary", "factors", "matrices")
     }
     machines = [
@@ -590,11 +598,11 @@ def _plan(given: dict[str, Any]) -> int:
         "exact": exact,
         "flop": amount.window_tokens * cost.flop_per_token,
         "memory": {"weights": cost.weight_bytes, "sums": cost.sums_memory, "smallest": cost.memory(1)},
-        "storage": stored | {"reduction": cost.reduced_bytes(len(tasks))},
+        "storage": stored | {"reduction": replace(cost, num_groups=amount.groups).reduced_bytes(len(tasks))},
         "hardware": machines,
     }
     if as_json:
-        print(json.dumps(facts))
+        print(_json(facts))
     else:
         _show_plan(_console(), plan, facts)
     refused = [machine["fits"] for machine in machines if machine["fits"]]
@@ -657,6 +665,7 @@ def _status(given: dict[str, Any]) -> int:
     notes = (reading(partial(store.read_sealed, path)) for path in store.list("quarantine"))
     quarantine = [note["error"] for note in notes if note is not None]
     done = len(store.names("done"))
+    heard = max(0.0, round(time.time() - progress["written"], 1)) if "written" in progress else None
     driver, at_work = Lease.holder(store)
     if not at_work and progress["state"] in ("computing", "reducing"):
         progress["state"] = "interrupted"
@@ -666,13 +675,14 @@ def _status(given: dict[str, Any]) -> int:
         "tasks": run["tasks"],
         "quarantine": quarantine,
         "driver": driver,
-        "seconds_since_written": round(time.time() - progress["written"], 1) if "written" in progress else None,
+        "seconds_since_written": heard,
     }
     if given["json"]:
-        print(json.dumps(facts))
+        print(_json(facts))
         return _without(reading.damaged)
     console = _console()
-    heard = facts["seconds_since_written"]
+    # A driver on another machine may have died: what it last said of its speed holds no longer.
+    at_work = at_work and heard is not None and heard < _SILENT
     ago = "" if heard is None else f", {_clock(heard)} ago"
     console.print(f"{store.uri}: {facts['state']}{ago}", soft_wrap=True, highlight=False)
     console.print(f"tasks:  {done:,} of {run['tasks']:,} done, {len(quarantine)} quarantined", highlight=False)
@@ -716,8 +726,9 @@ def _verify(given: dict[str, Any]) -> int:
 def _report(given: dict[str, Any]) -> int:
     path = _to_write(given["output"])
     report = html_report(open_run(given["run"]), _validation(given["validation"]))
-    path.write_text(report.html, encoding="utf-8")
-    _console().print(f"report: {path} ({_size(path.stat().st_size)})", soft_wrap=True, highlight=False)
+    raw = report.html.encode()
+    _write(path, raw)
+    _console().print(f"report: {path} ({_size(len(raw))})", soft_wrap=True, highlight=False)
     return _without(report.damaged)
 
 
@@ -726,6 +737,24 @@ def _to_write(path: Path) -> Path:
     if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"-o must name a file in a directory that exists, got {path}.")
     return path
+
+
+def _write(path: Path, raw: bytes) -> None:
+    """Write a file whole or not at all."""
+    Storage(str(path.absolute().parent)).write(path.name, raw)
+
+
+def _json(facts: dict[str, Any]) -> str:
+    """Facts as JSON, which has no NaN: what is not a number is null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: known(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [known(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(facts), allow_nan=False)
 
 
 def _validation(path: Path | None) -> dict[str, Any] | None:
@@ -755,9 +784,10 @@ def _validate(given: dict[str, Any]) -> int:
     output = None if given["output"] is None else _to_write(given["output"])
     result = validate(open_run(given["run"]), given["layer"], given["positions"], given["dtype"])
     if output is not None:
-        result.plot(output)
+        result.plot(picture := io.BytesIO())
+        _write(output, picture.getvalue())
     if given["json"]:
-        print(json.dumps(result.asdict()))
+        print(_json(result.asdict()))
     else:
         console = _console()
         console.print(result.table())
@@ -772,6 +802,8 @@ def _validate(given: dict[str, Any]) -> int:
 
 def _project(given: dict[str, Any]) -> int:
     run, path = open_run(given["run"]), given["directions"]
+    if given["max_docs"] is not None and given["max_docs"] < 1:
+        raise ConfigError(f"max_docs must be at least 1, got {given['max_docs']}.")
     output = None if given["output"] is None else _to_write(given["output"])
     read = None if path is None else read_directions(path, run.d_model)
     model = model_of(run)
@@ -798,7 +830,7 @@ def _project(given: dict[str, Any]) -> int:
         output = None
     if given["json"]:
         count = output and project(run, chosen, output, given["max_docs"], model)
-        print(json.dumps({"directions": rows, "output": output and str(output), "rows": count}))
+        print(_json({"directions": rows, "output": output and str(output), "rows": count}))
         return _without(reading.damaged)
     console = _console()
     console.print(f"{run.store.uri}: {run.status}", soft_wrap=True, highlight=False)
@@ -828,15 +860,17 @@ def _project(given: dict[str, Any]) -> int:
 def _clean(given: dict[str, Any]) -> int:
     store, _ = _opened(given["run"])
     console = _console()
-    lease = Lease(store)  # nobody may be writing what looks like an orphan
-    try:
+    with ExitStack() as leaving:
+        try:  # nobody may be writing what looks like an orphan
+            leaving.callback(Lease(store).release)
+        except StorageError as error:
+            if given["remove"] or isinstance(error, RefusedError):
+                raise  # else nobody can write here
         orphans = store.orphans()
         for path in orphans:
             console.print(path, highlight=False, soft_wrap=True)
             if given["remove"]:
                 store.remove(path)
-    finally:
-        lease.release()
     said = "removed" if given["remove"] else "would be removed; --remove does it"
     console.print(f"{len(orphans)} files that no receipt names {said}")
     return COMPLETE
@@ -872,7 +906,7 @@ def _diff(given: dict[str, Any]) -> int:
 
 def _told(facts: dict[str, Any], show: Callable[[Console, dict[str, Any]], None], as_json: bool) -> int:
     if as_json:
-        print(json.dumps(facts))
+        print(_json(facts))
     else:
         show(_console(), facts)
     return _without(facts["damaged"])
@@ -892,8 +926,7 @@ def _export(given: dict[str, Any]) -> int:
     else:
         about = {"run": run.store.uri, "status": run.status, "estimand": run.estimand, "model": run.config.model}
         raw = safetensors.numpy.save(arrays, metadata=about)
-    folder = Storage(str(path.absolute().parent))
-    folder.write(path.name, raw)
+    _write(path, raw)
     _console().print(f"{len(arrays)} arrays, {_size(len(raw))}: {path}", highlight=False, soft_wrap=True)
     return _without(reading.damaged)
 

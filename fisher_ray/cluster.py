@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import string
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any
+from urllib.parse import quote
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
@@ -47,6 +49,11 @@ COUNTERS = {
 }
 
 
+def _tags(plan: Plan) -> dict[str, str]:
+    """Of every metric; Ray takes ASCII alone."""
+    return {"run": quote(plan.config.output, safe=string.punctuation + " ")}
+
+
 class _Actor:
     """A :class:`Servant` in a process of its own, that counts what it does."""
 
@@ -55,7 +62,6 @@ class _Actor:
         # more of their threads than CPUs they sleep between any two loops, which costs two CPUs 8 % of the time.
         self._thread = ThreadPoolExecutor(1)
         self._servant = Servant(plan, lambda function, *args: self._thread.submit(function, *args).result())
-        run = {"run": plan.config.output}
         self._counters = {
             added: metrics.Counter(f"fisher_ray_{name}", description=what, tag_keys=("run",))
             for name, (added, what) in COUNTERS.items()
@@ -67,7 +73,7 @@ class _Actor:
             tag_keys=("run", "stage"),
         )
         for metric in (*self._counters.values(), self._seconds):
-            metric.set_default_tags(run)
+            metric.set_default_tags(_tags(plan))
 
     def ready(self) -> Failure | str:
         """The node's id, once the model is loaded."""
@@ -193,7 +199,7 @@ class RayPool:
             for name, shown in GAUGES.items()
         }
         for gauge in self._gauges.values():
-            gauge.set_default_tags({"run": plan.config.output})
+            gauge.set_default_tags(_tags(plan))
 
     def resize(self, wanted: int, kept: int) -> None:
         # A second call on a worker hides reading and writing; where others would stand idle it only delays the end.

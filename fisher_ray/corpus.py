@@ -29,6 +29,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
+from fisher_ray.storage import absolute
+
 Unit = Literal["paragraph", "file"]
 
 _FORMATS = {
@@ -38,6 +40,7 @@ _FORMATS = {
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 _SNIFFED = 1 << 16
+_ARROW_FILE = b"ARROW1"
 _FOOTER = 1 << 16  # bytes at a Parquet file's end that hold most footers: one request a file
 _AHEAD = 32  # files whose rows are counted at once
 _SAMPLED = 1 << 20
@@ -282,7 +285,7 @@ def windows(
 def _expand(uri: str) -> dict[str, dict[str, Any]]:
     """What the storage says of each file that a URI means."""
     try:
-        fs, path = fsspec.core.url_to_fs(uri)
+        fs, path = fsspec.core.url_to_fs(absolute(uri))
         info = fs.info(path) if fs.exists(path) else None
         if info is None and not any(c in path for c in "*?["):
             raise CorpusError(
@@ -290,7 +293,7 @@ def _expand(uri: str) -> dict[str, dict[str, Any]]:
             )
         if info is not None and info["type"] != "directory" and (_known(path) or not fs.isdir(path)):
             _format(path)
-            return {fs.unstrip_protocol(path): info}
+            return {_named(fs, path): info}
         listed = fs.glob(path, detail=True) if info is None else fs.find(path, detail=True)
         found = {}
         below = path.rstrip("/") if info is not None else None
@@ -305,13 +308,26 @@ def _expand(uri: str) -> dict[str, dict[str, Any]]:
             if info.get("islink") or info.get("size") is None:  # the listing describes the link, or nothing at all
                 info = fs.info(name)
             if info["type"] != "directory":
-                found[fs.unstrip_protocol(name)] = info
+                found[_named(fs, name)] = info
         fs.invalidate_cache()  # listings are large, and would hide changes from the checks when reading
         return found
     except CorpusError:
         raise
     except Exception as error:  # storage has exceptions of its own: no credentials, no such endpoint
         raise CorpusError(f"cannot open the corpus {uri}: {_one_line(error)}") from error
+
+
+def _named(fs: Any, path: str) -> str:
+    """A file's URI."""
+    uri = str(fs.unstrip_protocol(path))
+    if "::" in uri:
+        raise CorpusError(f"{path} has '::' in its name, which means a chain of file systems. Rename it.")
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        shown = path.encode(errors="replace").decode()
+        raise CorpusError(f"{shown} has bytes in its name that are not UTF-8. Rename it.") from None
+    return uri
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -426,7 +442,7 @@ def _decoding(source: Source | SourceRange, file: _File | None = None) -> Iterat
         yield
     except CorpusError:
         raise
-    except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, EOFError, pa.ArrowException) as error:
         if file is not None and file.failure is not None:
             raise file.failure from None
         raise CorpusError(
@@ -653,7 +669,7 @@ def _lines(source: SourceRange, codec: str | None) -> Iterator[tuple[int, bytes]
             stream.seek(source.start - 1)
             offset = source.start - 1 + len(stream.readline())
         while line := stream.readline():
-            yield offset, line
+            yield offset, line if offset > 0 else line.removeprefix(codecs.BOM_UTF8)
             offset += len(line)
 
 
@@ -680,16 +696,16 @@ def _text(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Do
             paragraph.append(line)
             continue
         if paragraph:
-            yield _paragraph(source, layout, begun, paragraph)
+            yield _paragraph(source, begun, paragraph)
             paragraph = []
         blank = offset
         if _ended(source, blank):
             return
     if paragraph:
-        yield _paragraph(source, layout, begun, paragraph)
+        yield _paragraph(source, begun, paragraph)
 
 
-def _paragraph(source: SourceRange, layout: Layout, begun: int, lines: list[bytes]) -> Document:
+def _paragraph(source: SourceRange, begun: int, lines: list[bytes]) -> Document:
     text = _decode(b"".join(lines), source.path, begun).rstrip("\r\n")
     return Document(f"{source.name}:{begun}", text)
 
@@ -736,12 +752,19 @@ def _parquet(source: SourceRange, layout: Layout, codec: str | None) -> Iterator
 
 @contextmanager
 def _batches(source: Source | SourceRange) -> Iterator[pa.RecordBatchReader]:
-    """The record batches of an Arrow stream; a local file is mapped, so that what is not looked at is not read."""
+    """The record batches of an Arrow stream or file; a local one is mapped, so that what is not looked at is not read."""
     fs, inner = fsspec.core.url_to_fs(source.path)
     with _opened(source) as file:
         local = isinstance(fs, LocalFileSystem)
         with pa.memory_map(inner) if local else io.BufferedReader(file, _MAX_BLOCK) as stream:
-            yield pa.ipc.open_stream(stream)
+            magic = stream.read(len(_ARROW_FILE))
+            stream.seek(0)
+            if magic == _ARROW_FILE:
+                reader = pa.ipc.open_file(stream)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+                yield pa.RecordBatchReader.from_batches(reader.schema, batches)
+            else:
+                yield pa.ipc.open_stream(stream)
 
 
 def _arrow(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
@@ -791,16 +814,18 @@ def _document(name: str, row: dict[str, Any], layout: Layout) -> Document:
     content = row[layout.column]
     if content is None:
         content = ""
-    listed = isinstance(content, list) and all(type(i) is int for i in content)
-    if not isinstance(content, str) and not listed:
-        raise CorpusError(
-            f"{name}: column {layout.column!r} must hold text or a list of token ids, got {type(content).__name__}."
-        )
+    kinds = {type(i).__name__ for i in content} - {"int"} if isinstance(content, list) else set()
+    if not isinstance(content, str | list) or kinds:
+        got = f"a list with {min(kinds)}" if kinds else type(content).__name__
+        raise CorpusError(f"{name}: column {layout.column!r} must hold text or a list of token ids, got {got}.")
     # What is carried along need not be known of all.
     carried = [(column, row.get(column)) for column in layout.carried]
     for column, value in ((layout.column, content), *carried):
         if isinstance(value, str):
             _check_unicode(name, column, value)
+    for column, value in carried:
+        if isinstance(value, str) and "\0" in value:  # NumPy ends a group's name at it
+            raise CorpusError(f"{name}: character {value.index(chr(0))} of column {column!r} is a zero byte, not text.")
     encoder_text = None
     if layout.encoder_column is not None:
         encoder_text = row[layout.encoder_column]

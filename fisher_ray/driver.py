@@ -29,7 +29,7 @@ from fisher_ray.plan import ConfigError, Plan, RunConfig, Task, Tasks, make_plan
 from fisher_ray.reduce import Checkpoint, Node, checkpoints, levels, manifest, roots, worst, write_summary
 from fisher_ray.report import spectra_png
 from fisher_ray.shards import RUN_VERSION, Counts, Lease, Receipt, RefusedError, RunStore, task_name
-from fisher_ray.storage import DamagedError, StorageError, StoredFile, seal
+from fisher_ray.storage import DamagedError, StorageError, StoredFile
 
 T = TypeVar("T")
 
@@ -132,6 +132,7 @@ def run(
         tasks, is_new = _opened(plan, store)
         lease = Lease(store)
         try:
+            tasks = _placed(plan, store, tasks)
             pool.open(_for_workers(plan))
             with show(plan) as tell:
                 return _Run(plan, tasks, store, pool, lease, stop, tell).go()
@@ -171,6 +172,8 @@ class _Stop:
             signal.signal(signal.SIGTERM, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._deadline is not None:  # a second signal gives no more time
+            return
         given = float(os.environ.get(_STOP_VARIABLE, _STOP_SECONDS))
         # What is left over is for the last words: progress.json, the lease, and the message.
         self._deadline = time.monotonic() + max(0.0, given - max(2.0, 0.1 * given))
@@ -189,8 +192,7 @@ def _opened(plan: Plan, store: RunStore) -> tuple[Tasks, bool]:
                 f"{error} No receipt tells whether it was this run; choose another directory."
             ) from error
         tasks = plan.make_tasks()
-        store.write("plan.parquet", tasks.raw)
-        store.write("run.json", seal(_description(plan, tasks)))
+        _describe(plan, store, tasks)
         return tasks, False
     if existing is None:
         tasks = plan.make_tasks()
@@ -206,6 +208,23 @@ def _opened(plan: Plan, store: RunStore) -> tuple[Tasks, bool]:
         store.write(stored.path, tasks.raw)
         store.load(stored)
         return tasks, False
+
+
+def _placed(plan: Plan, store: RunStore, tasks: Tasks) -> Tasks:
+    """The tasks over the corpus where it is now; where it or the model has moved, those who read the run are told so."""
+    (first, *_) = tasks[0].ranges
+    before, now = (store.read_run() or {})["config"], plan.config.asdict()
+    if first.path == plan.root + first.name and all(before[name] == now[name] for name in _PLACES):
+        return tasks
+    moved = tasks.below(plan.root)
+    _describe(plan, store, moved)
+    return moved
+
+
+def _describe(plan: Plan, store: RunStore, tasks: Tasks) -> None:
+    """Write a run's description and tasks; killed in between, the tasks are made anew from the corpus."""
+    store.write_sealed("run.json", _description(plan, tasks))
+    store.write("plan.parquet", tasks.raw)
 
 
 def _scored(store: RunStore) -> bool:
@@ -252,6 +271,9 @@ def _estimand(config: RunConfig) -> str:
     )
     return f"{what}, {where}"
 
+
+# Settings by which those who read a run later find what it is of; what that is is told by digests.
+_PLACES = ("corpus", "model")
 
 # Of fields that no flag is named like.
 _MEANING = {
@@ -326,7 +348,7 @@ class _Run:
         self.looked: list[Checkpoint] = []
         self.weight = self.damaged = self.computed = self._tokens = 0
         self._began = self._written = time.monotonic()
-        self._speed: deque[tuple[float, int]] = deque(maxlen=60)
+        self._speed = deque([(self._began, 0)])  # when so many tokens had been computed, over the last minute
         self._weight_before = 0
 
     def go(self) -> Outcome:
@@ -507,7 +529,7 @@ class _Run:
             raise replace(failure, message=many).to_exception()
         self.quarantined[task.id] = line
         note = {"task": task.id, "kind": failure.kind, "error": line, "ranges": [asdict(r) for r in task.ranges]}
-        self.store.write(f"quarantine/{task_name(task.id)}.json", seal(note))
+        self.store.write_sealed(f"quarantine/{task_name(task.id)}.json", note)
 
     def _given_up(self) -> str:
         first = next(iter(self.quarantined.values()))
@@ -626,8 +648,10 @@ class _Run:
         if self.lease.lost is not None:
             raise self.lease.lost
         now = time.monotonic()
-        if not self._speed or now - self._speed[-1][0] >= 1.0:
+        if now - self._speed[-1][0] >= 1.0:
             self._speed.append((now, self._tokens))
+            while now - self._speed[1][0] >= 60.0:
+                self._speed.popleft()
             progress = self.progress()
             self._tell(progress)
             self.pool.report(asdict(progress))
@@ -636,7 +660,7 @@ class _Run:
 
     def progress(self) -> Progress:
         now = time.monotonic()
-        (then, before), (last, tokens) = (self._speed[0], self._speed[-1]) if self._speed else ((now, 0), (now, 0))
+        then, before = self._speed[0]
         new = self.weight - self._weight_before
         left = (now - self._began) * (self.tasks.weight - self.weight) / new if new > 0 else None
         return Progress(
@@ -646,8 +670,8 @@ class _Run:
             self.weight,
             self.tasks.weight,
             self.counts,
-            (tokens - before) / (last - then) if last > then else 0.0,
-            left if self.weight < self.tasks.weight else 0.0,
+            (self._tokens - before) / max(now - then, 1e-3),
+            0.0 if self.state in ("reducing", "complete", "quarantined") else left,
             self.pool.alive,
             self.pool.pending,
             self.dispatch.retried,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from fisher_ray.corpus import (
     Source,
     SourceRange,
     Unit,
+    Window,
     find_ranges,
     find_sources,
     read_documents,
@@ -51,6 +53,8 @@ from fisher_ray.estimators import Deflated, Estimator, Exact, Sampled, check_tem
 from fisher_ray.scores import TokenSource
 from fisher_ray.shards import POSITION_FIELDS
 from fisher_ray.split import Gradients
+from fisher_ray.storage import absolute
+from fisher_ray.sums import ALL
 
 # Raised whenever the same configuration would give other numbers.
 RESULT_VERSION = 12
@@ -253,8 +257,8 @@ class RunConfig:
             "sketch",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
+            if value is not None and not 1 <= value < 2**63:
+                raise ConfigError(f"{name} must be at least 1 and below 2^63, got {value}.")
         for name in ("until_relative_error", "until_relative_change"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -267,7 +271,7 @@ class RunConfig:
                 "one of them out."
             )
         gpus = self.gpus_per_actor or 0.0
-        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        if not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
             raise ConfigError(f"gpus_per_actor must be a fraction of one GPU or a whole number, got {gpus:g}.")
         if self.stream_weights and gpus > 1:
             raise ConfigError(
@@ -372,7 +376,8 @@ class RunConfig:
         for part in str(self.layers).split(","):
             first, dash, last = part.strip().partition("-")
             try:
-                chosen.update(range(int(first), int(last if dash else first) + 1))
+                # One beyond what there is tells as well that there are not so many.
+                chosen.update(range(int(first), min(int(last if dash else first), max(int(first), num_layers + 1)) + 1))
             except ValueError as error:
                 raise ConfigError(f"layers must be all, a range 0-11 or a list 3,6; got {self.layers!r}.") from error
         if not chosen:
@@ -499,6 +504,19 @@ class Tasks:
         Args:
             shuffled: seed of a random order, for which all are held in memory; None: the order of the corpus.
         """
+        groups: Iterable[list[SourceRange]] = _grouped(ranges, target)
+        if shuffled is not None:
+            # By hashes, which no version of a generator changes.
+            drawn = (hashlib.sha256(f"{shuffled}:{i}".encode()).digest() for i in count())
+            groups = [group for _, group in sorted(zip(drawn, groups, strict=False), key=itemgetter(0))]
+        return cls._written(groups)
+
+    def below(self, root: str) -> Tasks:
+        """The same tasks over a corpus that is now in another folder."""
+        return self._written([replace(part, path=root + part.name) for part in task.ranges] for task in self)
+
+    @classmethod
+    def _written(cls, groups: Iterable[Sequence[SourceRange]]) -> Tasks:
         buffer, weight = io.BytesIO(), 0
         options: dict[str, Any] = {
             "compression": "zstd",
@@ -507,20 +525,15 @@ class Tasks:
         }
         writer = pq.ParquetWriter(buffer, PLAN_SCHEMA, **options)
         rows: list[tuple[Any, ...]] = []
-        groups: Iterable[list[SourceRange]] = _grouped(ranges, target)
-        if shuffled is not None:
-            # By hashes, which no version of a generator changes.
-            drawn = (hashlib.sha256(f"{shuffled}:{i}".encode()).digest() for i in count())
-            groups = [group for _, group in sorted(zip(drawn, groups, strict=False), key=itemgetter(0))]
         for task, group in enumerate(groups):
             for source in group:
                 rows.append((task, *(getattr(source, name) for name in PLAN_SCHEMA.names[1:])))
                 weight += source.weight
             if len(rows) >= _PLAN_ROWS:
-                writer.write_table(_rows_table(rows))
+                writer.write_table(_rows_table(rows), row_group_size=len(rows))
                 rows = []
         if rows:
-            writer.write_table(_rows_table(rows))
+            writer.write_table(_rows_table(rows), row_group_size=len(rows))
         writer.add_key_value_metadata({"fisher_ray.weight": str(weight)})
         writer.close()
         return cls(buffer.getvalue())
@@ -571,6 +584,11 @@ class Plan:
         return hashlib.sha256(json.dumps(self.result_fields, sort_keys=True).encode()).hexdigest()
 
     @property
+    def root(self) -> str:
+        """The folder that the corpus's files are in, to the slash before their names."""
+        return self.sources[0].path.removesuffix(self.sources[0].name)
+
+    @property
     def total_bytes(self) -> int:
         return sum(source.size for source in self.sources)
 
@@ -600,6 +618,17 @@ class Plan:
             sketch=config.sketch,
             share=len(Positions(config.positions).choose(length)) / length,
         )
+
+    def group(self, document: Document, window: Window, t: int) -> str:
+        """The name of the group that a position of a window of a document belongs to."""
+        by = self.config.group_by
+        if by is None:
+            return ALL
+        if by == "position":
+            return position_bucket(window.start + t - window.sink)
+        if by == "token":
+            return str(window.ids[t]) if window.ids[t] in self.tokens else "other"
+        return str(document.carried[self.config.layout.carried.index(by)])
 
     def _num_groups(self, length: int) -> int:
         """Groups that one task may have sums for."""
@@ -656,6 +685,8 @@ class Reckoning:
     Attributes:
         documents, tokens, scored: of the corpus.
         window_tokens: that go through the model; windows overlap, and each starts with a sink.
+        groups: that the tasks read for it have positions of, together.
+        task_groups: that one of them has, on average.
         sampled: tasks that were read for it; all of them make it exact.
     """
 
@@ -663,6 +694,8 @@ class Reckoning:
     tokens: int
     scored: int
     window_tokens: int
+    groups: int
+    task_groups: float
     sampled: int
 
 
@@ -675,16 +708,22 @@ def reckon(plan: Plan, tasks: Tasks) -> Reckoning:
     length, stride = config.window(plan.facts)
     counts = [0, 0, 0, 0]
     weight = 0
+    groups: list[set[str]] = []
     for task in map(tasks.__getitem__, chosen):
         weight += task.weight
+        groups.append(set())
         for document in (d for source in task.ranges for d in read_documents(source, config.layout)):
-            ids = token_ids(document, config.model, tokenizer)
+            ids = token_ids(document, config.model, tokenizer, plan.facts.vocab_size)
             cut = list(windows(0, ids, length, stride, sink, config.scored(len(ids), sink)))
             scored, through = sum(len(w.scored) for w in cut), sum(len(w.ids) for w in cut)
             counts = [a + b for a, b in zip(counts, (1, len(ids), scored, through), strict=True)]
+            groups[-1].update(plan.group(document, w, t) for w in cut for t in w.scored)
     scale = 1.0 if len(chosen) == len(tasks) else tasks.weight / max(weight, 1)
+    if config.max_docs is not None:
+        scale = min(scale, config.max_docs / max(counts[0], 1))
     documents, tokens, all_scored, all_through = (round(count * scale) for count in counts)
-    return Reckoning(documents, tokens, all_scored, all_through, len(chosen))
+    task_groups = sum(map(len, groups)) / len(groups)
+    return Reckoning(documents, tokens, all_scored, all_through, len(set().union(*groups)), task_groups, len(chosen))
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -709,18 +748,24 @@ def make_plan(config: RunConfig) -> Plan:
             f"sketch must be below {facts.d_model / 2:g}, half of d_model, got {config.sketch}: a sketch of so many rows is no "
             "smaller than the matrix. Leave it out (--sketch)."
         )
+    for uri in map(absolute, config.corpus):
+        if f"{absolute(config.output)}/".startswith(f"{uri.rstrip('/')}/"):
+            raise ConfigError(
+                f"output {config.output} is in the folder {uri} of the corpus, and would be part of it. Choose another place."
+            )
     sources = tuple(find_sources(config.corpus))
     sampled = config.group_by not in (None, "position")
     sample = list(sample_documents(sources, config.layout, _SAMPLE)) if sampled else []
     # Whoever reads the run later may be in another directory.
     model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    corpus = tuple(uri if ":" in uri else str(Path(uri).absolute()) for uri in config.corpus)
-    config = replace(config, model=model, corpus=corpus)
+    config = replace(config, model=model, corpus=tuple(map(absolute, config.corpus)))
     listed = [(source.name, source.size, source.version) for source in sources]
     # What is unset is left out, so that a setting that comes to be later changes no fingerprint of before.
     settings = {k: v for k, v in config.asdict().items() if k not in _EXECUTION | {"corpus"} and v is not None}
     if config.estimator == "exact":
         settings.pop("num_samples", None)  # sweeps may set it for all their points
+    if config.group_by in (None, "position"):
+        settings.pop("num_groups")
     fixed = {
         **settings,
         "layers": layers,
@@ -731,7 +776,7 @@ def make_plan(config: RunConfig) -> Plan:
     }
     if config.ends_early:
         fixed["shuffled"] = True
-    tokens = _frequent_tokens(config, sample) if config.group_by == "token" else {}
+    tokens = _frequent_tokens(config, sample, facts.vocab_size) if config.group_by == "token" else {}
     plan = Plan(config, facts, sources, tokens, fixed)
     _check_sums(plan, sample)
     return plan
@@ -762,19 +807,25 @@ def _check_sums(plan: Plan, sample: Sequence[Document]) -> None:
         )
 
 
-def _frequent_tokens(config: RunConfig, sample: Sequence[Document]) -> dict[int, str]:
+def _frequent_tokens(config: RunConfig, sample: Sequence[Document], vocab_size: int) -> dict[int, str]:
     """The most frequent tokens of a sample, with their text; of equally frequent ones the lowest."""
     tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
     counts: Counter[int] = Counter()
     for document in sample:
-        counts.update(token_ids(document, config.model, tokenizer))
+        counts.update(token_ids(document, config.model, tokenizer, vocab_size))
     ranked = sorted(counts, key=lambda token: (-counts[token], token))
     return {token: token_text(token, tokenizer) for token in sorted(ranked[: config.num_groups - 1])}
 
 
-def token_ids(document: Document, model: str, tokenizer: Any) -> list[int]:
+def token_ids(document: Document, model: str, tokenizer: Any, vocab_size: int) -> list[int]:
     """A document's tokens, without any that the tokenizer of the model puts around a text."""
     if isinstance(document.content, list):
+        strange = next((i for i in document.content if not 0 <= i < vocab_size), None)
+        if strange is not None:
+            raise CorpusError(
+                f"{document.id}: token ids must be in [0, {vocab_size}), got {strange}. Were they made with {model}'s "
+                "tokenizer?"
+            )
         return document.content
     if tokenizer is None:
         raise CorpusError(

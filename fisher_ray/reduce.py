@@ -27,6 +27,7 @@ from fisher_ray.shards import (
     Counts,
     Receipt,
     RunStore,
+    distinct_workers,
     json_bytes,
     npy_bytes,
     parquet_bytes,
@@ -293,7 +294,7 @@ def _covering(name: str, fingerprint: str, children: Sequence[Receipt], files: d
     counts = sum((child.counts for child in children), Counts())
     stages = dict.fromkeys(stage for child in children for stage in child.seconds)
     seconds = {stage: sum(child.seconds.get(stage, 0.0) for child in children) for stage in stages}
-    return Receipt(name, fingerprint, files, counts, seconds, children[0].worker)
+    return Receipt(name, fingerprint, files, counts, seconds, distinct_workers(children))
 
 
 def _write_means(store: RunStore, folder: str, arrays: Mapping[str, np.ndarray], files: dict[str, StoredFile]) -> None:
@@ -366,7 +367,7 @@ def write_summary(
     provenance = {
         "counts": asdict(covering.counts),
         "seconds": covering.seconds,
-        "worker": covering.worker,
+        "workers": covering.workers,
         "tasks_left_out": list(missing),
     }
     table = pa.Table.from_pylist(list(rows), schema=SUMMARY_SCHEMA)

@@ -80,12 +80,19 @@ def html_report(run: Run, validation: Mapping[str, Any] | None = None) -> Report
         validation: what ``fisher-ray validate --json`` has said of it.
 
     Raises:
-        ValueError: a validation of another run.
+        ValueError: a validation of another run, or none.
     """
-    if validation is not None and validation["fingerprint"] != run.description["fingerprint"]:
-        raise ValueError(
-            f"the validation is of another run, {validation['run']}, and not of {run.store.uri}: their fingerprints differ."
-        )
+    laws: list[Section] = []
+    if validation is not None:
+        if validation["fingerprint"] != run.description["fingerprint"]:
+            raise ValueError(
+                f"the validation is of another run, {validation.get('run')}, and not of {run.store.uri}: their fingerprints "
+                "differ."
+            )
+        try:
+            laws = [_validation(validation)]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError("the validation is not what fisher-ray validate RUN --json prints.") from error
     reading = Reading()
     counts = reading(lambda: run.counts)
     layers: list[_Layer] = []
@@ -107,7 +114,7 @@ def html_report(run: Run, validation: Mapping[str, Any] | None = None) -> Report
         _directions(run, reading, layers, lost),
         *([_groups(run, reading)] if run.config.group_by else []),
         _convergence(layers, lost),
-        *([_validation(validation)] if validation is not None else []),
+        *laws,
     ]
     # What was met on the way is known only now, and yet comes first.
     first = [_summary(run, reading, counts), _health(run, reading, counts, layers, validation)]
@@ -169,9 +176,9 @@ def _pm(estimate: Estimate) -> str:
 
 def _summary(run: Run, reading: Reading, counts: Any) -> Section:
     config = run.config
-    provenance = reading(lambda: run.provenance) or {}
+    workers = reading(lambda: run.provenance) or []
     progress = reading(lambda: run.store.read_sealed("progress.json")) or {}
-    check, versions = provenance.get("self_check"), provenance.get("versions", {})
+    versions = [", ".join(f"{name} {version}" for name, version in worker["versions"].items()) for worker in workers]
     facts = [
         ("status", run.status),
         ("model", f"{config.model}{f' at {config.revision}' if config.revision else ''}, {config.dtype}"),
@@ -190,9 +197,9 @@ def _summary(run: Run, reading: Reading, counts: Any) -> Section:
             ),
         ]
     facts += [
-        ("self-check", _checked(check)),
-        ("device", provenance.get("device", "unknown")),
-        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"),
+        ("self-check", _checked([worker["self_check"] for worker in workers if worker["self_check"]])),
+        ("device", ", ".join(dict.fromkeys(worker["device"] for worker in workers)) or "unknown"),
+        ("versions", "; and ".join(dict.fromkeys(versions)) or "unknown"),
         ("last heard of", _date(progress["written"]) if "written" in progress else "unknown"),
         ("fingerprint", run.description["fingerprint"]),
     ]
@@ -208,11 +215,12 @@ def _summary(run: Run, reading: Reading, counts: Any) -> Section:
     )
 
 
-def _checked(check: dict[str, Any] | None) -> str:
-    if check is None:
+def _checked(checks: Sequence[Mapping[str, Any]]) -> str:
+    if not checks:
         return "none on record"
+    worst = max(checks, key=lambda check: check["scores"] / check["limit"])
     return (
-        f"scores differ from one-position autograd by {check['scores']:.1e} at most; the limit is {check['limit']:.0e}"
+        f"scores differ from one-position autograd by {worst['scores']:.1e} at most; the limit is {worst['limit']:.0e}"
     )
 
 
@@ -260,6 +268,11 @@ def _health(
                 f"the largest (layer {worst}), and effective dimensions are those of the sketch; what is whitened is a lower "
                 "bound that may be many times too small",
             )
+        )
+    computed = {json.dumps(worker["versions"], sort_keys=True) for worker in reading(lambda: run.provenance) or []}
+    if len(computed) > 1:
+        lines.append(
+            (False, f"its tasks were computed with {len(computed)} sets of versions, whose last digits may differ")
         )
     if validation is not None:
         failed = [layer for layer, test in validation["layers"].items() if test["failures"]]

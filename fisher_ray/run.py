@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,16 @@ import pyarrow.parquet as pq
 from fisher_ray.cost import FAN_IN
 from fisher_ray.plan import RunConfig, Task, Tasks, visible
 from fisher_ray.reduce import Checkpoint
-from fisher_ray.shards import RUN_VERSION, Counts, Receipt, RunStore, positions_schema, reduced_folder, task_name
+from fisher_ray.shards import (
+    RUN_VERSION,
+    Counts,
+    Receipt,
+    RunStore,
+    distinct_workers,
+    positions_schema,
+    reduced_folder,
+    task_name,
+)
 from fisher_ray.statistics import Blocks, Estimate, Spectrum, mean_trace, spectrum
 from fisher_ray.storage import DamagedError, StorageError, StoredFile
 from fisher_ray.sums import LayerSums
@@ -125,9 +134,11 @@ class Run:
         return str(self.description["estimand"])
 
     def group_title(self, group: str) -> str:
-        """A group's name; of a token's, which is its id, with the token's text."""
+        """A group's name, one without a letter in quotes; of a token's, which is its id, with the token's text."""
         text = self.description.get("tokens", {}).get(group)
-        return group if text is None else f"{group} {visible(text)}"
+        if text is None:
+            return group if group.strip() else f'"{group}"'
+        return f"{group} {visible(text)}"
 
     @property
     def status(self) -> str:
@@ -152,9 +163,9 @@ class Run:
         return [Checkpoint(**looked) for looked in self._made["checkpoints"]] if self.complete else []
 
     @cached_property
-    def provenance(self) -> Mapping[str, Any]:
-        """Device, versions and self-check of the worker of the first task."""
-        return self._blocks[0][0].worker if self._blocks else {}
+    def provenance(self) -> list[dict[str, Any]]:
+        """Device, versions and self-check of the workers: one for each device with other versions."""
+        return distinct_workers(receipt for block in self._blocks for receipt in block)
 
     @cached_property
     def groups(self) -> list[str]:

@@ -52,7 +52,7 @@ _FOLDERS = ("lease", "positions", "sums", "factors", "matrices", "done", "quaran
 # File systems take 255 bytes a name.
 _LONGEST_NAME = 200
 
-RUN_VERSION = "run.4"
+RUN_VERSION = "run.5"
 POSITIONS_VERSION = "positions.2"
 POSITION_FIELDS: list[tuple[str, pa.DataType]] = [
     ("document", pa.string()),
@@ -120,7 +120,7 @@ class Receipt:
         fingerprint: of the plan it belongs to.
         files: by what they hold.
         seconds: spent, by stage.
-        worker: device, versions and self-check of whoever computed it.
+        workers: device, versions and self-check of whoever computed it; of a sum one for each device with other versions.
     """
 
     name: str
@@ -128,20 +128,21 @@ class Receipt:
     files: dict[str, StoredFile]
     counts: Counts
     seconds: dict[str, float] = field(default_factory=dict)
-    worker: dict[str, Any] = field(default_factory=dict)
-
-    def to_bytes(self) -> bytes:
-        """Sealed JSON."""
-        return seal(asdict(self))
+    workers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def from_bytes(cls, raw: bytes, path: str) -> Receipt:
-        """The inverse of :meth:`to_bytes`; DamagedError where a byte is another one."""
-        values = unseal(raw)
-        if values is None:
-            raise DamagedError(path, f"{path} is damaged: its checksum is not that of its content.")
+    def of(cls, values: dict[str, Any]) -> Receipt:
+        """The inverse of ``asdict``."""
         files = {name: StoredFile(**stored) for name, stored in values.pop("files").items()}
         return cls(files=files, counts=Counts(**values.pop("counts")), **values)
+
+
+def distinct_workers(receipts: Iterable[Receipt]) -> list[dict[str, Any]]:
+    """Who computed what receipts vouch for: one worker for each device with other versions, the first of its kind."""
+    found: dict[str, dict[str, Any]] = {}
+    for worker in (worker for receipt in receipts for worker in receipt.workers):
+        found.setdefault(json.dumps([worker["device"], worker["versions"]], sort_keys=True), worker)
+    return list(found.values())
 
 
 def reduced_folder(layer: int, group: str | None = None) -> str:
@@ -153,6 +154,12 @@ def reduced_folder(layer: int, group: str | None = None) -> str:
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(group.encode()).hexdigest()[:16]}"
     return f"{folder}/group_{name}"
+
+
+def _owner(path: str) -> str:
+    """The task or node that a receipt, or a file of an attempt at it, is of."""
+    _, _, name = path.partition("/")
+    return name.removesuffix(".json") if name.endswith(".json") else name.split("/")[0].rsplit("-", 1)[0]
 
 
 def _of_a_run(path: str) -> bool:
@@ -237,14 +244,14 @@ class RunStore(Storage):
     def commit(self, folder: str, receipt: Receipt) -> Receipt:
         """Make a task (``done``) or node (``tree``) done; where another attempt came first, the receipt is that one's."""
         path = f"{folder}/{receipt.name}.json"
-        if self.create(path, receipt.to_bytes()):
+        if self.create(path, seal(asdict(receipt))):
             return receipt
-        return Receipt.from_bytes(self.read(path), path)
+        return Receipt.of(self.read_sealed(path))
 
     def receipt(self, folder: str, name: str) -> Receipt:
         """Of a task or node; DamagedError where it cannot be trusted, FileNotFoundError where there is none."""
         path = f"{folder}/{name}.json"
-        receipt = Receipt.from_bytes(self.read(path), path)
+        receipt = Receipt.of(self.read_sealed(path))
         if receipt.name != name:
             raise DamagedError(path, f"{self.uri}/{path} is the receipt of {receipt.name}.")
         return receipt
@@ -360,18 +367,26 @@ class RunStore(Storage):
     def orphans(self) -> list[str]:
         """Files that no receipt names: of attempts that were killed, came second, or turned out damaged.
 
-        Files of attempts that are still running are among them: only for runs that nobody works on.
+        What may be a damaged receipt's is not among them. Files of attempts that are still running are: only for runs that
+        nobody works on.
         """
         named = {"run.json", "plan.parquet", "progress.json", "reduced/manifest.json"}
+        unknown = set()
         found = self.list()
         paths = [(folder, name) for folder in ("done", "tree") for name in self.names(folder)]
         for (folder, name), receipt in zip(paths, self.several(self._sound_receipt, paths), strict=True):
-            if receipt is not None:  # what is damaged is for verify; what it named cannot be known
+            if receipt is None:  # what is damaged is for verify; what it named cannot be known
+                unknown.add(name)
+            else:
                 named |= {f"{folder}/{name}.json", *(stored.path for stored in receipt.files.values())}
         if "reduced/manifest.json" in found:
             named |= {stored["path"] for stored in self.read_sealed("reduced/manifest.json")["files"].values()}
         kept = ("quarantine/", "lease/")
-        left = [path for path in found if path not in named and _of_a_run(path) and not path.startswith(kept)]
+        left = [
+            path
+            for path in found
+            if path not in named and _of_a_run(path) and not path.startswith(kept) and _owner(path) not in unknown
+        ]
         return sorted(left + self.unfinished())
 
     def _sound_receipt(self, where: tuple[str, str]) -> Receipt | None:

@@ -78,6 +78,22 @@ class StoredFile:
     rows: int | None = None
 
 
+def absolute(uri: str) -> str:
+    """A path as it is named from any directory; URIs stay as they are.
+
+    Raises:
+        ValueError: a chain of file systems.
+    """
+    if "::" in uri:
+        raise ValueError(f"{uri} chains file systems by '::'. Expected one; copy or unpack what is in another.")
+    if "://" in uri:
+        return uri
+    parts = Path(uri).expanduser().absolute().parts
+    # What is above a link to a folder is not what its name says.
+    above = len(parts) - parts[::-1].index("..") if ".." in parts else 0
+    return str(Path(*parts[:above]).resolve().joinpath(*parts[above:]) if above else Path(*parts))
+
+
 class Storage:
     """A directory on any fsspec file system.
 
@@ -92,10 +108,10 @@ class Storage:
     def __init__(self, uri: str):
         try:
             # Cached listings would hide what other processes wrote.
-            self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+            self._fs, self._root = fsspec.core.url_to_fs(absolute(uri), use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise StorageError(f"cannot open {uri}: {error}") from error
-        self.uri = self._fs.unstrip_protocol(self._root) if "://" in uri else str(Path(self._root))
+        self.uri = self._fs.unstrip_protocol(self._root) if "://" in uri else self._root
         self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
 
     def read(self, path: str) -> bytes:
@@ -208,10 +224,14 @@ class Storage:
                 found = self._fs.find(self._at(folder), detail=True)
             except FileNotFoundError:
                 return {}
-            return {path[len(self._root) + 1 :]: int(info["size"]) for path, info in found.items()}
+            # Some consoles make an empty object in place of a folder.
+            files = ((path[len(self._root) + 1 :], info) for path, info in found.items() if not path.endswith("/"))
+            return {path: int(info["size"]) for path, info in files if path}
         # fsspec takes a local folder that cannot be read for an empty one.
         sizes: dict[str, int] = {}
-        for parent, _, names in os.walk(self._at(folder), onerror=_unless_gone):
+        for parent, folders, names in os.walk(self._at(folder), onerror=_unless_gone):
+            if "lost+found" in folders:  # at the root of a disk, and closed to users
+                folders.remove("lost+found")
             for path in (Path(parent, name) for name in names):
                 with contextlib.suppress(FileNotFoundError):
                     sizes[path.relative_to(self._root).as_posix()] = path.stat().st_size

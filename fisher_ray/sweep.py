@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -82,6 +83,10 @@ def read_sweep(path: Path) -> Sweep:
     points: dict[str, RunConfig] = {}
     for point in _points(values, path):
         name = _name(point)
+        if name in points:
+            raise ConfigError(
+                f"two points in the sweep {path} are called {name}. Leave one out, or spell them differently."
+            )
         try:
             points[name] = RunConfig.from_dict({**common, **point, "output": f"{values['output'].rstrip('/')}/{name}"})
         except ValueError as error:
@@ -102,12 +107,13 @@ def _points(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 
 
 def _name(point: dict[str, Any]) -> str:
-    """A folder's name that says what varies; a digest where letters had to go, so that no two points share it."""
+    """A folder's name that says what varies; a digest of the point where letters had to go."""
     said = ",".join(f"{key}={' '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in sorted(point.items()))
     name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", said)
     if name == said and len(name) <= 100:
         return name
-    return f"{name[:80]}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    values = json.dumps(point, sort_keys=True, default=str)
+    return f"{name[:80]}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
 
 
 def run_sweep(sweep: Sweep, console: Console) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -250,7 +250,7 @@ class Validation:
             )
         return table
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, file: str | Path | BinaryIO) -> None:
         """Median and quartiles of ``|ratio - 1|`` against the step, by layer, over what rounding may hide; a PNG."""
         import matplotlib  # here, as half a second that most commands start without
         from matplotlib.figure import Figure
@@ -283,7 +283,7 @@ class Validation:
         axes.legend(loc="upper center", facecolor="white", edgecolor="none", framealpha=1, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)
-        figure.savefig(path, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=120)
 
 
 def validate(

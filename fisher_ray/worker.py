@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
 
+import fisher_ray
 from fisher_ray.architecture import sink_token
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
-from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, RunConfig, Task, position_bucket, token_ids, token_text
+from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, RunConfig, Task, token_ids, token_text
 from fisher_ray.scores import Scores, default_memory_budget, is_out_of_memory, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
@@ -34,7 +36,7 @@ from fisher_ray.shards import (
 from fisher_ray.spectrum import entropy_rank, factor_eigenvalues, participation_ratio, trace_rank
 from fisher_ray.split import SplitModel, deterministic_kernels, full_precision
 from fisher_ray.storage import StoredFile
-from fisher_ray.sums import ALL, LayerSums, Sums, sums_memory
+from fisher_ray.sums import LayerSums, Sums, sums_memory
 
 # Calls a function with its arguments when it is its turn, and gives its result.
 InTurn = Callable[..., Any]
@@ -134,9 +136,11 @@ class Worker:
             "device": torch.cuda.get_device_name(self.model.device) if self.model.device.type == "cuda" else "cpu",
             "self_check": self.model.self_check.asdict() if self.model.self_check else None,
             "versions": {
+                "fisher_ray": fisher_ray.__version__,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
+                "tokenizers": tokenizers.__version__,
                 "pyarrow": pa.__version__,
                 "numpy": np.__version__,
             },
@@ -172,7 +176,7 @@ class Worker:
             halvings=result.halvings,
         )
         seconds = {"read": read - start, "compute": took, "write": time.perf_counter() - computed}
-        receipt = Receipt(task_name(task.id), self.plan.fingerprint, files, counts, seconds, self.provenance)
+        receipt = Receipt(task_name(task.id), self.plan.fingerprint, files, counts, seconds, [self.provenance])
         return self.store.commit("done", receipt)
 
     @full_precision()
@@ -181,7 +185,7 @@ class Worker:
         start = time.perf_counter()
         # A new thread starts with the environment's number, and the number changes the order of sums.
         torch.set_num_threads(self.config.cpus_per_actor)
-        groups, group_of = self._groups(work)
+        groups = self._groups(work)
         sums = Sums(self.layers, self.model.d_model, groups, self.model.device, self.config.sketch)
         index = {name: i for i, name in enumerate(groups)}
         result = _Scored({}, [], {layer: [] for layer in self.layers}, {layer: [] for layer in self.layers})
@@ -191,7 +195,7 @@ class Worker:
                 where = np.stack([window, scores.position.cpu().numpy()])
                 group = None
                 if self.config.group_by is not None:
-                    members = [index[group_of(work.windows[w], t)] for w, t in where.T.tolist()]
+                    members = [index[self._group(work, work.windows[w], t)] for w, t in where.T.tolist()]
                     group = torch.tensor(members, device=self.model.device)
                 result.where.append(where)
                 result.scored += len(scores)
@@ -211,26 +215,13 @@ class Worker:
         result.sums = {layer: sums.packed(layer) for layer in self.layers}
         return result, time.perf_counter() - start
 
-    def _groups(self, work: _Tokenized) -> tuple[list[str], Callable[[Window, int], str]]:
-        """Names of a task's groups, sorted, and the group of a window's position."""
+    def _group(self, work: _Tokenized, window: Window, t: int) -> str:
+        return self.plan.group(work.documents[window.document], window, t)
+
+    def _groups(self, work: _Tokenized) -> list[str]:
+        """Names of a task's groups, sorted."""
         config, column = self.config, self.config.group_column
-        if config.group_by is None:
-            return [ALL], lambda window, t: ALL
-        if config.group_by == "position":
-
-            def group_of(window: Window, t: int) -> str:
-                return position_bucket(window.start + t - window.sink)
-        elif config.group_by == "token":
-
-            def group_of(window: Window, t: int) -> str:
-                return str(window.ids[t]) if window.ids[t] in self.plan.tokens else "other"
-        else:
-            index = config.layout.carried.index(str(column))
-
-            def group_of(window: Window, t: int) -> str:
-                return str(work.documents[window.document].carried[index])
-
-        names = sorted({group_of(window, t) for window in work.windows for t in window.scored})
+        names = sorted({self._group(work, window, t) for window in work.windows for t in window.scored})
         held = len(names) * len(self.layers) * sums_memory(self.model.d_model, config.sketch)
         if column is not None and held > MAX_SUMS:  # of others the plan knows
             raise CorpusError(
@@ -238,7 +229,7 @@ class Worker:
                 f"{MAX_SUMS >> 30} GiB. Make tasks smaller (--task-bytes), take fewer layers a run (--layers), group by a "
                 "column with fewer values, or keep sketches (--sketch)."
             )
-        return names, group_of
+        return names
 
     def _write(self, attempt: str, work: _Tokenized, result: _Scored) -> dict[str, StoredFile]:
         """Write a shard's files, several at once."""
@@ -320,7 +311,7 @@ class Worker:
         """A task's documents as tokens, and their windows."""
         work = _Tokenized([], [], [], [])
         for document in self._documents(task):
-            ids = self._ids(document)
+            ids = token_ids(document, self.config.model, self.model.tokenizer, self.plan.facts.vocab_size)
             chosen = self.config.scored(len(ids), self.sink)
             index = len(work.documents)
             work.windows.extend(windows(index, ids, self.max_seq_len, self.stride, self.sink, chosen))
@@ -334,17 +325,6 @@ class Worker:
     def _documents(self, task: Task) -> Iterator[Document]:
         for source in task.ranges:
             yield from read_documents(source, self.config.layout)
-
-    def _ids(self, document: Document) -> list[int]:
-        if isinstance(document.content, list):
-            entries = self.plan.facts.vocab_size
-            for i in document.content:
-                if not 0 <= i < entries:
-                    raise CorpusError(
-                        f"{document.id}: token ids must be in [0, {entries}), got {i}. "
-                        f"Were they made with {self.config.model}'s tokenizer?"
-                    )
-        return token_ids(document, self.config.model, self.model.tokenizer)
 
     def text(self, token: int) -> str:
         """A token as text; its number where the model has no tokenizer."""

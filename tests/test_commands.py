@@ -438,6 +438,27 @@ def test_plan_counts_windows_without_a_sink(source: str, tmp_path: Path) -> None
     assert amount.scored == sum(len(window.scored) for window in cut) == (350 if source == "observed" else 345)
 
 
+def test_plan_counts_the_groups_of_a_task(gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """Of 24 values of a column a task has few, and writes sums of those alone."""
+    lines = [json.dumps({"text": jobs.some_text(300), "kind": f"kind {i}"}) for i in range(24)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    three = 3 * max(map(len, lines)) + 3
+    flags = ["--corpus", tmp_path / "docs.jsonl", "--output", tmp_path / "run", "--group-by", "kind", "--task-bytes", three]
+    facts = json.loads(said(capsys, "plan", "--model", gpt2, *flags, "--json"))
+    assert (facts["tasks"], facts["groups"], facts["task_groups"]) == (8, 24, 3)
+    config = jobs.settings(
+        gpt2, tmp_path / "docs.jsonl", tmp_path / "run", layers="all", group_by="kind", task_bytes=three, num_samples=1
+    )
+    store = RunStore(str(tmp_path / "run"))
+    plan = make_plan(config)
+    worker = Worker(plan, store)
+    for task in plan.make_tasks():
+        worker.compute(task)
+    written = sum(path.stat().st_size for path in (tmp_path / "run/sums").glob("*/*.npz"))
+    planned = facts["storage"]["summary"] - facts["scored"] * plan.cost.position_bytes
+    assert 0.8 < planned / written < 1.3
+
+
 def cost_of(model: str, corpus: str) -> Any:
     return make_plan(jobs.settings(model, corpus, "run")).cost
 
@@ -545,7 +566,7 @@ def test_a_job_does_not_write_into_its_copy_of_the_working_directory(
     flags = ["--model", gpt2, "--corpus", "docs.txt", "--output", "out", "--executor", "local"]
     assert main([command, *(flags if command == "run" else ["sweep.yaml"])]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "output out is a relative path, and a job runs in a copy of its working directory" in line
+    assert "output out is in the job's copy of its working directory, which goes with the job" in line
     assert not Path("out").exists()
     assert main(["run", *flags[:4], "--output", str(tmp_path / "out"), "--executor", "local"]) == 0
 

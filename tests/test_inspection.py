@@ -242,7 +242,7 @@ def test_of_no_run(command: str, made: Path, tmp_path: Path, capsys: pytest.Capt
 def test_of_a_newer_format(command: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is said of what is not understood, least of all that it is sound."""
     rewrite(copied / "run.json", schema="run.99")
-    assert "this version reads 'run.4'" in refused(capsys, command, copied)
+    assert "this version reads 'run.5'" in refused(capsys, command, copied)
 
 
 # ---- diff --------------------------------------------------------------------------------------------------------------
@@ -372,6 +372,7 @@ def kinds(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa:
 def test_groups_that_are_not_in_all_blocks(groups: str, kinds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their errors against leaving out each block by hand; those of a group in one block are not known."""
     run = open_run(kinds)
+    assert [run.group_title(name) for name in (groups[0], "", " ")] == [groups[0], '""', '" "']
     parts = []
     for group in groups:
         found = run.blocks(1, group)

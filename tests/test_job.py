@@ -290,7 +290,7 @@ def test_other_settings_in_the_same_directory(
     before = description.read_bytes()
     assert fisher_ray(*flags) == REFUSED
     (line,) = capsys.readouterr().err.splitlines()
-    assert "holds a run in format 'run.3', and this version writes 'run.4'" in line
+    assert "holds a run in format 'run.3', and this version writes 'run.5'" in line
     assert description.read_bytes() == before
 
 

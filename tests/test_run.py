@@ -261,7 +261,7 @@ def rewrite(path: Path, **changed: Any) -> None:
 
 def test_a_run_of_a_newer_format(copied: Path) -> None:
     rewrite(copied / "run.json", schema="run.99")
-    with pytest.raises(StorageError, match=r"format 'run.99', and this version reads 'run.4'"):
+    with pytest.raises(StorageError, match=r"format 'run.99', and this version reads 'run.5'"):
         open_run(copied)
 
 
