@@ -412,8 +412,17 @@ def block_calls(blocks: nn.ModuleList) -> Iterator[list[Callable[[Tensor], Tenso
     """Collect, while a decoder runs, its calls of each block: functions from the stream that enters it to the one that leaves.
 
     Masks, positions and whatever else a block is given are as they were.
+
+    Raises:
+        ModelError: a block leaves something for later ones in what it is given, as keys and values that they share. Run
+            again one at a time, they would take it for a constant.
     """
     calls: list[Callable[[Tensor], Tensor]] = []
+    handed: set[str] = set()
+
+    def contents(kwargs: Mapping[str, Any]) -> dict[str, list[int]]:
+        kept = {name: value for name, value in kwargs.items() if isinstance(value, Mapping | list)}
+        return {name: list(map(id, v if isinstance(v, list) else v.values())) for name, v in kept.items()}
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         others, named = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
@@ -424,13 +433,25 @@ def block_calls(blocks: nn.ModuleList) -> Iterator[list[Callable[[Tensor], Tenso
             return leaving
 
         calls.append(again)
+        before.update(contents(named))
 
+    def look(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        handed.update(name for name, now in contents(kwargs).items() if now != before[name])
+
+    before: dict[str, list[int]] = {}
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(look, with_kwargs=True) for block in blocks]
     try:
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+    if handed:
+        raise ModelError(
+            f"the blocks hand each other more than the residual stream ({', '.join(sorted(handed))}), so that they cannot be "
+            "run again one at a time, as where weights are streamed or memory holds no graph of them all. Leave "
+            "--stream-weights out, and give more memory (--memory-budget) or fewer tokens."
+        )
 
 
 def attention_reading(

@@ -57,7 +57,7 @@ _KEPT = 1024
 _HARMLESS = frozenset({
     "sliding_window", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "encoder_hidden_states",
-    "encoder_attention_mask", "indices", "layer_idx",
+    "encoder_attention_mask", "layer_idx",
 })  # fmt: skip
 
 

@@ -27,16 +27,15 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from fisher_ray import __version__, inspection
 from fisher_ray.cluster import RayPool, submit
 from fisher_ray.cost import HARDWARE, Hardware
-from fisher_ray.directions import cost, model_of, moved_tokens, project, read_directions, top_directions
+from fisher_ray.directions import cost, model_of, moved_tokens, project, read_directions, top_directions, typical_norm
 from fisher_ray.dispatch import LocalPool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
-from fisher_ray.report import direction_table, layer_table
+from fisher_ray.report import direction_table, layer_table, number_table, print_table
 from fisher_ray.report_html import html_report
 from fisher_ray.run import Reading, open_run, read_description
 from fisher_ray.shards import Lease, RefusedError, RunStore
@@ -521,7 +520,7 @@ def _show(console: Console, outcome: Outcome) -> None:
         console.print(_ended(outcome), soft_wrap=True, highlight=False)
     if counts.halvings:
         console.print(f"memory ran out {counts.halvings} times; micro-batches were halved, which may change rounding")
-    console.print(layer_table([row for row in outcome.rows if row["group"] is None]))
+    print_table(console, layer_table([row for row in outcome.rows if row["group"] is None]))
     if outcome.plan.config.sketch is not None:
         console.print(
             f"note: sums are sketches of {outcome.plan.config.sketch} rows: the trace is that of F, eigenvalues and ranks are "
@@ -633,15 +632,19 @@ def _show_plan(console: Console, plan: Plan, facts: dict[str, Any]) -> None:
         + ", ".join(f"{_size(storage[save])} with --save {save}" for save in ("summary", "factors", "matrices")),
     ):
         console.print(line, highlight=False, soft_wrap=True)
-    table = Table(header_style="bold", pad_edge=False, box=None)
-    for name in ("hardware", "device hours", "micro-batch", ""):
-        table.add_column(name, justify="left" if name in ("hardware", "") else "right", overflow="fold")
+    table = number_table("hardware", "device hours", "micro-batch", folded="hardware")
+    table.add_column("", overflow="fold")
     for machine in facts["hardware"]:
         hours = "-" if machine["fits"] else f"{machine['hours']:.3g}"
         batch = "-" if machine["fits"] else f"{machine['micro_batch']:,} positions"
         table.add_row(machine["hardware"], hours, batch, machine["fits"] or "fits")
-    console.print(table)
-    console.print("Hours are at assumed shares of the peak; --tflops takes a measured rate.", highlight=False)
+    print_table(console, table)
+    console.print(
+        "Hours are those of the products at assumed shares of the peak; --tflops takes a measured rate. A model of a few "
+        "hundred channels takes several times as long, as what is no product then counts.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _size(count: float) -> str:
@@ -734,14 +737,15 @@ def _report(given: dict[str, Any]) -> int:
 
 def _to_write(path: Path) -> Path:
     """A file to be written, refused before anything is computed where it cannot be."""
-    if not path.parent.is_dir() or path.is_dir():
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):  # a device would be replaced
         raise ConfigError(f"-o must name a file in a directory that exists, got {path}.")
     return path
 
 
 def _write(path: Path, raw: bytes) -> None:
-    """Write a file whole or not at all."""
-    Storage(str(path.absolute().parent)).write(path.name, raw)
+    """Write a file whole or not at all, where a link leads as well."""
+    path = path.resolve()
+    Storage(str(path.parent)).write(path.name, raw)
 
 
 def _json(facts: dict[str, Any]) -> str:
@@ -790,7 +794,7 @@ def _validate(given: dict[str, Any]) -> int:
         print(_json(result.asdict()))
     else:
         console = _console()
-        console.print(result.table())
+        print_table(console, result.table())
         console.print(
             f"KL / (v^T F v / 2) at {len(result.positions)} positions in {result.dtype}, 6 directions each, as |v| falls; "
             f"passes within {min(test.tolerance for test in result.layers.values()):g} of 1",
@@ -821,9 +825,14 @@ def _project(given: dict[str, Any]) -> int:
     rows = []
     for layer, moved in (moved_tokens(run, chosen, model) if chosen else {}).items():
         nats, error = found[layer][1].value.tolist(), found[layer][1].error.tolist()
-        norms = np.linalg.norm(found[layer][0], axis=1).tolist()
+        norms, typical = np.linalg.norm(found[layer][0], axis=1).tolist(), typical_norm(run, layer)
         for i, (raised, lowered) in enumerate(moved):
-            known = {"norm": norms[i], "cost": nats[i], "error": None if math.isnan(error[i]) else error[i]}
+            known = {
+                "norm": norms[i],
+                "share": norms[i] / typical,
+                "cost": nats[i],
+                "error": None if math.isnan(error[i]) else error[i],
+            }
             rows.append({"layer": layer, "direction": i, **known, "raised": raised, "lowered": lowered})
 
     if not chosen:
@@ -834,7 +843,13 @@ def _project(given: dict[str, Any]) -> int:
         return _without(reading.damaged)
     console = _console()
     console.print(f"{run.store.uri}: {run.status}", soft_wrap=True, highlight=False)
-    console.print(direction_table(rows))
+    print_table(console, direction_table(rows))
+    console.print(
+        "Costs are of second order. A step of more than a few hundredths of |h| may cost much less or more; fisher-ray "
+        "validate says how far the law holds.",
+        soft_wrap=True,
+        highlight=False,
+    )
     if run.config.sketch is not None:
         lost = ", ".join(f"{run.sketch_error(layer):.3g}" for layer in chosen)
         console.print(

@@ -390,8 +390,10 @@ def project(
         rows written. Positions where something is not finite have none.
 
     Raises:
-        ValueError: a layer that the run has not, or directions of another width.
+        ValueError: a layer that the run has not, directions of another width, or none.
     """
+    if not directions:
+        raise ValueError("directions must be given at one layer at least, got none.")
     for layer, each in directions.items():
         _check(run, layer, each)
     corpus, output = _Corpus(run, model), Path(output)
@@ -465,6 +467,12 @@ def _coordinates(
 # ---- what a step costs ---------------------------------------------------------------------------------------------------
 
 
+def typical_norm(run: Run, layer: int) -> float:
+    """``sqrt(E |h|^2)`` over the corpus, what the length of a step is measured by."""
+    total = run.blocks(layer).total
+    return float(total.second_moment.trace / total.count) ** 0.5
+
+
 def cost(run: Run, layer: int, direction: Float[np.ndarray, "*k d_model"]) -> Estimate:
     """``v^T F v / 2`` with the mean F: what the step v costs in output, ``KL(p(h) || p(h + v))`` to second order, nats.
 
@@ -480,7 +488,8 @@ def cost(run: Run, layer: int, direction: Float[np.ndarray, "*k d_model"]) -> Es
     Raises:
         ValueError: no such layer, or another width.
     """
-    rows = np.atleast_2d(np.asarray(direction, np.float64))
+    direction = np.asarray(direction, np.float64)
+    rows = np.atleast_2d(direction)
     _check(run, layer, rows)
     whole = quadratic_form(run.blocks(layer), torch.from_numpy(rows))
     shape = direction.shape[:-1]
@@ -530,10 +539,12 @@ def safe_directions(
         model: the run's.
 
     Raises:
-        ValueError: a share out of range, or one that the smallest eigenvalue exceeds by itself.
+        ValueError: a share out of range, or one that the smallest eigenvalue exceeds by itself; no document.
     """
     if not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1), got {share}.")
+    if documents < 1:
+        raise ValueError(f"documents must be at least 1, got {documents}.")
     values, vectors = _eigenvectors(run, layer)
     held = values.clamp_min(0).flip(0).cumsum(0) / values.clamp_min(0).sum()
     m = int((held <= share).sum())
@@ -677,11 +688,13 @@ def steer(
         positions: of it, ascending.
         targets: the token to raise at each.
         metric: F of each position, exactly; the corpus's mean; or the identity, a plain gradient step.
-        gain: nats.
+        gain: nats, above 0.
 
     Raises:
-        ValueError: tokens, positions or targets that are not as above, or a metric that there is not.
+        ValueError: tokens, positions, targets or a gain that are not as above, or a metric that there is not.
     """
+    if not gain > 0:
+        raise ValueError(f"gain must be above 0 nats, got {gain}.")
     if metric not in ("position", "mean", "euclidean"):
         raise ValueError(f"metric must be position, mean or euclidean, got {metric!r}.")
     if model.is_encoder_decoder:

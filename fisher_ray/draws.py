@@ -10,7 +10,8 @@ vocabulary would change one wherever any of its boundaries moved across the unif
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,12 +21,14 @@ from torch import Tensor
 from fisher_ray.kernels import philox
 
 _STREAMS = {"score": 0, "token": 1}
+# Uniforms that are made at once: on a GPU more, as each time is tens of launches.
+_UNIFORMS, _GPU_UNIFORMS = 1 << 20, 1 << 24
 
 
 def sequence_key(seed: int, name: str | int | bytes) -> tuple[int, int]:
     """The 64-bit Philox key of one named sequence under one seed, as two words."""
     raw = name if isinstance(name, bytes) else str(name).encode()
-    digest = hashlib.blake2b(raw, digest_size=8, key=str(int(seed)).encode()).digest()
+    digest = hashlib.blake2b(raw, digest_size=8, key=str(operator.index(seed)).encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
@@ -58,22 +61,45 @@ class Draws:
         """``num_samples`` independent tokens a row, each with probability proportional to its weight.
 
         Two Gumbel-max races in place of one over the vocabulary: first between blocks of about sqrt(vocab_size) tokens
-        by their total weight, then between the tokens of the winning block; 2 sqrt(vocab_size) uniforms a draw.
+        by their total weight, then between the tokens of the winning block; 2 sqrt(vocab_size) uniforms a draw, of as many
+        samples at once as memory is counted for.
         """
         n, vocab_size = weights.shape
-        width = max(1, round(vocab_size**0.5))
+        width = _width(vocab_size)
         num_blocks = -(-vocab_size // width)
         last = (num_blocks - 1) * width
         totals = [
             weights[:, :last].unflatten(1, (num_blocks - 1, width)).sum(-1),
             weights[:, last:].sum(-1, keepdim=True),
         ]
-        first = width * self._race(torch.cat(totals, 1)[:, None], num_samples, range(num_blocks))
-        inside = first[..., None] + torch.arange(width, device=weights.device)
-        behind = inside >= vocab_size
-        few = weights.gather(1, inside.masked_fill_(behind, 0).flatten(1)).view(n, num_samples, width)
-        return first + self._race(few.masked_fill_(behind, 0.0), num_samples, range(num_blocks, num_blocks + width))
+        blocks = torch.cat(totals, 1)[:, None]
+
+        def drawn(start: int, count: int) -> Tensor:
+            draws = replace(self, first_sample=self.first_sample + start)
+            first = width * draws._race(blocks, count, range(num_blocks))
+            inside = first[..., None] + torch.arange(width, device=weights.device)
+            behind = inside >= vocab_size
+            few = weights.gather(1, inside.masked_fill_(behind, 0).flatten(1)).view(n, count, width)
+            return first + draws._race(few.masked_fill_(behind, 0.0), count, range(num_blocks, num_blocks + width))
+
+        step = _together(n, vocab_size, weights.device)
+        return torch.cat([drawn(i, min(step, num_samples - i)) for i in range(0, num_samples, step)], 1)
 
     def _race(self, weights: Tensor, num_samples: int, lanes: range) -> Tensor:
         """argmax(log w + Gumbel) = argmin(exponential / w), which needs one logarithm fewer."""
         return (-self.uniforms(num_samples, lanes).log() / weights.double()).argmin(-1)
+
+
+def drawing_bytes(n: int, num_samples: int, vocab_size: int, device: torch.device) -> int:
+    """Bytes that drawing so many tokens at n positions holds at once beside their weights; counted."""
+    return 40 * n * _width(vocab_size) * min(num_samples, _together(n, vocab_size, device))
+
+
+def _width(vocab_size: int) -> int:
+    """Tokens of a block, and about as many blocks, between which a token is drawn."""
+    return max(1, round(vocab_size**0.5))
+
+
+def _together(n: int, vocab_size: int, device: torch.device) -> int:
+    """Samples drawn at once at n positions."""
+    return max(1, (_GPU_UNIFORMS if device.type == "cuda" else _UNIFORMS) // max(1, n * _width(vocab_size)))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisher_ray.draws import Draws
+from fisher_ray.draws import Draws, drawing_bytes
 from fisher_ray.head import VOCAB_CHUNK, Head, Prediction
 from fisher_ray.kernels import SOFTMAX_BLOCK
 from fisher_ray.spectrum import leading_vectors
@@ -99,6 +100,7 @@ class Sampled:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_whole("num_samples", self.num_samples)
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}.")
         check_tempering(self.top_p, self.temperature)
@@ -109,14 +111,14 @@ class Sampled:
 
     def held(self, n: int, head: Head) -> int:
         """Numbers that predictions at n positions and what is drawn from them hold at once, at most; counted."""
-        numbers = n * head.vocab_size
+        numbers, drawing = n * head.vocab_size, _drawing(n, self.num_samples, head)
         if self.top_p != 1.0:
-            return 12 * numbers
+            return 12 * numbers + drawing
         if self.temperature != 1.0:
-            return 5 * numbers
+            return 5 * numbers + drawing
         # Logits, p, and what p is computed or, on a GPU or with soft-capping, multiplied with.
         whole = head.weight.is_cuda or head.softcap is not None
-        return 2 * numbers + (numbers if whole else min(numbers, SOFTMAX_BLOCK))
+        return 2 * numbers + max(drawing, numbers if whole else min(numbers, SOFTMAX_BLOCK))
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """Scores of drawn tokens."""
@@ -145,7 +147,8 @@ class Deflated:
     [K, K] matrix.
 
     Args:
-        rank: r, of the leading part; min(vocab_size, d_z) is all there is, and more asks for no more.
+        rank: r, of the leading part; there are at most min(vocab_size, d_z), and more asks for no more. What is outside C is
+            no part of it, whatever the rank.
         num_samples: S.
     """
 
@@ -153,6 +156,8 @@ class Deflated:
     num_samples: int
 
     def __post_init__(self) -> None:
+        _check_whole("rank", self.rank)
+        _check_whole("num_samples", self.num_samples)
         if self.rank < 0 or self.num_samples < 0 or self.rank + self.num_samples == 0:
             raise ValueError(
                 f"rank and num_samples must be at least 0 and not both 0, got {self.rank} and {self.num_samples}."
@@ -167,8 +172,9 @@ class Deflated:
         deflated = self._deflated(head.vocab_size, head.d_z)
         rows, gram = deflated * max(head.d_z, self.num_samples), deflated**2
         # Beside C what is taken from it, or its Gram matrices in the hands of a solver, which works on one at a time.
-        together = min(n, self._step(head)) * max(2 * (rows + gram), rows + 5 * gram) + 2 * gram
-        return 4 * n * head.vocab_size + together
+        step = min(n, self._step(head))
+        together = step * max(2 * (rows + gram), rows + 5 * gram) + 2 * gram
+        return 4 * n * head.vocab_size + together + _drawing(step, self.num_samples, head)
 
     def cotangents(self, prediction: Prediction, draws: Draws) -> Cotangents:
         """The leading part, then the drawn terms."""
@@ -179,22 +185,34 @@ class Deflated:
         rows = weights.new_empty(n, rank + self.num_samples, d_z)
         step = self._step(prediction.head)
         for some in (slice(start, min(start + step, n)) for start in range(0, n, step)):
-            tokens = longest[some]
-            leading, basis, rest = _split_off(prediction.weighted_scores(tokens, some), rank)
-            rows[some, :rank] = leading
-            weights[some].scatter_(1, tokens, rest.square().sum(-1))
-            if self.num_samples == 0:
-                continue
-            drawn = draws[some].tokens(weights[some], self.num_samples)
-            part = (drawn[..., None] == tokens[:, None]).to(basis.dtype) @ basis  # its row of U_r; none outside C
-            terms = prediction.weighted_scores(drawn, some) - part @ leading
-            chance = weights[some].gather(1, drawn) / weights[some].sum(-1, keepdim=True)
-            # Nothing is left where all of the weights are zero.
-            scale = (self.num_samples * chance).rsqrt().where(chance > 0, 0)
-            rows[some, rank:] = terms.mul_(scale[..., None])
+            self._fill(rows[some], rank, prediction, some, longest[some], weights[some], draws[some])
         captured = rows[:, :rank].square().sum((1, 2))
         trace = captured + weights.sum(-1)
         return Cotangents(rows, torch.ones_like(captured), (captured / trace).where(trace > 0, 1))
+
+    def _fill(
+        self,
+        rows: Float[Tensor, "some R d_z"],
+        rank: int,
+        prediction: Prediction,
+        some: slice,
+        tokens: Int[Tensor, "some K"],
+        weights: Float[Tensor, "some vocab_size"],
+        draws: Draws,
+    ) -> None:
+        """The rows of some positions; weights become ``|a|^2``."""
+        leading, basis, rest = _split_off(prediction.weighted_scores(tokens, some), rank)
+        rows[:, :rank] = leading
+        weights.scatter_(1, tokens, rest.square().sum(-1))
+        if self.num_samples == 0:
+            return
+        drawn = draws.tokens(weights, self.num_samples)
+        part = (drawn[..., None] == tokens[:, None]).to(basis.dtype) @ basis  # its row of U_r; none outside C
+        terms = prediction.weighted_scores(drawn, some) - part @ leading
+        chance = weights.gather(1, drawn) / weights.sum(-1, keepdim=True)
+        # Nothing is left where all of the weights are zero.
+        scale = (self.num_samples * chance).rsqrt().where(chance > 0, 0)
+        rows[:, rank:] = terms.mul_(scale[..., None])
 
     def _deflated(self, vocab_size: int, d_z: int) -> int:
         """K, tokens whose part of M is deflated."""
@@ -214,14 +232,27 @@ def _split_off(
     if rank == 0:
         return rows[:, :0], rows[..., :0], rows
     gram = rows @ rows.mT
-    # A matrix that is not finite has no eigenvectors; its rows, which are none either, show that it was not.
+    gram /= gram.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None]
+    # Among entries of 1e-14 and less LAPACK's float32 solvers do not converge, and below rounding they tell nothing.
+    gram = torch.nn.functional.hardshrink(gram, torch.finfo(gram.dtype).eps)
+    # A matrix that is not finite, or is zero, has no eigenvectors; rows that are not finite show that they are none.
     finite = gram.isfinite().flatten(1).all(1)[:, None, None]
     basis = leading_vectors(gram.where(finite, 0), rank)
     leading = basis.mT @ rows
     return leading, basis, rows.sub_(basis @ leading)
 
 
+def _drawing(n: int, num_samples: int, head: Head) -> int:
+    """Numbers in place of the bytes that drawing holds."""
+    return drawing_bytes(n, num_samples, head.vocab_size, head.weight.device) // 4
+
+
 Estimator = Exact | Sampled | Deflated
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name} must be a whole number, got {value}.")
 
 
 def check_tempering(top_p: float, temperature: float, prefix: str = "") -> None:

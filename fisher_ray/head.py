@@ -217,7 +217,9 @@ class Prediction:
         head, dtype = self.head, self.logits.dtype
         if head.vocab_size <= head.d_z:
             return self.weighted_scores(torch.arange(head.vocab_size, device=self.prob.device).expand(self.n, -1))
-        root = self.prob.sqrt()
+        # Where one token has nearly all of p, what the others give is too small for a square in float32.
+        exponent = torch.frexp(self.tail).exponent.clamp(-200, 0) // 2
+        root = self.prob.sqrt().ldexp_(-exponent[:, None])
         mean = self._top_row[:, 0] + self._offset
         slope = self._slope(self.logits)
         factors = torch.empty(self.n, head.d_z, head.d_z, dtype=dtype, device=root.device)
@@ -230,7 +232,7 @@ class Prediction:
                 centred = (rows - mean[i]).mul_(root[i, chunk, None])
                 add_outer(moment, centred, centred)
             factors[i] = psd_factor(moment.mT)
-        return factors
+        return factors.ldexp_(exponent[:, None, None])
 
     def leading_factor(self, tolerance: float) -> tuple[Float[Tensor, "n rank d_z"], Float[Tensor, " n"]]:
         """``B`` with ``B^T B <= M`` and ``tr(M - B^T B) <= tolerance tr M``, then zero rows; and the share of tr M in it.
@@ -253,8 +255,8 @@ class Prediction:
             here, tokens = slice(i, i + 1), order[i : i + 1, :count]
             if count <= head.d_z:
                 rows = self.weighted_scores(tokens, here)[0]
-                values, vectors = symmetric_eigh(rows @ rows.mT)
-                rows = vectors.mT @ rows
+                values, vectors = symmetric_eigh((rows @ rows.mT).double())
+                rows = vectors.mT.to(rows) @ rows
             else:
                 moment = torch.zeros(head.d_z, head.d_z, dtype=torch.float64, device=ranked.device)
                 for some in tokens.split(VOCAB_CHUNK, 1):

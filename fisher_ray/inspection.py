@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from fisher_ray.report import number_table, print_table
 from fisher_ray.run import Reading, Run
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
 from fisher_ray.statistics import Blocks, Estimate, convergence, half_angles, spectrum
@@ -135,7 +135,7 @@ def largest_traces(
 ) -> dict[int, list[dict[str, Any]]]:
     """The strongest places at each layer, see :func:`stronger`, with the text around them; a task's table at a time."""
     best: dict[int, list[dict[str, Any]]] = {layer: [] for layer in layers}
-    columns = run.config.columns
+    columns = run.config.kept_columns
     for _, table in run.tables(reading, [*_PLACE, *columns]):
         for layer in layers if table is not None else ():
             best[layer] = stronger(best[layer], run.of_layer(table, layer), columns, count)
@@ -362,12 +362,12 @@ def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
     if facts["groups"]:
         named = (f"{facts['group_titles'][name]} ({n:,})" for name, n in facts["groups"].items())
         _say(console, "groups:    " + ", ".join(named))
-    table = _table("layer", "trace", "top eigenvalue", "entropy rank", "whitened", "99 % rank")
-    table.add_column("spectrum")
+    table = number_table("layer", "trace", "top eigenvalue", "entropy rank", "whitened", "99 % rank")
+    table.add_column("spectrum", no_wrap=True, overflow="fold")
     for row in facts["layers"]:
         names = ("trace", "top_eigenvalue", "entropy_rank", "whitened_entropy_rank", "trace_rank_99")
         table.add_row(str(row["layer"]), *(_plus_minus(row[name]) for name in names), _sparkline(row["eigenvalues"]))
-    console.print(table)
+    print_table(console, table)
     blocks = min((row["blocks"] for row in facts["layers"]), default=0)
     errors = f"± one standard error from {_of_blocks(blocks)}, for the population they come from"
     if blocks == 1:
@@ -395,14 +395,14 @@ def show_layer(console: Console, facts: Mapping[str, Any]) -> None:
     if "directions" in facts:
         _show_resolved(console, facts)
     if facts["largest_traces"]:
-        table = _table("document", "position", "trace", "entropy")
+        table = number_table("document", "position", "trace", "entropy", folded="document")
         table.add_column("text", overflow="fold")
         for row in facts["largest_traces"]:
             text = f"{row['before']}[{row['text']}]{row['after']}"
             numbers = (f"{row['trace']:.4g}", f"{row['entropy']:.3f}")
             title = Text(document_title(row["document"], row["carried"]))
             table.add_row(title, str(row["position"]), *numbers, Text(" ".join(text.split())))
-        console.print(table)
+        print_table(console, table)
 
 
 def _show_resolved(console: Console, facts: Mapping[str, Any]) -> None:
@@ -419,20 +419,20 @@ def _show_resolved(console: Console, facts: Mapping[str, Any]) -> None:
             f"those of the sketch. {_SKETCHED}",
             style="yellow",
         )
-    table = _table("quantity", "F", "after whitening")
+    table = number_table("quantity", "F", "after whitening")
     for name in ("trace", "top_eigenvalue", *RANKS, "anisotropy"):
         table.add_row(
             _NAMES.get(name, name.replace("_", " ")), _plus_minus(facts[name]), _plus_minus(facts[f"whitened_{name}"])
         )
-    console.print(table)
-    table = _table("direction", "eigenvalue", "share so far", "angle of halves", "in one cluster")
+    print_table(console, table)
+    table = number_table("direction", "eigenvalue", "share so far", "angle of halves", "in one cluster")
     for row in facts["directions"]:
         angle = "-" if row["half_angle"] is None else f"{row['half_angle']:.0f}°"
         value = _plus_minus([row["eigenvalue"], row["error"]])
         table.add_row(
             str(row["direction"]), value, f"{row['cumulative_share']:.1%}", angle, row["not_told_apart"] or ""
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def show_position(console: Console, facts: Mapping[str, Any]) -> None:
@@ -442,13 +442,13 @@ def show_position(console: Console, facts: Mapping[str, Any]) -> None:
     first = facts["layers"][0]
     surprisal = "-" if first["surprisal"] is None else f"{first['surprisal']:.4g}"
     _say(console, f"entropy {first['entropy']:.4g}, surprisal {surprisal} nats; {first['context']} tokens of context")
-    table = _table("layer", "trace", "part. ratio", "entropy rank", "99 % rank")
-    table.add_column("leading eigenvalues", no_wrap=True)
+    table = number_table("layer", "trace", "part. ratio", "entropy rank", "99 % rank")
+    table.add_column("leading eigenvalues", no_wrap=True, overflow="fold")
     for row in facts["layers"]:
         own = facts.get("eigenvalues", {}).get(row["layer"], row["top_eigenvalues"])
         values = " ".join(f"{value:.3g}" for value in own[:TOP])
         table.add_row(str(row["layer"]), f"{row['trace']:.4g}", *(f"{row[name]:.1f}" for name in RANKS), values)
-    console.print(table)
+    print_table(console, table)
     _say(console, "Ranks of a single position's matrix cannot exceed the number of its factors.")
 
 
@@ -462,18 +462,24 @@ def show_difference(console: Console, facts: Mapping[str, Any]) -> None:
             f"; {'group ' + group + ', ' if group is not None else ''}{min(counts):,} positions" if counts else ""
         )
         _say(console, f"{run}: {status}; {model}; {estimand}{positions}")
-    table = _table("layer", "trace", "change", "entropy rank", "change", "|F' - F| / |F|", "overlap", "gained", "lost")
-    whitened = _table("layer", "whitened trace", "change", "whitened entropy rank", "change")
+    table = number_table(
+        "layer", "trace", "change", "entropy rank", "change", "|F' - F| / |F|", "overlap", "gained", "lost"
+    )
+    whitened = number_table("layer", "whitened trace", "change", "whitened entropy rank", "change")
     for row in facts["layers"]:
         numbers = (f"{row[name]:.3g}" for name in ("distance", "overlap", "gained", "lost"))
         layer = f"{row['layer']}" if row["layer"] == row["other_layer"] else f"{row['layer']} -> {row['other_layer']}"
         table.add_row(layer, *_changes(row, "trace", "entropy_rank"), *numbers)
         whitened.add_row(layer, *_changes(row, "whitened_trace", "whitened_entropy_rank"))
-    console.print(table)
-    console.print(whitened)
-    errors = "± one standard error, of the difference over the same documents"
+    print_table(console, table)
+    print_table(console, whitened)
+    one, other = (min((row["blocks"][i] for row in facts["layers"]), default=0) for i in (0, 1))
+    rough = _ROUGH if min(one, other) < 8 else ""
+    errors = (
+        f"± one standard error of the difference, each block of documents left out of both: of {one} and {other}{rough}"
+    )
     if not all(row["paired"] for row in facts["layers"]):
-        errors = "± one standard error, the corpora taken for independent samples"
+        errors = f"± one standard error, the corpora taken for independent samples of {one} and {other} blocks{rough}"
     if any(row["trace"]["change"][1] is None for row in facts["layers"]):
         errors = "No standard errors: one side is of one block of documents"
     _say(
@@ -502,13 +508,6 @@ def _changes(row: Mapping[str, Any], *names: str) -> Iterator[str]:
         before, after = row[name]["values"]
         yield f"{before:.4g} -> {after:.4g}"
         yield _plus_minus(row[name]["change"])
-
-
-def _table(*names: str) -> Table:
-    table = Table(header_style="bold", pad_edge=False, box=None)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=name != "document", overflow="fold")
-    return table
 
 
 def _say(console: Console, line: str, style: str | None = None) -> None:

@@ -57,7 +57,7 @@ from fisher_ray.storage import absolute
 from fisher_ray.sums import ALL
 
 # Raised whenever the same configuration would give other numbers.
-RESULT_VERSION = 12
+RESULT_VERSION = 13
 
 Device = Literal["cpu", "cuda"]
 Executor = Literal["ray", "local"]
@@ -358,6 +358,12 @@ class RunConfig:
         return None if self.group_by in (None, "position", "token") else self.group_by
 
     @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """Columns of the corpus in the table of positions: those asked for, and that of the groups where its name is free."""
+        own = {name for name, _ in POSITION_FIELDS}
+        return tuple(name for name in self.layout.carried if name not in own)
+
+    @property
     def layout(self) -> Layout:
         """How documents lie in the corpus's files."""
         carried = dict.fromkeys([*self.columns, *filter(None, [self.group_column])])
@@ -376,16 +382,16 @@ class RunConfig:
         for part in str(self.layers).split(","):
             first, dash, last = part.strip().partition("-")
             try:
-                # One beyond what there is tells as well that there are not so many.
-                chosen.update(range(int(first), min(int(last if dash else first), max(int(first), num_layers + 1)) + 1))
+                low, high = int(first), int(last if dash else first)
             except ValueError as error:
                 raise ConfigError(f"layers must be all, a range 0-11 or a list 3,6; got {self.layers!r}.") from error
+            if high > num_layers:
+                raise ConfigError(
+                    f"layer_idx must be in [0, {num_layers}], got {high}. {self.model} has {num_layers} blocks."
+                )
+            chosen.update(range(low, high + 1))
         if not chosen:
             raise ConfigError(f"layers {self.layers!r} names none; the range runs backwards.")
-        if max(chosen) > num_layers:
-            raise ConfigError(
-                f"layer_idx must be in [0, {num_layers}], got {max(chosen)}. {self.model} has {num_layers} blocks."
-            )
         return sorted(chosen)
 
     def window(self, facts: ModelFacts) -> tuple[int, int]:
@@ -766,6 +772,8 @@ def make_plan(config: RunConfig) -> Plan:
         settings.pop("num_samples", None)  # sweeps may set it for all their points
     if config.group_by in (None, "position"):
         settings.pop("num_groups")
+    if Path(config.model).is_dir():
+        settings.pop("model")  # its digests say what it is, wherever it is
     fixed = {
         **settings,
         "layers": layers,

@@ -91,11 +91,13 @@ class UpperLayersModel:
             return scores @ jacobian, prediction.prob
 
     def _hidden(self, final_latents: Tensor, context: Tensor) -> Tensor:
-        if final_latents.ndim != 2 or context.ndim != 3 or len(context) != len(final_latents):
+        batch, d_model = len(final_latents), self.split.d_model
+        if final_latents.shape != (batch, d_model) or context.shape != (batch, *context.shape[1:2], d_model):
             raise ValueError(
-                "final_latents must be [batch, d_model] and context [batch, seq - 1, d_model], got "
+                f"final_latents must be [batch, {d_model}] and context [batch, seq - 1, {d_model}], got "
                 f"{list(final_latents.shape)} and {list(context.shape)}."
             )
+        self.split.check_length(context.shape[1] + 1)
         return torch.cat([context, final_latents[:, None]], 1).to(self.split.device, self.split.dtype)
 
 

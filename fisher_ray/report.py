@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleDimensions
 from rich.table import Table
 from rich.text import Text
 
@@ -12,12 +14,33 @@ from fisher_ray.plan import Plan, visible
 from fisher_ray.reduce import read_array
 from fisher_ray.shards import RunStore
 
+# Letters that a column of text has at least.
+_LEAST_TEXT = 16
+
+
+def number_table(*names: str, folded: str | None = None) -> Table:
+    """A table of numbers; one column may hold text that is folded where there is no room."""
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    for name in names:
+        table.add_column(name, justify="left" if name == folded else "right", no_wrap=name != folded, overflow="fold")
+    return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table with its numbers whole: what a terminal is too narrow for goes on in its next line."""
+    needed = 2 * (len(table.columns) - 1)
+    for column in table.columns:
+        width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+        needed += width if column.no_wrap and column.overflow == "fold" else min(width, _LEAST_TEXT)
+    before = console.size
+    console.size = ConsoleDimensions(max(before.width, needed), before.height)
+    console.print(table)
+    console.size = before
+
 
 def layer_table(rows: list[dict[str, Any]]) -> Table:
     """One line a layer; effective ranks are those of the mean matrix."""
-    table = Table(title=None, header_style="bold", pad_edge=False, box=None)
-    for name in ("layer", "positions", "trace", "top", "part. ratio", "entropy rank", "99 % rank"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = number_table("layer", "positions", "trace", "top", "part. ratio", "entropy rank", "99 % rank")
     table.add_column("the top direction raises / lowers", overflow="ellipsis", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -35,14 +58,18 @@ def layer_table(rows: list[dict[str, Any]]) -> Table:
 
 def direction_table(rows: list[dict[str, Any]]) -> Table:
     """One line a direction: what a step of its length costs in the mean, with its standard error, and tokens it moves."""
-    table = Table(title=None, header_style="bold", pad_edge=False, box=None)
-    for name in ("layer", "direction", "|v|", "v'Fv / 2, nats", "±"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = number_table("layer", "direction", "|v|", "|v| / |h|", "v'Fv / 2, nats", "±")
     table.add_column("raises / lowers", overflow="ellipsis", no_wrap=True)
     for row in rows:
         error = "-" if row["error"] is None else f"{row['error']:.2g}"
         table.add_row(
-            str(row["layer"]), str(row["direction"]), f"{row['norm']:.3g}", f"{row['cost']:.4g}", error, _moved(row)
+            str(row["layer"]),
+            str(row["direction"]),
+            f"{row['norm']:.3g}",
+            f"{row['share']:.2g}",
+            f"{row['cost']:.4g}",
+            error,
+            _moved(row),
         )
     return table
 

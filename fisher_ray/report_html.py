@@ -548,19 +548,20 @@ def _groups(run: Run, reading: Reading) -> Section:
     chosen = [run.layers[i] for i in np.unique(np.linspace(0, len(run.layers) - 1, 6).round().astype(int))]
     found = {k: means for k in chosen if (means := reading(partial(run.group_traces, k))) is not None}
     lost = [] if len(found) == len(chosen) else [missing(f"Left out: {reading.last}")]
-    head = [str(run.config.group_column or run.config.group_by), "positions", *(f"trace, layer {k}" for k in found)]
+    by = str(run.config.group_column or run.config.group_by)
+    head = [by, "positions", "blocks", *(f"trace, layer {k}" for k in found)]
     # Names over all layers shown: each has the same ones.
     first = next(iter(found.values()), {})
     rows = [
-        (run.group_title(group), f"{positions:,}", *(_pm(means[group][1]) for means in found.values()))
-        for group, (positions, _) in first.items()
+        (run.group_title(group), f"{positions:,}", trace.blocks, *(_pm(means[group][1]) for means in found.values()))
+        for group, (positions, trace) in first.items()
     ]
     return Section(
         "groups",
         "Groups",
         "Traces of the means over groups of positions, ± standard errors: down a column they compare, along a row they follow "
-        "the scale of h. How two groups differ, with the error of the difference, is said by <code>fisher-ray diff "
-        "--group</code>.",
+        "the scale of h. Errors come from the blocks of documents that a group is in, and are rough where those are few. How "
+        "two groups differ, with the error of the difference, is said by <code>fisher-ray diff --group</code>.",
         "".join(lost) + (table_of(head, rows, range(1, len(head))) if rows else "" if lost else _shown([], [])),
     )
 

@@ -70,7 +70,7 @@ def text_sections(run: Run, reading: Reading, eigenvectors: Mapping[int, np.ndar
                     along[: len(found), i] = found
             documents += _documents(run, table, along)
         for layer in run.layers if table is not None else ():
-            places[layer] = stronger(places[layer], run.of_layer(table, layer), run.config.columns, _PLACES)
+            places[layer] = stronger(places[layer], run.of_layer(table, layer), run.config.kept_columns, _PLACES)
     if not documents and not lost:
         lost.append("No position is scored yet: there is nothing to show.")
     return [_text(run, documents, lost), _places(places, lost)]
@@ -201,7 +201,7 @@ def _documents(run: Run, table: Any, along: np.ndarray) -> list[_Document]:
     names, positions, texts, ids = (first[c].to_pylist() for c in ("document", "position", "text", "token"))
     if texts == [str(token) for token in ids]:  # no tokenizer: ids in a row would run together
         texts = [f"{text} " for text in texts]
-    carried = [first[column].to_pylist() for column in run.config.columns]
+    carried = [first[column].to_pylist() for column in run.config.kept_columns]
     found = []
     bounds = [i for i in range(rows) if i == 0 or names[i] != names[i - 1]] + [rows]
     for start, stop in pairwise(bounds):
@@ -209,7 +209,9 @@ def _documents(run: Run, table: Any, along: np.ndarray) -> list[_Document]:
             name: each[name][:, start:stop] if layered else each[name][0, start:stop]
             for name, _, layered in [*_COLUMNS, *_ALONG]
         }
-        title = document_title(names[start], {c: v[start] for c, v in zip(run.config.columns, carried, strict=True)})
+        title = document_title(
+            names[start], {c: v[start] for c, v in zip(run.config.kept_columns, carried, strict=True)}
+        )
         found.append(_Document(title, positions[start:stop], texts[start:stop], values))
     return found
 

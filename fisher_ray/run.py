@@ -285,7 +285,7 @@ class Run:
         Only files that receipts name are in it.
         """
         paths = [receipt.files["positions"].path for receipt in self._receipts() if "positions" in receipt.files]
-        schema = positions_schema(tuple(self.config.columns), {})
+        schema = positions_schema(self.config.kept_columns, {})
         if not paths:
             return ds.dataset(pa.Table.from_pylist([], schema))
         filesystem, root = self.store.arrow()
@@ -301,7 +301,7 @@ class Run:
             receipt = self.store.receipt("done", task_name(task))
             if "positions" in receipt.files:
                 return self._table(receipt, columns)
-        empty = positions_schema(tuple(self.config.columns), {}).empty_table()
+        empty = positions_schema(self.config.kept_columns, {}).empty_table()
         return empty if columns is None else empty.select(columns)
 
     def tables(self, reading: Reading, columns: Sequence[str] | None = None) -> Iterator[tuple[int, pa.Table | None]]:

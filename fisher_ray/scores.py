@@ -23,6 +23,7 @@ from fisher_ray.attention import kept_keys
 from fisher_ray.draws import Draws, sequence_key
 from fisher_ray.estimators import Estimator, check_tempering, tempered
 from fisher_ray.head import psd_factor
+from fisher_ray.spectrum import solving_bytes
 from fisher_ray.split import SplitModel, full_precision
 from fisher_ray.tape import Tape
 
@@ -324,13 +325,16 @@ def _chosen_positions(
         per_row = [positions] * len(rows)
     chosen = []
     for i, (row, wanted) in enumerate(zip(rows, per_row, strict=True)):
-        counted = sorted({t + len(row) if t < 0 else t for t in map(operator.index, wanted)})
-        if counted and not first <= counted[0] <= counted[-1] < len(row):
-            outside = counted[0] if counted[0] < first else counted[-1]
-            raise ValueError(f"positions of sequence {i} must be in [{first}, {len(row)}), got {outside}.")
-        chosen.append(counted)
+        counted = {t + len(row) if t < 0 else t: t for t in map(operator.index, wanted)}
+        for position, given in counted.items():
+            if not first <= position < len(row):
+                nothing = ", as nothing is before the first to draw its token from" if first else ""
+                raise ValueError(
+                    f"positions of sequence {i} must be in [{first}, {len(row)}){nothing}, or negative; got {given}."
+                )
+        chosen.append(sorted(counted))
     if not any(chosen):
-        raise ValueError("no positions to score: every sequence is shorter than that.")
+        raise ValueError("no positions to score: none were given, or every sequence is too short.")
     return chosen
 
 
@@ -433,8 +437,8 @@ class Pass:
         scores = num_layers * (finished * number + draws * number) * model.d_model
         if draws > 1:  # both what is averaged and the mean
             scores += num_layers * draws * self.num_factors * model.d_model * number
-        gram = 2 * min(finished, model.d_model) ** 2 * number
-        return float(max(recording, pulling, scored * (scores + gram)))
+        solving = solving_bytes(scored, finished, model.d_model)
+        return float(max(recording, pulling, scored * scores + solving))
 
     def _taped(self, rows: list[int], positions: list[list[int]], longest: int) -> tuple[int, float, bool]:
         """Tokens of the tape, padding and copies included, the bytes that it keeps, and whether it holds more than queries."""

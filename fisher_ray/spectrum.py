@@ -9,6 +9,8 @@ from torch import Tensor
 # The largest matrices that CUDA's solver takes many of at once. Measured on an H200: the eigenvectors of 256 of width 32 take
 # 0.4 ms, of width 64 210 ms and of width 128 460 ms.
 _SOLVED_TOGETHER = 32
+# Numbers of the matrices whose eigenvalues are found at once.
+_SOLVED = 1 << 20
 # Steps of orthogonal iteration. Measured on the demo's model: with eigenvectors rank 4 captures 82.35 % of tr M and rank 24
 # 96.30 %, after as many steps 82.27 and 96.28 %.
 _ITERATIONS = 8
@@ -16,13 +18,24 @@ _ITERATIONS = 8
 
 def factor_eigenvalues(factors: Float[Tensor, "n R d_model"]) -> Float[Tensor, "n rank"]:
     """Eigenvalues of ``G^T G``, descending, min(R, d_model) of them: the others are zero."""
-    gram = factors @ factors.mT if factors.shape[1] <= factors.shape[2] else factors.mT @ factors
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
+    found = []
+    for some in factors.split(max(1, _SOLVED // min(factors.shape[1:]) ** 2)):
+        gram = some @ some.mT if factors.shape[1] <= factors.shape[2] else some.mT @ some
+        # In float64, as LAPACK's float32 solvers do not converge on some matrices whose entries differ by 1e12 and more.
+        found.append(torch.linalg.eigvalsh(gram.double()).to(gram.dtype))
+    return torch.cat(found).flip(-1).clamp_min(0)
+
+
+def solving_bytes(n: int, num_factors: int, d_model: int) -> int:
+    """Bytes that the eigenvalues of n positions take at once, at most."""
+    one = min(num_factors, d_model) ** 2
+    return 20 * min(n * one, max(one, _SOLVED))  # in float32, in float64, and once more in the hands of the solver
 
 
 def participation_ratio(eigenvalues: Float[Tensor, "*n rank"]) -> Float[Tensor, "*n"]:
     """``(sum l)^2 / sum l^2``: how many equal eigenvalues would have the same second moment."""
-    return eigenvalues.sum(-1).square() / eigenvalues.square().sum(-1)
+    share = eigenvalues / eigenvalues.sum(-1, keepdim=True)  # squares of what is below 1e-19 are none in float32
+    return 1 / share.square().sum(-1)
 
 
 def entropy_rank(eigenvalues: Float[Tensor, "*n rank"]) -> Float[Tensor, "*n"]:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -59,12 +59,15 @@ class SelfCheck:
     """What was compared when a model was loaded; relative errors, the worst over positions.
 
     Attributes:
-        scores: own-position scores at layer 0 against one-position autograd through the model's own attention.
+        scores: own-position scores at layer 0 against one-position autograd through the model's own attention, with one block's
+            graph at a time where weights are streamed.
         replayed: the same for chosen positions replayed against recorded keys and values.
+        walked: the same with one block's graph at a time, which is refused where it is above the limit; 0 where blocks cannot
+            be run so, or cannot otherwise.
         logits: our logits against the model's own.
         head: the head's pull-back against autograd through the model's own head.
         causality: final hidden states against those of the sequence cut off behind each position.
-        limit: what each of them had to stay below.
+        limit: what each of the others had to stay below.
         positions: the positions compared.
         seq_len: tokens in the sequence compared.
         seconds: time taken.
@@ -72,6 +75,7 @@ class SelfCheck:
 
     scores: float
     replayed: float
+    walked: float
     logits: float
     head: float
     causality: float
@@ -153,7 +157,9 @@ class SplitModel:
         keep_softcapping(model)
         if compile:
             self._compile()
-        self.self_check: SelfCheck | None = _self_check(self) if check else None
+        self.self_check: SelfCheck | None = None
+        if check:
+            self.self_check = _self_check(self)
 
     @classmethod
     def from_pretrained(
@@ -331,6 +337,13 @@ class SplitModel:
             with taping():
                 streams, z = self._run(input_ids, encoded, layers, positions, hidden, leaf=lowest)
             return Tape(z, streams, where)
+        check = self.self_check
+        if check is not None and not check.walked <= check.limit:
+            raise ModelError(
+                f"the blocks of {self.label} hand each other more than the residual stream: run again one at a time, as where "
+                f"memory holds no graph of them all, their scores are off by {check.walked:.1g} relative to one-position "
+                f"autograd (limit {check.limit:g}). Give more memory (--memory-budget) or fewer tokens."
+            )
         with taping(), block_calls(self.blocks) as calls:
             every = range(lowest, self.num_layers + 1)
             inputs, z = self._run(input_ids, encoded, every, positions, hidden, leaf=self.num_layers)
@@ -614,6 +627,8 @@ class SplitModel:
         """Refuse ids outside the vocabulary and sequences longer than the model's positions."""
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be integers, got {input_ids.dtype}. Tokenize the text first.")
+        if not input_ids.numel():
+            raise ValueError("input_ids must hold at least one token, got none.")
         entries = self.model.get_input_embeddings().weight.shape[0]
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= entries:
@@ -621,6 +636,10 @@ class SplitModel:
                 f"token ids must be in [0, {entries}), got {low if low < 0 else high}. "
                 f"Tokenize with {self.name}'s own tokenizer."
             )
+        self.check_length(longest)
+
+    def check_length(self, longest: int) -> None:
+        """Refuse sequences longer than the model's positions."""
         if self.max_positions is not None and longest > self.max_positions:
             raise ValueError(
                 f"sequences must have at most {self.max_positions} tokens, got {longest}: {self.name} has no positions "
@@ -643,7 +662,7 @@ def _self_check(split: SplitModel) -> SelfCheck:
     encoded = split.encode(ids[:, : min(seq_len, 8)]) if split.is_encoder_decoder else {}
     half = split.dtype in (torch.bfloat16, torch.float16)
     cut, cotangents, truths = [], [], []
-    scores = replayed = logits_error = 0.0
+    scores = replayed = walked = logits_error = 0.0
     with full_precision():
         try:
             head_error, logits = _check_head(split, ids, encoded)
@@ -671,6 +690,9 @@ def _self_check(split: SplitModel) -> SelfCheck:
                 context, recorded = split.record(ids, encoded)
                 tape = split.replay_tape(ids[:, at], at[None], context, encoded, [0], (row, columns))
                 replayed = _error(tape.pull(cotangent)[0], truth, half)
+                with suppress(ModelError):  # blocks that hand each other more than the stream, which a walk refuses
+                    walk = None if split.streamed else split.own_tape(ids, encoded, [0], (row, at), walk=True)
+                    walked = 0.0 if walk is None else _error(walk.pull(cotangent)[0], truth, half)
                 logits_error = _error(split.head.predict(recorded[0]).logits, logits[0], half)
             except _FAILS as error:
                 if scores <= limit:  # else its positions mix, which says more
@@ -691,7 +713,7 @@ def _self_check(split: SplitModel) -> SelfCheck:
         )
     seconds = time.perf_counter() - start
     positions = tuple(at.tolist())
-    return SelfCheck(scores, replayed, logits_error, head_error, causality, limit, positions, seq_len, seconds)
+    return SelfCheck(scores, replayed, walked, logits_error, head_error, causality, limit, positions, seq_len, seconds)
 
 
 def _check_head(split: SplitModel, ids: Tensor, encoded: Mapping[str, Tensor]) -> tuple[float, Tensor]:

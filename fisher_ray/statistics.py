@@ -298,11 +298,17 @@ def convergence(blocks: Iterable[GroupSums], known: np.ndarray | None = None) ->
     for block in filter(lambda sums: sums.count, blocks if len(positions) > 1 else ()):
         moved = (total - block.square("fisher")) / (n - block.count) - total / n
         variance += (len(positions) - 1) / len(positions) * float(np.square(moved).sum())  # as in jackknife
-    error = variance**0.5 / float(np.linalg.norm(total / n)) if len(positions) > 1 else float("nan")
+    error = _over_norm(variance**0.5, total / n) if len(positions) > 1 else float("nan")
     since = float("nan") if known is None else _relative_change(known, total / n)
     return Convergence(np.array(positions), np.array(changes), error, since)
 
 
 def _relative_change(before: np.ndarray, now: np.ndarray) -> float:
     """``|F' - F| / |F'|`` in the Frobenius norm."""
-    return float(np.linalg.norm(now - before) / np.linalg.norm(now))
+    return _over_norm(float(np.linalg.norm(now - before)), now)
+
+
+def _over_norm(size: float, matrix: np.ndarray) -> float:
+    """NaN where the matrix is zero, as it is of a model that is certain everywhere."""
+    norm = float(np.linalg.norm(matrix))
+    return size / norm if norm > 0 else float("nan")

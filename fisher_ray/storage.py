@@ -225,8 +225,8 @@ class Storage:
             except FileNotFoundError:
                 return {}
             # Some consoles make an empty object in place of a folder.
-            files = ((path[len(self._root) + 1 :], info) for path, info in found.items() if not path.endswith("/"))
-            return {path: int(info["size"]) for path, info in files if path}
+            files = {path: info for path, info in found.items() if not path.endswith("/")}
+            return {path[len(self._root) + 1 :]: int(info["size"]) for path, info in files.items()}
         # fsspec takes a local folder that cannot be read for an empty one.
         sizes: dict[str, int] = {}
         for parent, folders, names in os.walk(self._at(folder), onerror=_unless_gone):

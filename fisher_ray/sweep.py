@@ -35,6 +35,7 @@ from rich.table import Table
 
 from fisher_ray.cluster import joined
 from fisher_ray.plan import ConfigError, RunConfig
+from fisher_ray.report import number_table, print_table
 from fisher_ray.run import open_run
 from fisher_ray.shards import RunStore, parquet_bytes
 from fisher_ray.storage import StorageError
@@ -134,7 +135,7 @@ def run_sweep(sweep: Sweep, console: Console) -> int:
         with ThreadPoolExecutor(sweep.side_by_side) as threads:
             codes = list(threads.map(one, enumerate(sweep.points.items())))
     rows = list(_rows(sweep, codes))
-    console.print(_table([row for row in rows if row.get("group") is None]))
+    print_table(console, _table([row for row in rows if row.get("group") is None]))
     if any(row["layer"] is not None for row in rows):
         store = RunStore(sweep.output)
         names = dict.fromkeys(name for row in rows for name in row)  # a point without a run has few of them
@@ -209,10 +210,7 @@ def _plain(value: Any) -> str | None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(header_style="bold", pad_edge=False, box=None)
-    table.add_column("point", overflow="fold")
-    for name in ("exit", "layer", "positions", "trace", "entropy rank", "99 % rank"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = number_table("point", "exit", "layer", "positions", "trace", "entropy rank", "99 % rank", folded="point")
     for row in rows:
         if row["layer"] is None:
             table.add_row(row["point"], str(row["code"]), "-", "-", "-", "-", "-")

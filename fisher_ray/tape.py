@@ -97,7 +97,7 @@ class Walk(Tape):
 
     One block's graph is held at a time. Costs one more forward pass of the blocks above the lowest layer, however many
     cotangents are pulled. What reaches other positions than a query's own is dropped on the way, which changes nothing: none
-    of it returns.
+    of it returns. That blocks meet in the stream alone is seen to by :func:`fisher_ray.architecture.block_calls`.
 
     Args:
         z: with the graph of what stands above the blocks.

@@ -30,6 +30,7 @@ from fisher_ray.directions import worker_of
 from fisher_ray.estimators import Exact
 from fisher_ray.head import divergence
 from fisher_ray.plan import ConfigError, Task, Tasks
+from fisher_ray.report import number_table
 from fisher_ray.run import Run
 from fisher_ray.scores import score_factors
 from fisher_ray.split import SplitModel, full_precision
@@ -222,8 +223,7 @@ class Validation:
 
     def table(self) -> Table:
         """One line a layer."""
-        table = Table(header_style="bold", pad_edge=False, box=None)
-        for name in (
+        names = (
             "layer",
             "judged",
             "|limit - 1|",
@@ -233,8 +233,8 @@ class Validation:
             "holds to |v|/|h|",
             "nats",
             "stored F",
-        ):
-            table.add_column(name, justify="right", no_wrap=True)
+        )
+        table = number_table(*names)
         table.add_column("")
         for layer, test in self.layers.items():
             facts = test.asdict()

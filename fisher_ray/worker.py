@@ -403,7 +403,7 @@ class Worker:
             "text": [self.text(token) for token in tokens],
             "context": where[1].astype(np.int32),
         }
-        for i, column in enumerate(self.config.columns):
+        for i, column in enumerate(self.config.kept_columns):
             shared[column] = [document.carried[i] for document in documents]
 
         def joined(layer: int, name: str) -> Any:
@@ -413,7 +413,7 @@ class Worker:
         for name in _PER_POSITION:
             shared[name] = pa.array(joined(self.layers[0], name), pa.float32(), from_pandas=True)  # NaN becomes null
         schema = positions_schema(
-            tuple(self.config.columns),
+            self.config.kept_columns,
             {"fisher_ray.fingerprint": self.plan.fingerprint, "fisher_ray.model": self.config.model},
         )
         tables = []

@@ -105,3 +105,14 @@ def test_kept_keys_of_replayed_queries():
 def test_held_keys():
     assert [attention.held_keys(seq_len) for seq_len in (16, 128, 4096)] == [16, 128, 128]
     assert [attention.held_keys(4096, queries) for queries in (1, 128, 256)] == [4096, 4096, 2048]
+
+
+@pytest.mark.parametrize("name", ["indices", "block_table"])
+def test_what_attention_is_given_beside_a_mask_is_refused_by_name(name: str):
+    """Indices choose the keys that a query sees, beyond so many tokens."""
+    query = torch.randn(1, 2, 5, 4)
+    with (
+        attention.attention_mode([], "own"),
+        pytest.raises(NotImplementedError, match=rf"Module passes {name} to its attention, which own-position"),
+    ):
+        attention._attention(torch.nn.Module(), query, query, query, None, **{name: torch.zeros(1)})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import requests
+import torch
 import yaml
+from flaky import permissions_bind
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 from rich.console import Console
@@ -63,6 +67,13 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 def said(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 0) -> str:
     assert main([str(a) for a in argv]) == code
     return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 2) -> str:
+    assert main([str(a) for a in argv]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 # ---- status, verify, clean -----------------------------------------------------------------------------------------------
@@ -130,6 +141,48 @@ def test_status_of_a_run_that_was_killed(run: Stored, capsys: pytest.CaptureFixt
     assert ": computing, " in out and "a second" in out
 
 
+def test_status_of_a_run_that_nobody_has_heard_of_for_long(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether its driver on another machine lives cannot be known; how fast it is, it has not said. Clocks may differ."""
+    store = RunStore(str(run.folder))
+    progress = {**store.read_sealed("progress.json"), "state": "computing", "seconds_left": 7.0}
+    store.write_sealed(
+        "lease/000001.json", {"host": "there", "machine": "another", "pid": 1, "started": "0", "beat": 3}
+    )
+    for hours, ago in ((36, "36:00:0"), (0, "0:00:0"), (-5, "0:00:00 ago")):
+        store.write_sealed("progress.json", {**progress, "written": time.time() - 3600 * hours})
+        out = said(capsys, "status", run.folder)
+        assert f"computing, {ago}" in out and "driver: process 1 on there" in out
+        for words in (" a second", "left", "actors"):
+            assert (words in out) == (hours < 1), words
+        facts = json.loads(said(capsys, "status", run.folder, "--json"))
+        assert 0 <= facts["seconds_since_written"] - max(0, 3600 * hours) < 60
+
+
+def test_a_short_run_that_ended_early_has_been_fast_and_has_nothing_left(
+    gpt2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    (tmp_path / "docs.txt").write_text("\n\n".join(f"one {i}" for i in range(200)))
+    seen: list[Progress] = []
+    recorded = driver._Run._record_progress
+    monkeypatch.setattr(
+        driver._Run, "_record_progress", lambda self, state: (seen.append(state), recorded(self, state))[1]
+    )
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() / 1_000, time=time.time)
+    monkeypatch.setattr(driver, "time", clock)  # shorter than any look at it
+    flags = ["--layers", "1", "--task-bytes", "40", "--until-relative-error", "0.9", "--executor", "local"]
+    said(capsys, "run", "--model", gpt2, "--corpus", tmp_path / "docs.txt", "--output", tmp_path / "run", *flags)
+    facts = json.loads(said(capsys, "status", tmp_path / "run", "--json"))
+    assert (
+        facts["state"] == "complete"
+        and facts["tasks_done"] < facts["tasks"]
+        and facts["weight"] < facts["total_weight"]
+    )
+    assert facts["seconds_left"] == 0 and facts["tokens_per_second"] > 0
+    assert [(state.state, state.seconds_left, state.tokens_per_second) for state in seen[:-1]] == [
+        ("computing", None, 0)
+    ]
+
+
 def test_status_counts_what_was_done_before(
     run: Stored, finished: Stored, small_tasks: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +220,37 @@ def test_a_run_that_fails_leaves_what_is_beside_it(
         assert "nothing to score" in capsys.readouterr().err
 
 
+def test_what_is_no_number_is_null_in_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Of a model so sure of itself that F vanishes, as its measures are shares of nothing."""
+    model = jobs.tf.AutoModelForCausalLM.from_pretrained(jobs.save_model(tmp_path / "model", "untied"))
+    with torch.no_grad():
+        model.lm_head.weight *= 1e7
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "docs.txt").write_text(jobs.some_text(2_000))
+    flags = ["--executor", "local", "--estimator", "exact"]
+    corpus = ["--corpus", tmp_path / "docs.txt", "--output", tmp_path / "run"]
+    said(capsys, "run", "--model", tmp_path / "model", *corpus, *flags)
+    store = RunStore(str(tmp_path / "run"))
+    checkpoint = {"tasks": 8, "relative_error": None, "relative_change": math.nan}
+    store.write_sealed("progress.json", {**store.read_sealed("progress.json"), "checkpoint": checkpoint})
+    nulls = []
+    for argv in (["status"], ["inspect"], ["inspect", "--position", "docs.txt:0:3"]):
+        out = said(capsys, argv[0], tmp_path / "run", *argv[1:], "--json")
+        json.loads(out, parse_constant=pytest.fail)
+        nulls.append("null" in out)
+    assert nulls == [True, True, True]
+
+
+def test_a_terminal_without_the_letters(run: Stored) -> None:
+    folder = run.folder.rename(run.folder.parent / "übung λ")
+    process = jobs.command("status", str(folder), PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ""
+    assert out.startswith(f"{folder.parent}/?bung ?: complete")
+
+
 @pytest.mark.parametrize("flag", ["", "--json"])
 def test_whoever_reads_may_leave(flag: str, finished: Stored) -> None:
     """As ``fisher-ray inspect RUN | head`` does."""
@@ -178,7 +262,7 @@ def test_whoever_reads_may_leave(flag: str, finished: Stored) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["report", "-o", "/dev/full"], "No space left"),
+        (["report", "-o", "/dev/full"], "must name a file in a directory that exists, got /dev/full"),
         (["report", "-o", "nosuch/report.html"], "must name a file in a directory that exists"),
         (["export", "-o", "nosuch/means.npz"], "must name a file in a directory that exists"),
         (["validate", "-o", "nosuch/law.png"], "must name a file in a directory that exists"),
@@ -338,6 +422,31 @@ def test_clean_removes_what_no_receipt_names_and_asks_first(run: Stored, capsys:
     assert "everything as it was written" in said(capsys, "verify", run.folder)
 
 
+def test_clean_lists_what_there_is_where_nothing_can_be_written(
+    run: Stored, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run.folder / "sums/x").write_bytes(b"of a killed attempt")
+    shutil.rmtree(run.folder / "lease", ignore_errors=True)
+    run.folder.chmod(0o555)
+    with permissions_bind():
+        assert "sums/x\n1 files that no receipt names would be removed" in said(capsys, "clean", run.folder)
+        assert "Permission denied" in refused(capsys, "clean", run.folder, "--remove")
+    run.folder.chmod(0o755)
+    assert (run.folder / "sums/x").exists()
+
+
+def test_clean_leaves_what_a_damaged_receipt_may_name(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    receipt = run.folder / "done/00000001.json"
+    sound = receipt.read_bytes()
+    receipt.write_bytes(sound[:-20])
+    (run.folder / "sums/00000002-dead").mkdir()
+    (run.folder / "sums/00000002-dead/layer_000.npz").write_bytes(b"of a killed attempt")
+    out = said(capsys, "clean", run.folder, "--remove")
+    assert out.splitlines() == ["sums/00000002-dead/layer_000.npz", "1 files that no receipt names removed"]
+    receipt.write_bytes(sound)
+    assert "everything as it was written" in said(capsys, "verify", run.folder)
+
+
 def test_clean_keeps_away_from_a_run_at_work(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
     (run.folder / "sums/x").write_bytes(b"in the making")
     with pytest.MonkeyPatch.context() as patch:
@@ -443,7 +552,16 @@ def test_plan_counts_the_groups_of_a_task(gpt2: str, tmp_path: Path, capsys: pyt
     lines = [json.dumps({"text": jobs.some_text(300), "kind": f"kind {i}"}) for i in range(24)]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     three = 3 * max(map(len, lines)) + 3
-    flags = ["--corpus", tmp_path / "docs.jsonl", "--output", tmp_path / "run", "--group-by", "kind", "--task-bytes", three]
+    flags = [
+        "--corpus",
+        tmp_path / "docs.jsonl",
+        "--output",
+        tmp_path / "run",
+        "--group-by",
+        "kind",
+        "--task-bytes",
+        three,
+    ]
     facts = json.loads(said(capsys, "plan", "--model", gpt2, *flags, "--json"))
     assert (facts["tasks"], facts["groups"], facts["task_groups"]) == (8, 24, 3)
     config = jobs.settings(
@@ -474,6 +592,15 @@ def test_plan_says_when_it_estimates(gpt2: str, tmp_path: Path, small_tasks: Non
     assert amount.tokens == pytest.approx(truth, rel=0.25) and amount.tokens != truth
 
 
+def test_plan_never_counts_more_documents_than_are_taken(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    """Where those that it reads are shorter than others."""
+    (tmp_path / "docs.txt").write_text("\n\n".join([*(f"one two {i}" for i in range(90)), "and " * 1_000]))
+    for most in (91, 500):
+        plan = make_plan(jobs.settings(gpt2, tmp_path / "docs.txt", "run", task_bytes=100, max_docs=most))
+        amount = reckon(plan, tasks := plan.make_tasks())
+        assert amount.sampled < len(tasks) and amount.documents <= most and (amount.documents > 91) == (most == 500)
+
+
 def test_plan_refuses_what_cannot_fit(gpt2: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:  # noqa: F811
     (tmp_path / "docs.txt").write_text("one\n")
     monkeypatch.setitem(cost.HARDWARE, "l4", replace(cost.HARDWARE["l4"], memory=1 << 20))
@@ -483,6 +610,82 @@ def test_plan_refuses_what_cannot_fit(gpt2: str, tmp_path: Path, monkeypatch: An
     assert "of memory" in captured.err and "What would fit" in captured.err
     assert main(["plan", *flags, "--gpu", "l5"]) == 2
     assert "gpu must be of" in capsys.readouterr().err
+
+
+# ---- what is refused before anything is made ----------------------------------------------------------------------------
+
+
+def rows(path: Path, *some: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return path
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch-tokens", str(10**20)], f"batch_tokens must be at least 1 and below 2^63, got {10**20}"),
+        (["--task-timeout", "inf"], "task_timeout must be at least 1 and below 2^63, got inf"),
+        (["--gpus-per-actor", "inf"], "gpus_per_actor must be a fraction of one GPU or a whole number, got inf"),
+        (["--gpus-per-actor", "nan"], "gpus_per_actor must be a fraction of one GPU or a whole number, got nan"),
+        (["--layers", "0-99999999999"], "layer_idx must be in [0, 2], got"),
+        (["--corpus", "simplecache::s3://bucket/a.txt"], "s3://bucket/a.txt chains file systems by '::'"),
+        (["--corpus", "zip://a.txt::/tmp/a.zip"], "chains file systems by '::'"),
+        (["--output", "simplecache::memory://run"], "chains file systems by '::'"),
+        (["--group-by", "zero"], "docs.jsonl:0: character 3 of column 'zero' is a zero byte, not text"),
+        (["--column", "ids"], "docs.jsonl:0: token ids must be in [0, 400), got -1"),
+        (["--column", "ids", "--group-by", "token"], "docs.jsonl:0: token ids must be in [0, 400), got -1"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_line(
+    command: str, flags: list[str], words: str, gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    corpus = rows(tmp_path / "docs.jsonl", {"text": "one two", "ids": [3, -1], "zero": "one\0"})
+    more = ["--executor", "local", *flags]
+    begun = time.monotonic()
+    line = refused(capsys, command, "--model", gpt2, "--corpus", corpus, "--output", tmp_path / "run", *more)
+    assert words in line and time.monotonic() - begun < 20
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+
+
+def test_project_refuses_no_documents(finished: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--json"], ["-o", "nosuch/a.parquet"]):
+        assert "max_docs must be at least 1, got 0" in refused(
+            capsys, "project", finished.folder, "--max-docs", 0, *argv
+        )
+
+
+def test_an_output_within_the_corpus_is_refused(
+    gpt2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """A second run would read what the first has written; beside it, and beside what a glob takes, is fine."""
+    (tmp_path / "texts/below").mkdir(parents=True)
+    (tmp_path / "texts/docs.txt").write_text("one two\n")
+    monkeypatch.chdir(tmp_path)
+    there = sorted(tmp_path.rglob("*"))
+    for corpus in ("texts", "texts/", "x/../texts", "~/texts"):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        for output in ("texts/run", "texts", "texts/below/../run", f"{tmp_path}/texts/new/run"):
+            for command in ("run", "plan"):
+                argv = [command, "--model", gpt2, "--corpus", corpus, "--output", output, "--executor", "local"]
+                assert f"output {output} is in the folder {tmp_path}/texts of the corpus" in refused(capsys, *argv)
+    assert sorted(tmp_path.rglob("*")) == there
+    for corpus, output in (("texts", "texts-run"), ("texts/*.txt", "texts/run")):
+        said(
+            capsys,
+            "run",
+            "--model",
+            gpt2,
+            "--corpus",
+            corpus,
+            "--output",
+            output,
+            "--executor",
+            "local",
+            "--layers",
+            "1",
+        )
 
 
 # ---- the log -------------------------------------------------------------------------------------------------------------
@@ -597,6 +800,77 @@ def test_a_run_is_read_from_any_directory(
     assert "tasks were done before" in said(capsys, "run", *again)
 
 
+def test_a_glob_behind_a_tilde_is_written_as_it_is_found_anywhere(
+    gpt2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("one two\n")
+    flags = ["--model", gpt2, "--corpus", "~/texts/*.txt", "--output", "~/run", "--executor", "local", "--layers", "1"]
+    said(capsys, "run", *flags)
+    assert Stored(tmp_path / "run").description["config"]["corpus"] == [f"{tmp_path}/texts/*.txt"]
+    monkeypatch.setenv("HOME", "/nowhere")
+    assert "1 of 1 tasks were done before" in said(
+        capsys, "run", "--config", tmp_path / "run/run.json", "--output", tmp_path / "run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("moved", "killed"), [(["texts"], False), (["texts"], True), (["model"], False), (["texts", "model"], True)]
+)
+def test_a_run_goes_on_where_its_corpus_and_model_are_now(
+    moved: list[str], killed: bool, gpt2: str, tmp_path: Path, small_tasks: None, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """Whoever reads it later is sent there. What stands in the old place by now, as large and as old, is not read."""
+    shutil.copytree(gpt2, tmp_path / "old/model")
+    (tmp_path / "old/texts/below").mkdir(parents=True)
+    (tmp_path / "new").mkdir()
+    for name, text in zip(("a", "b", "below/c"), jobs.some_text(6_000).split("\n\n", 2), strict=True):
+        (tmp_path / f"old/texts/{name}.txt").write_text(text)
+    place = {name: tmp_path / "old" / name for name in ("model", "texts")}
+    run = ["--output", tmp_path / "run", "--executor", "local", "--layers", "1"]
+    said(capsys, "run", "--model", place["model"], "--corpus", place["texts"], *run)
+    before = Stored(tmp_path / "run")
+    bits, table, plan = before.bits(), before.table, (tmp_path / "run/plan.parquet").read_bytes()
+    assert len(before.receipts) > 3
+    for receipt in sorted((tmp_path / "run/done").iterdir())[1:4]:
+        receipt.unlink()
+    shutil.rmtree(tmp_path / "run/reduced")
+    for name in moved:
+        place[name] = (tmp_path / "old" / name).rename(tmp_path / "new" / name)
+    for path in (tmp_path / "new").rglob("*.txt"):
+        other = tmp_path / "old" / path.relative_to(tmp_path / "new")
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_bytes(path.read_bytes().swapcase())
+        os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+
+    again = ["run", "--model", place["model"], "--corpus", place["texts"], *run]
+    if killed:  # between run.json and plan.parquet
+        writing = RunStore.write
+
+        def write(store: RunStore, path: str, raw: bytes) -> None:
+            if path == "plan.parquet":
+                raise KeyboardInterrupt
+            writing(store, path, raw)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunStore, "write", write)
+            said(capsys, *again, code=130)
+        assert (tmp_path / "run/plan.parquet").read_bytes() == plan
+        assert f"{tmp_path}/new" in (tmp_path / "run/run.json").read_text()
+    out = said(capsys, *again)
+    assert f"{len(before.receipts) - 3} of {len(before.receipts)} tasks were done before" in out
+    after = Stored(tmp_path / "run")
+    assert after.bits() == bits and after.table.equals(table) and not (tmp_path / "run/quarantine").exists()
+    config = after.description["config"]
+    assert (config["model"], config["corpus"]) == (str(place["model"]), [str(place["texts"])])
+    parts = pq.read_table(tmp_path / "run/plan.parquet").to_pylist()
+    assert {part["path"] for part in parts} == {f"file://{place['texts']}/{name}.txt" for name in ("a", "b", "below/c")}
+    assert "everything as it was written" in said(capsys, "verify", tmp_path / "run")
+    assert "pass" in said(capsys, "validate", tmp_path / "run", "--positions", "2")
+    assert f"{len(before.receipts)} of {len(before.receipts)} tasks" in said(capsys, *again)
+
+
 def test_a_sweep_goes_on_past_a_point_that_fails(
     gpt2: str, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
@@ -656,6 +930,26 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
 def test_a_sweeps_file_is_checked_before_anything_runs(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         read_sweep(sweep_file(tmp_path, **values))
+
+
+def test_points_that_are_spelled_alike_are_told_apart_or_refused(tmp_path: Path) -> None:
+    common = {"model": "m", "corpus": "c"}
+    product = {"columns": [["one two"], ["one", "two"], ["two", "one"], "one two"]}
+    sweep = read_sweep(sweep_file(tmp_path, output="out", common=common, product=product))
+    assert [config.columns for config in sweep.points.values()] == [
+        ("one two",),
+        ("one", "two"),
+        ("two", "one"),
+        ("one two",),
+    ]
+    assert len({config.output for config in sweep.points.values()}) == 4
+    for points, name in (
+        ([{"seed": 1}, {"seed": 2}, {"seed": 1}], "seed=1"),
+        ([{"layers": 1}, {"layers": "1"}], "layers=1"),
+        ([{"columns": ["a b"], "seed": 1}, {"seed": 1, "columns": ["a b"]}], "columns=a-b,seed=1-"),
+    ):
+        with pytest.raises(ConfigError, match=f"two points in the sweep .* are called {name}"):
+            read_sweep(sweep_file(tmp_path, output="out", common=common, points=points))
 
 
 def test_points_have_folders_of_their_own(tmp_path: Path) -> None:

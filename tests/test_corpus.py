@@ -9,7 +9,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -123,6 +123,26 @@ def test_rows_do_not_depend_on_cuts(ending: str, tmp_path: Path) -> None:
     size = path.stat().st_size
     for target in (*range(1, 40), size // 3, size - 1, size, size + 1):
         assert every(path, target=target) == truth, target
+
+
+@pytest.mark.parametrize("place", ["", "odd://"])
+def test_arrow_files_are_read_as_streams_are(place: str, tmp_path: Path) -> None:
+    """The other of the two formats with this ending, as pandas and polars write it."""
+    stream = write(tmp_path, "arrow")
+    for folder in ("streams", "files"):
+        (tmp_path / folder).mkdir()
+    table = pa.table({"n": range(len(TEXTS)), "text": TEXTS})
+    file = tmp_path / "files/corpus.arrow"
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    stream = stream.rename(tmp_path / "streams/corpus.arrow")
+    assert file.read_bytes()[:6] == b"ARROW1" != stream.read_bytes()[:6]
+    for target in (*range(1, 40), ALL):
+        truth, ranges = plan(stream, target=target), plan(f"{place}{file}", target=target)
+        cuts = [[(r.start, r.stop, r.weight) for r in some] for some in (truth, ranges)]
+        assert cuts[0] == cuts[1] and (len(ranges) > 3 or target > 30), target
+        assert documents(ranges, Layout()) == documents(truth, Layout()), target
+    assert [document.content for document in documents(ranges, Layout())] == TEXTS
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet", "arrow"])
@@ -343,8 +363,10 @@ def test_what_of_a_folder_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
     text = '{"text": "one"}\n{"text": "two"}\n' if name.endswith("jsonl") else "one\n\ntwo\n"
-    (tmp_path / name).write_text(text, encoding="utf-8-sig")
-    assert [document.content for document in every(tmp_path / name)] == ["one", "two"]
+    for before in ("", "\n", "\r\n \n"):  # a blank line after it is one
+        (tmp_path / name).write_text(before + text, encoding="utf-8-sig")
+        for target in (1, 4, ALL):
+            assert [document.content for document in every(tmp_path / name, target=target)] == ["one", "two"]
 
 
 def test_columns_are_of_files_that_have_some(tmp_path: Path) -> None:
@@ -364,6 +386,78 @@ def test_an_unknown_ending_says_what_is_known(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(CorpusError, match=r"no known ending.*\.parquet"):
         names([str(tmp_path / "a.pdf")])
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_what_python_has_no_date_for_is_named_by_its_file(ending: str, tmp_path: Path) -> None:
+    """Other systems count on beyond the year 9999."""
+    path = tmp_path / f"a.{ending}"
+    days = pa.array([0, 3_000_000], pa.int32()).cast(pa.date32())
+    table = pa.table({"text": ["one", "two"], "day": days, "fine": [date(2030, 1, 2)] * 2})
+    if ending == "parquet":
+        pq.write_table(table, path)
+    else:
+        write_arrow(path, table, 2)
+    assert [d.carried for d in every(path, Layout(carried=("fine",)))] == [("2030-01-02",)] * 2
+    with pytest.raises(CorpusError, match=rf"/a\.{ending} cannot be read as {ending}: date.*out of range") as caught:
+        every(path, Layout(carried=("day",)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"text": [3, None]}, "column 'text' must hold text or a list of token ids, got a list with NoneType"),
+        ({"text": [3, True]}, "column 'text' must hold text or a list of token ids, got a list with bool"),
+        ({"text": [3, "b"]}, "column 'text' must hold text or a list of token ids, got a list with str"),
+        ({"text": {"a": 3}}, "column 'text' must hold text or a list of token ids, got dict"),
+        ({"text": "a", "kind": "b\0c"}, "character 1 of column 'kind' is a zero byte, not text"),
+    ],
+)
+def test_values_that_cannot_be(row: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    rows = [{"text": "fine \0", "kind": "fine"}, {"kind": None, **row}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pieces = read_documents(plan(tmp_path)[0], Layout(carried=("kind",)))
+    assert next(pieces).content == "fine \0"
+    with pytest.raises(CorpusError) as caught:
+        next(pieces)
+    assert str(caught.value) == f"a.jsonl:40: {complaint}."
+
+
+def test_a_file_named_in_several_ways_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("d/a.txt", "d/b.txt", "x/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ways = [
+        "d/a.txt",
+        "x/../d/a.txt",
+        "d//a.txt",
+        "./d/a.txt",
+        f"{tmp_path}/d/a.txt",
+        "~/d/a.txt",
+        f"file://{tmp_path}/d/a.txt",
+    ]
+    for more in ([], ["d/../d"], ["~/d/*.txt"]):
+        found = names([*ways, *more])
+        assert [content for _, content in found] == ["d/a.txt", *(["d/b.txt"] if more else [])]
+    assert [content for _, content in names(["x/../d", "d/"])] == ["d/a.txt", "d/b.txt"]
+    assert len({path.path for path in find_sources([*ways, "x/../d"])}) == 2
+
+
+@pytest.mark.parametrize("name", [b"a::b.txt", b"caf\xe9.txt"])
+def test_names_that_cannot_be_written_down(name: bytes, tmp_path: Path) -> None:
+    """One that would be read as a chain of file systems, and one that JSON and Parquet have no letters for."""
+    (tmp_path / "fine.txt").write_text("one")
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    path.write_text("two")
+    for corpus in (tmp_path, tmp_path / "*.txt", path):
+        with pytest.raises(CorpusError, match=r"Rename it\.$|chains file systems by '::'") as caught:
+            names([str(corpus)])
+        assert "\n" not in str(caught.value) and str(caught.value).encode()
+    path.rename(tmp_path / "café.txt")
+    assert [content for _, content in names([str(tmp_path)])] == ["two", "one"]
 
 
 # ---- storage -----------------------------------------------------------------------------------------------------------

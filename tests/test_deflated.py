@@ -208,6 +208,18 @@ def test_float32_where_p_is_peaked(top: float, common: float, estimator: Any):
     assert float(captured) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("estimator", [Deflated(8, 8), Deflated(32, 0), Exact(0.01)], ids=repr)
+@pytest.mark.parametrize("spread", [20, 30, 40, 60])
+def test_logits_of_any_range(spread: float, estimator: Any):
+    """Among tokens that differ by a hundred nats; LAPACK's float32 solvers did not converge for some positions."""
+    generator = torch.Generator().manual_seed(0)
+    weight, z = torch.randn(300, 64, generator=generator) / 8, torch.randn(60, 64, generator=generator)
+    z *= spread / (z @ weight.T).std(1, keepdim=True)
+    zeros = torch.zeros(60, dtype=torch.long)
+    found = estimator.cotangents(Head(weight).predict(z), Draws(zeros[:, None].expand(60, 2), zeros, zeros, "score"))
+    assert found.rows.isfinite().all() and found.captured_share.isfinite().all()
+
+
 def test_a_distribution_on_one_token_has_no_factors():
     """p is one-hot in float32, and tr M is zero: nothing to draw from and nothing left out."""
     head_ = head("plain", 50, 12, torch.float32)

@@ -503,6 +503,9 @@ def test_what_cannot_be_steered_is_said(run: Run, split: SplitModel, unchecked_s
         ((ids.expand(2, -1), at, targets), r"one sequence, .* got \[2, 12\]"),
         ((ids, at, targets[:1]), r"positions and targets must be as many, \[n\], got \[2\] and \[1\]"),
         ((ids, at[:0], targets[:0]), r"as many, \[n\], got \[0\] and \[0\]"),
+        ((ids, at, targets, "mean", 0.0), "gain must be above 0 nats, got 0.0"),
+        ((ids, at, targets, "mean", -0.1), "gain must be above 0 nats, got -0.1"),
+        ((ids, at, targets, "mean", float("nan")), "gain must be above 0 nats, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             fd.steer(split, run, LAYER, *given)
@@ -570,6 +573,10 @@ def test_another_model_or_layer_is_refused(run: Run, models: Callable[..., Split
     for directions in ({7: some_directions(1)}, {0: np.ones((2, 5))}):
         with pytest.raises(ValueError, match=r"directions must be \[k, 12\] at layers of \[0, 1, 2\]"):
             fd.project(run, directions, tmp_path / "out.parquet")
+    with pytest.raises(ValueError, match="directions must be given at one layer at least, got none"):
+        fd.project(run, {}, tmp_path / "out.parquet")
+    with pytest.raises(ValueError, match="documents must be at least 1, got 0"):
+        fd.safe_directions(run, 0, 0.5, documents=0)
     with pytest.raises(ValueError, match=r"number of directions must be in \[1, 12\], got 13"):
         fd.top_directions(run, 0, 13)
     for read in (fd.cost, fd.strongest):
@@ -577,6 +584,17 @@ def test_another_model_or_layer_is_refused(run: Run, models: Callable[..., Split
             ValueError, match=r"directions must be \[k, 12\] at layers of \[0, 1, 2\], got \[1, 5\] at layer 0"
         ):
             read(run, 0, np.ones(5))
+
+
+def test_directions_may_be_lists(run: Run):
+    rows = some_directions(2)
+    np.testing.assert_array_equal(fd.cost(run, LAYER, rows.tolist()).value, fd.cost(run, LAYER, rows).value)
+
+
+def test_the_typical_norm_is_that_of_the_positions(run: Run):
+    """From the mean and the spread of h that the run keeps."""
+    moment = np.load(Path(run.store.uri) / f"reduced/layer_{LAYER:03d}/activation_second_moment.npy")
+    assert fd.typical_norm(run, LAYER) == pytest.approx(np.trace(moment) ** 0.5, rel=1e-9)
 
 
 def test_many_directions_are_taken_a_few_at_a_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

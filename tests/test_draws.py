@@ -8,7 +8,7 @@ from conftest import Models
 from oracles import inputs
 
 from fisher_ray import Sampled, score_factors
-from fisher_ray.draws import Draws, sequence_key
+from fisher_ray.draws import Draws, drawing_bytes, sequence_key
 from fisher_ray.kernels import philox
 
 # Standard errors. Under the null a |z| this large comes once in 1.6 million; the tests are fixed by their seeds anyway.
@@ -49,6 +49,18 @@ def test_uniforms_are_named_by_key_position_sample_stream_and_lane():
     torch.testing.assert_close(named([(0, 3, 0)]).uniforms(4, range(3, 7)), base[..., 3:], rtol=0, atol=0)
     for other in (named([(1, 3, 0)]), named([(0, 4, 0)]), named([(0, 3, 0)], "token"), named([(0, 3, 0)], seed=1)):
         assert not (other.uniforms(4, range(7)) == base).any()
+
+
+@pytest.mark.parametrize("together", [1, 100, 700])
+def test_samples_may_be_drawn_a_few_at_a_time(together: int, monkeypatch: pytest.MonkeyPatch):
+    """The same tokens in less memory."""
+    weights = torch.rand(3, 900, generator=torch.Generator().manual_seed(0))
+    draws = named([(0, 3, 5), (5, 0, 2), (0, 4, 0)])
+    at_once = draws.tokens(weights, 50)
+    whole = drawing_bytes(3, 50, 900, weights.device)
+    monkeypatch.setattr("fisher_ray.draws._UNIFORMS", together)
+    assert torch.equal(draws.tokens(weights, 50), at_once)
+    assert drawing_bytes(3, 50, 900, weights.device) < whole / 5
 
 
 def test_uniforms_of_a_batch_are_those_of_its_rows():

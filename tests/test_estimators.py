@@ -313,6 +313,7 @@ def test_tempered_samples_follow_the_tempered_distribution(top_p: float, tempera
     [
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"num_samples": -3}, "num_samples must be at least 1, got -3"),
+        ({"num_samples": 2.5}, "num_samples must be a whole number, got 2.5"),
         ({"num_samples": 1, "top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"num_samples": 1, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"num_samples": 1, "top_p": float("nan")}, r"top_p must be in \(0, 1\], got nan"),

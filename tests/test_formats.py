@@ -149,7 +149,9 @@ def test_sealed_files_have_the_keys_of_the_page(runs: list[Path], page: dict[str
             receipt = page["unsealed"](path)
             assert set(receipt) == set(rows(section("Receipts")))
             assert set(receipt["counts"]) == counts <= named(section("Receipts"))
-            assert {*receipt["seconds"], *receipt["worker"]} <= named(section("Receipts"))
+            assert {*receipt["seconds"], *(key for worker in receipt["workers"] for key in worker)} <= named(
+                section("Receipts")
+            )
             kinds = {re.sub(r"_\d+$", "_K", name) for name in receipt["files"]}
             assert kinds <= named(section("Receipts"))
             assert all(set(file) == stored for file in receipt["files"].values())

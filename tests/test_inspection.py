@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file
 from test_run import made, rewrite, undo  # noqa: F401
 
 import jobs
 from fisher_ray import cost, open_run, reduce
 from fisher_ray.cli import BAD_INPUT, COMPLETE, DAMAGED, main
+from fisher_ray.report import number_table, print_table
 from jobs import D_MODEL, LAYERS, Stored, gpt2  # noqa: F401
 
 
@@ -349,6 +352,22 @@ def test_two_groups_and_two_layers_of_a_run(made: Path, capsys: pytest.CaptureFi
         assert words in refused(capsys, "diff", *argv)
 
 
+@pytest.mark.parametrize("width", [40, 80, 100, None])
+def test_no_number_is_cut(width: int | None) -> None:
+    """On a terminal of any width; of text a column may be."""
+    numbers = [f"{value:.4g} ± {value / 7:.2g}" for value in (1.23456e-05, 54321.0, 0.0012345, 9.87e-11, 3.2e8)]
+    table = number_table("document", *"abcde", folded="document")
+    table.add_column("text", no_wrap=True, overflow="ellipsis")
+    table.add_row(
+        "a/document/with/a/long/name.jsonl:123456", *numbers, "a text that is longer than there is room for " * 3
+    )
+    said = io.StringIO()
+    console = Console(file=said, width=width or 120, force_terminal=width is not None, color_system=None)
+    print_table(console, table)
+    assert all(number in said.getvalue() for number in numbers)
+    assert console.width == (width or 120)
+
+
 @pytest.fixture(scope="module")
 def kinds(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A run of eight blocks whose groups are in some of them: b begins where a has not ended, and c is in the last."""
@@ -388,7 +407,8 @@ def test_groups_that_are_not_in_all_blocks(groups: str, kinds: Path, capsys: pyt
         assert row["blocks"][1] == 1 and row["trace"]["change"][1] is None
         assert "No standard errors: one side is of one block of documents" in shown and "±" not in shown
         return
-    assert "± one standard error, of the difference over the same documents" in shown
+    few = f"of {len(parts[0])} and {len(parts[1])} (few, so the errors are rough)"
+    assert f"± one standard error of the difference, each block of documents left out of both: {few}" in shown
 
     def difference(without: int | None) -> float:
         kept = [[part[b] for b in part if b != without] for part in parts]

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ import torch
 from test_run import rewrite
 
 import jobs
-from fisher_ray import cli, cost
+from fisher_ray import cli, cost, driver
+from fisher_ray import cluster as cluster_module
 from fisher_ray import plan as plan_module
 from fisher_ray.cli import REFUSED, main
 from fisher_ray.dispatch import LocalPool
@@ -384,15 +386,41 @@ def test_a_stop_while_the_pool_is_opened_or_closed(
     assert fisher_ray(*flags) == (0 if when == "closing" else 130)
 
 
+def test_a_second_signal_gives_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    with driver._Stop() as stop:
+        assert stop.seconds() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        first = stop.seconds()
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        second = stop.seconds()
+    assert first is not None and second is not None
+    assert 53 < first <= 54 and second <= first - 0.2
+
+
 def test_paths_are_the_drivers(
     gpt2: str, undisturbed: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
-    """Ray's workers stand in another folder than a driver that has joined a running cluster."""
+    """Ray's workers stand in another folder than a driver that has joined a running cluster, and its metrics take ASCII."""
     shutil.copytree(gpt2, tmp_path / "model")
     (tmp_path / "docs.txt").write_text("one\n\ntwo\n")
     monkeypatch.chdir(tmp_path)
-    assert fisher_ray("--model", "model", "--corpus", "docs.txt", "--output", "run", "--max-actors", 1) == 0
-    assert Stored(tmp_path / "run").counts()["documents"] == 2
+    assert fisher_ray("--model", "model", "--corpus", "docs.txt", "--output", "übung λ", "--max-actors", 1) == 0
+    assert Stored(tmp_path / "übung λ").counts()["documents"] == 2
+
+
+@pytest.mark.parametrize(
+    ("output", "tag"),
+    [
+        ("übung λ", "%C3%BCbung %CE%BB"),
+        ("s3://a/b_c-d.e [1]~100%'\"", "s3://a/b_c-d.e [1]~100%'\""),
+        ("\t🦊", "%09%F0%9F%A6%8A"),
+    ],
+)
+def test_metrics_name_a_run_in_ascii(output: str, tag: str) -> None:
+    plan = SimpleNamespace(config=SimpleNamespace(output=output))
+    assert cluster_module._tags(plan) == {"run": tag}  # type: ignore[arg-type]
 
 
 def test_what_is_left_to_look_at(undisturbed: Stored) -> None:

@@ -22,6 +22,7 @@ from gcs import gs  # noqa: F401
 import jobs
 from fisher_ray import cost, reduce
 from fisher_ray.cli import COMPLETE, main
+from fisher_ray.shards import RunStore
 from fisher_ray.storage import Storage
 from jobs import Stored, gpt2  # noqa: F401
 
@@ -166,6 +167,32 @@ def test_a_run_on_s3_from_end_to_end(
     assert "sums/00000001-dead/layer_000.npz" not in store.list()
     assert main(["clean", output]) == COMPLETE and "0 files" in capsys.readouterr().out
     assert main(["verify", output]) == COMPLETE
+
+
+def test_a_folder_that_a_console_has_made_is_empty(
+    s3: Flaky, gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """As an object of no bytes whose name ends in a slash; it is none of the run's, and stays."""
+    (tmp_path / "docs.txt").write_text("one two\n")
+    name = uuid.uuid4().hex
+    output = f"s3://{BUCKET}/{name}"
+    fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+    markers = [f"{name}/", f"{name}/sub/", f"{name}/done/"]
+    for key in markers:
+        fs.call_s3("put_object", Bucket=BUCKET, Key=key, Body=b"")
+    store = RunStore(output)
+    assert store.list() == store.list("done") == {} and store.read_run() is None
+    flags = ["--model", gpt2, "--corpus", str(tmp_path / "docs.txt"), "--executor", "local", "--layers", "1"]
+    assert main(["run", *flags, "--output", f"{output}/"]) == COMPLETE
+    assert main(["verify", output]) == COMPLETE
+    capsys.readouterr()
+    assert main(["clean", output, "--remove"]) == COMPLETE
+    assert capsys.readouterr().out.startswith("0 files")
+    found = fs.call_s3("list_objects_v2", Bucket=BUCKET, Prefix=f"{name}/")["Contents"]
+    assert {entry["Key"] for entry in found} - {f"{name}/{path}" for path in store.list()} == set(markers)
+    fs.call_s3("put_object", Bucket=BUCKET, Key=f"{name}-other/notes.txt", Body=b"mine")
+    assert main(["run", *flags, "--output", f"{output}-other"]) == 2
+    assert "holds no run of ours" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["sums", "tree", "reduced"])

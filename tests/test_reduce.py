@@ -14,11 +14,12 @@ import pytest
 from test_run import rewrite
 
 import jobs
-from fisher_ray import cost, driver, open_run, reduce
+from fisher_ray import cost, driver, open_run, reduce, worker
 from fisher_ray.cli import main
 from fisher_ray.cost import FAN_IN
 from fisher_ray.plan import position_bucket
 from fisher_ray.reduce import Node, levels
+from fisher_ray.report_html import html_report
 from jobs import D_MODEL, LAYERS, Stored, gpt2  # noqa: F401
 
 TASK_BYTES = 1_000
@@ -218,6 +219,42 @@ def test_a_damaged_node_is_added_up_again(run: Stored, gpt2: str, small_tree: No
     assert main(["verify", str(run.folder)]) == 0
 
 
+def test_a_sum_says_who_has_computed_its_tasks(
+    run: Stored, gpt2: str, small_tree: None, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """One worker for each device with other versions, of whichever tasks it was; the page of the run says so, too."""
+
+    def versions(workers: list[dict[str, Any]]) -> list[str]:
+        assert all(set(worker) == {"device", "self_check", "versions"} for worker in workers)
+        assert all(worker["versions"]["numpy"] == np.__version__ for worker in workers)
+        return [worker["versions"]["fisher_ray"] for worker in workers]
+
+    def reduced() -> list[str]:
+        return versions(json.loads((run.folder / "reduced/provenance.json").read_text())["workers"])
+
+    (before,) = reduced()
+    assert "sets of versions" not in html_report(open_run(run.folder)).html
+    for folder in ("tree", "reduced"):
+        shutil.rmtree(run.folder / folder)
+    later = {len(run.receipts) - 3, len(run.receipts) - 1}
+    for task in later:
+        (run.folder / f"done/{task:08d}.json").unlink()
+    monkeypatch.setattr(worker.fisher_ray, "__version__", "99.1")
+    again, outcome = jobs.run_here(jobs.settings(gpt2, run.folder.parent / "docs.txt", run.folder))
+    assert outcome.computed == 2
+    nodes = [json.loads(path.read_text()) for path in (run.folder / "tree").glob("*.json")]
+    spans = [tuple(map(int, node["name"].split("-")[:2])) for node in nodes]
+    tasks = [(task, task + 1) for task in range(len(again.receipts))]
+    for receipt, (first, last) in zip([*again.receipts, *nodes], [*tasks, *spans], strict=True):
+        some = {"99.1" if task in later else before for task in range(first, last)}
+        found = versions(receipt["workers"])
+        assert len(found) == len(some) and set(found) == some, receipt["name"]
+    assert reduced() == versions(open_run(run.folder).provenance) == [before, "99.1"]
+    page = html_report(open_run(run.folder)).html
+    assert "its tasks were computed with 2 sets of versions" in page
+    assert f"fisher_ray {before}, numpy" in page and "; and fisher_ray 99.1, numpy" in page
+
+
 # ---- groups ------------------------------------------------------------------------------------------------------------
 
 
@@ -246,15 +283,12 @@ def test_each_groups_mean_is_that_of_its_positions(
     rows, factors = stored.rows(1), stored.saved("factors", 1).astype(np.float64)
     if group_by == "language":
         language = {}
-        for receipt in stored.receipts:
-            if "positions" in receipt["files"]:
-                table = pq.read_table(stored.folder / receipt["files"]["positions"]["path"])
-                assert "language" not in table.column_names or table.num_rows
         source = (tmp_path / "docs.jsonl").read_bytes()
         for row in rows:
             offset = int(row["document"].rpartition(":")[2])
             language[row["document"]] = str(json.loads(source[offset:].split(b"\n", 1)[0])["language"])
         groups = [language[row["document"]] for row in rows]
+        assert [str(row["language"]) for row in rows] == groups
     elif group_by == "position":
         groups = [position_bucket(row["position"]) for row in rows]
         assert {"0", "1", "2-3", "4-7", "8-15"} <= set(groups)

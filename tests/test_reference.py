@@ -103,9 +103,19 @@ def test_upper_layers_refuse_other_shapes(split: SplitModel, unchecked_shapes: N
     upper = UpperLayersModel(split, 2)
     for latents, context in [(hidden[:1, -1], hidden[:, :-1]), (hidden, hidden), (hidden[:, -1], hidden[:, -1])]:
         for method in (upper, upper.jacobian):
-            with pytest.raises(ValueError, match=r"final_latents must be \[batch, d_model\] and context") as refusal:
+            with pytest.raises(ValueError, match=r"final_latents must be \[batch, 24\] and context") as refusal:
                 method(latents, context)
             assert "\n" not in str(refusal.value)
+    with pytest.raises(ValueError, match=r"final_latents must be \[batch, 24\] .* got \[2, 23\]"):
+        upper(hidden[:, -1, 1:], hidden[:, :-1, 1:])
+    longest = upper.split.max_positions
+    assert longest is not None
+    context = hidden[:, :1].expand(-1, longest, -1)
+    with pytest.raises(ValueError, match=rf"at most {longest} tokens, got {longest + 1}"):
+        upper(hidden[:, -1], context)
+    assert upper(hidden[:, -1], context[:, 1:]).isfinite().all()
+    with pytest.raises(ValueError, match="at least one token, got none"):
+        LowerLayersModel(split, 2)(ROWS[0][:0])
 
 
 def test_expected_outer_product():

@@ -6,6 +6,7 @@ The last part opens it in a browser: make test-browser.
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import random
 import re
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pytest
 
 import jobs
-from fisher_ray import cost, open_run
+from fisher_ray import cost, open_run, storage
 from fisher_ray.cli import BAD_INPUT, COMPLETE, DAMAGED, main
 from fisher_ray.report_html import _TOP, Report, _pm, html_report
 from fisher_ray.report_text import _cut
@@ -357,6 +358,28 @@ def test_a_validation_beside_the_run(
         assert complaint in complained
 
 
+@pytest.mark.parametrize(
+    "law",
+    [
+        {"steps": [0.1], "layers": {"1": {"failures": []}}},
+        {"steps": [0.1], "layers": [1]},
+        {"steps": [0.1], "layers": {"1": "fine"}},
+        {"steps": [0.1], "layers": {"one": {}}},
+        {"steps": None, "layers": {}},
+    ],
+    ids=str,
+)
+def test_a_validation_with_other_content_is_one_line(
+    law: dict[str, Any], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {**law, "fingerprint": Stored(made).description["fingerprint"], "run": "it", "dtype": "float64"}
+    (tmp_path / "law.json").write_text(json.dumps(given))
+    command = ["report", str(made), "-o", str(tmp_path / "r.html"), "--validation", str(tmp_path / "law.json")]
+    assert main(command) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is not what fisher-ray validate RUN --json prints" in line and not (tmp_path / "r.html").exists()
+
+
 def test_summary_and_health_say_what_became_of_the_tokens(report: Report, made: Path) -> None:
     page = Page(report.html)
     counts = Stored(made).counts()
@@ -570,6 +593,29 @@ def test_what_cannot_be_done_is_one_line(
     assert main(["report", str(made.parent / run), "-o", str(tmp_path / out)]) == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line and not (tmp_path / out).exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["report", "-o", "out"], ["validate", "-o", "out", "--positions", "1", "--layer", "1"]],
+    ids=lambda argv: argv[0],
+)
+def test_what_cannot_be_written_leaves_the_one_before(
+    argv: list[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    Path("out").write_text("made before")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", full)
+        assert main([argv[0], str(made), *argv[1:]]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line and "Make room" in line
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out", "made before")]
+    assert main([argv[0], str(made), *argv[1:]]) == COMPLETE
+    assert len(Path("out").read_bytes()) > 1_000
 
 
 # ---- in a browser ------------------------------------------------------------------------------------------------------

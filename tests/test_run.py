@@ -75,7 +75,7 @@ def test_a_complete_run(run: Run, made: Path) -> None:
     assert vars(run.counts) == stored.counts()
     assert run.groups == sorted({"0", "1"} | {f"{2**k}-{2 ** (k + 1) - 1}" for k in range(1, len(run.groups) - 1)})
     assert {row["layer"] for row in run.summary} == set(ALL)
-    assert run.provenance["device"] == "cpu"
+    assert [worker["device"] for worker in run.provenance] == ["cpu"]
 
 
 @pytest.mark.parametrize("layer", ALL)

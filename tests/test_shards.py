@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
 import jobs
 from fisher_ray import cli, shards
-from fisher_ray.plan import ConfigError, RunConfig, make_plan
+from fisher_ray.corpus import SourceRange
+from fisher_ray.plan import ConfigError, RunConfig, Task, Tasks, make_plan
 from fisher_ray.shards import Counts, Lease, Problem, Receipt, RefusedError, RunStore, reduced_folder
 from fisher_ray.storage import DamagedError, StorageError, StoredFile, seal
 from fisher_ray.sums import LayerSums, Sums
@@ -43,6 +45,7 @@ CHANGES: dict[str, Any] = {
 }  # fmt: skip
 NEEDS = {
     "token_draws": {"token_source": "sampled"}, "rank": {"estimator": "deflated"}, "tolerance": {"estimator": "exact"},
+    "num_groups": {"group_by": "token"},
 }  # fmt: skip
 ELSEWHERE = {"model", "corpus", "encoder_column", "until_relative_error", "until_relative_change"}
 EXECUTION: dict[str, Any] = {
@@ -85,6 +88,13 @@ def test_samples_change_nothing_where_none_are_drawn(gpt2: str, corpus: Path) ->
     """As in a sweep over estimators that sets them for all."""
     given = [fingerprint(gpt2, corpus, estimator=e, num_samples=n) for e in ("exact", "sampled") for n in (4, 8)]
     assert given[0] == given[1] and len(set(given)) == 3
+
+
+def test_how_many_groups_there_may_be_changes_nothing_where_none_are_chosen(gpt2: str, corpus: Path) -> None:  # noqa: F811
+    """Positions have the groups that they have; of tokens and of a column's values it says which."""
+    for group_by, same in ((None, True), ("position", True), ("token", False), ("other", False)):
+        few, many = (fingerprint(gpt2, corpus, group_by=group_by, num_groups=n) for n in (4, 8))
+        assert (few == many) is same, group_by
 
 
 def test_what_decides_the_micro_batches_of_a_gpu_changes_it(gpt2: str, corpus: Path) -> None:  # noqa: F811
@@ -150,6 +160,22 @@ def test_layers() -> None:
     for spec in ("", "-1", "1-", "1.5", "0,,1"):
         with pytest.raises(ConfigError, match="layers must be"):
             chosen(spec)
+
+
+def test_a_task_of_many_ranges_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than Parquet puts into one group of rows by itself, which is a million, and here as many as the first has."""
+
+    class Writer(pq.ParquetWriter):
+        def write_table(self, table: Any, row_group_size: int | None = None) -> None:
+            super().write_table(table, row_group_size or 20)
+
+    monkeypatch.setattr(pq, "ParquetWriter", Writer)
+    ranges = [SourceRange(f"file:///a/{i}", str(i), 0, 5, 5, "v", 100 if i == 20 else 5) for i in range(99)]
+    written = Tasks.from_ranges(ranges, 100)
+    parts = [tuple(ranges[:20]), (ranges[20],), *(tuple(ranges[i : i + 20]) for i in (21, 41, 61, 81))]
+    for tasks in (written, Tasks.from_ranges(ranges, 1_000), written.below("file:///a/")):
+        truth = [tuple(ranges)] if len(tasks) == 1 else parts
+        assert list(tasks) == [tasks[i] for i in range(len(truth))] == [Task(i, part) for i, part in enumerate(truth)]
 
 
 def test_settings_come_back_from_a_file() -> None:
@@ -309,7 +335,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> RunStore:
 
 def receipt(task: int, plan: str = "this", seconds: float = 1.0) -> Receipt:
     files = {"sums_0": StoredFile("sums/x", "0" * 64, 3)}
-    return Receipt(f"{task:08d}", plan, files, Counts(tokens=task), {"compute": seconds}, {"a": [1]})
+    return Receipt(f"{task:08d}", plan, files, Counts(tokens=task), {"compute": seconds}, [{"a": [1]}])
 
 
 def test_a_file_is_created_once(store: RunStore) -> None:
@@ -500,6 +526,32 @@ def test_what_is_an_orphan(store: RunStore) -> None:
     store.write("sums/b/layer_000.npz", b"of a killed attempt")
     store.write("positions/00000000-x.parquet", b"of another")
     assert store.orphans() == ["positions/00000000-x.parquet", "sums/b/layer_000.npz"]
+
+
+def test_what_a_damaged_receipt_may_name_is_no_orphan(store: RunStore) -> None:
+    store.create_run({"fingerprint": "this"}, b"plan")
+    node = "00000000-00000002-000-003"
+    for folder, name, paths in (
+        ("done", "00000000", ["sums/00000000-a/layer_000.npz", "positions/00000000-a.parquet"]),
+        ("done", "00000001", ["sums/00000001-a/layer_000.npz"]),
+        ("tree", node, [f"tree/{node}-a/layer_000.npz"]),
+    ):
+        files = {path: store.store(path, b"named") for path in paths}
+        store.commit(folder, Receipt(name, "this", files, Counts()))
+    for path in ("done/00000000.json", f"tree/{node}.json"):
+        store.write(path, store.read(path)[:-9])
+    store.write("sums/00000001-b/layer_000.npz", b"of a killed attempt")
+    assert store.orphans() == ["sums/00000001-b/layer_000.npz"]
+
+
+def test_workers_are_told_apart_by_device_and_versions() -> None:
+    def worker(device: str, torch: str, check: float) -> dict[str, Any]:
+        return {"device": device, "versions": {"torch": torch}, "self_check": {"scores": check}}
+
+    cpu, gpu, newer = worker("cpu", "2.9", 1.0), worker("H200", "2.9", 2.0), worker("cpu", "2.10", 3.0)
+    computed = [[cpu], [worker("cpu", "2.9", 4.0)], [gpu, newer], [gpu]]
+    receipts = [Receipt(f"{i:08d}", "this", {}, Counts(), {}, workers) for i, workers in enumerate(computed)]
+    assert shards.distinct_workers(receipts) == [cpu, gpu, newer]
 
 
 def test_checking_names_what_is_wrong(store: RunStore) -> None:

@@ -56,6 +56,24 @@ def test_ranks_of_a_geometric_spectrum() -> None:
     assert int(trace_rank(eigenvalues)) == 7 and int(trace_rank(eigenvalues, 0.5)) == 1
 
 
+@pytest.mark.parametrize("rank", RANKS[:2])
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1e-10, 1e30])
+def test_ranks_do_not_depend_on_the_scale_in_float32(rank: Rank, scale: float) -> None:
+    eigenvalues = torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float32)
+    torch.testing.assert_close(rank(scale * eigenvalues), rank(eigenvalues), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("num_factors", "width"), [(30, 40), (113, 128), (256, 384), (200, 64)])
+def test_eigenvalues_of_rows_of_all_sizes(num_factors: int, width: int) -> None:
+    """Rows as of tokens that differ by a hundred nats: LAPACK's float32 solvers raise, or give NaN, on some of them."""
+    for seed in range(40):
+        rows = normal(1, num_factors, width, seed=seed).float()
+        rows *= (20 * normal(num_factors, 1, seed=100 + seed)).exp().float().clamp_max(1)
+        found, expected = factor_eigenvalues(rows), factor_eigenvalues(rows.double())
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.max()))
+
+
 @pytest.mark.parametrize("num_factors", [1, 4, D, 3 * D])
 def test_factor_eigenvalues(num_factors: int) -> None:
     """The Gram matrix on whichever side is smaller: fewer factors than dimensions, and more."""

@@ -244,6 +244,12 @@ def test_convergence_is_that_of_the_running_mean() -> None:
     np.testing.assert_array_equal(got.positions, positions)
 
 
+def test_of_a_mean_that_is_zero_nothing_is_known() -> None:
+    """As that of a model that is certain at every position."""
+    got = convergence(blocks_of([np.zeros((3, D))] * 3, [np.ones((3, D))] * 3))
+    assert np.isnan(got.error) and np.isnan(got.change).all()
+
+
 def test_an_iterator_cannot_be_read_twice() -> None:
     with pytest.raises(TypeError, match="read twice"):
         convergence(iter(corpus(np.random.default_rng(9), 4)))

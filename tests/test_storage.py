@@ -26,7 +26,7 @@ from gcs import gs  # noqa: F401
 
 from fisher_ray import storage
 from fisher_ray.shards import RunStore
-from fisher_ray.storage import DamagedError, Storage, StorageError, seal, unseal
+from fisher_ray.storage import DamagedError, Storage, StorageError, absolute, seal, unseal
 
 
 def place(kind: str, tmp_path: Path) -> str:
@@ -63,6 +63,40 @@ def one_line(error: BaseException) -> str:
     assert type(error) is StorageError
     assert "\n" not in str(error) and "Traceback" not in str(error)
     return str(error)
+
+
+# ---- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ("a", "here/a"), ("./a/./b", "here/a/b"), ("a//b/", "here/a/b"), ("../a", "a"), ("none/../a", "here/a"),
+        ("link/a", "here/link/a"), ("link/../a", "elsewhere/a"), ("link/../deep/link", "elsewhere/deep/link"),
+        ("~/a", "home/a"), ("~/*.txt", "home/*.txt"), ("~/../a", "a"), ("*/../a?.txt", "here/a?.txt"),
+    ],
+)  # fmt: skip
+def test_a_path_is_named_as_from_any_directory(
+    given: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here", "home", "elsewhere/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "here/link").symlink_to(tmp_path / "elsewhere/deep")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert absolute(given) == str(tmp_path / path) == absolute(str(tmp_path / path))
+    assert absolute(f"{tmp_path}//here/./{path}") == str(tmp_path / "here" / path)
+    assert Storage(given).uri == str(tmp_path / path)
+
+
+def test_uris_stay_as_they_are_and_chains_are_refused() -> None:
+    for uri in ("s3://bucket/a/../b//c", "file:///a/./b", "memory://~/a"):
+        assert absolute(uri) == uri
+    for uri in ("simplecache::s3://bucket/a", "zip://a.txt::/tmp/a.zip", "a::b"):
+        with pytest.raises(ValueError, match=f"^{uri} chains file systems by '::'"):
+            absolute(uri)
+        with pytest.raises(StorageError, match="chains file systems"):
+            Storage(uri)
 
 
 # ---- other processes ---------------------------------------------------------------------------------------------------
@@ -558,6 +592,20 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path) -> N
         assert said(alone(UNREADABLE, str(tmp_path), unprivileged=True)).startswith("error listing")
     finally:
         (tmp_path / "done").chmod(0o755)
+
+
+def test_what_a_disk_keeps_at_its_root_is_not_looked_into(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path))
+    lost = tmp_path / "lost+found"
+    lost.mkdir()
+    (lost / "#12").write_bytes(b"found")
+    assert store.list() == {} and store.read_run() is None
+    store.write("done/1", b"1")
+    lost.chmod(0o000)
+    try:
+        assert said(alone(UNREADABLE, str(tmp_path), unprivileged=True)) == "{'done/1': 1}"
+    finally:
+        lost.chmod(0o755)
 
 
 # ---- real refusals -----------------------------------------------------------------------------------------------------

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
+import transformers
 from conftest import Models
 from families import FAMILIES, build
 
-from fisher_ray import Sampled, score_factors
+from fisher_ray import Exact, ModelError, Sampled, score_factors
 from fisher_ray.scores import Pass
 from fisher_ray.split import SplitModel
 from fisher_ray.tape import Walk
@@ -68,6 +70,68 @@ def test_a_walk_equals_one_position_autograd(models: Models, monkeypatch: pytest
         n = oracles.row_index(scores, i, position)
         for layer in (0, 2, 3):
             assert oracles.error(scores.factors[layer][n], truth.scores[layer]) < 1e-6  # the library's float32 islands
+
+
+class Gathers(torch.nn.Module):
+    """A block that adds what an earlier one has left behind, of the same position."""
+
+    def __init__(self, block: torch.nn.Module, left: list[torch.Tensor]):
+        super().__init__()
+        self.block, self.left = block, left
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = self.block(hidden, *args, **kwargs)
+        if len(self.left) == 2:
+            out = out + 0.5 * self.left.pop(0)
+        self.left.append(out)
+        return out
+
+
+def test_blocks_that_leave_something_behind_unseen_are_not_walked():
+    model = build(FAMILIES["llama"], torch.float32)
+    left: list[torch.Tensor] = []
+    for i, block in enumerate(model.model.layers):
+        model.model.layers[i] = Gathers(block, left)
+    model.model.register_forward_pre_hook(lambda *_: left.clear())
+    split = SplitModel(model)
+    assert split.self_check is not None and split.self_check.scores < 1e-4 and split.self_check.walked > 0.1
+    ids = torch.arange(1, 13)[None]
+    assert score_factors(split, ids, layers=[0], estimator=Sampled(1)).factors[0].isfinite().all()
+    with pytest.raises(ModelError, match="hand each other more than the residual stream: run again one at a time"):
+        score_factors(split, ids, layers=[0], estimator=Sampled(1), memory_budget=1)
+
+
+@pytest.fixture(scope="module")
+def shares_keys() -> Any:
+    """Gemma 4, whose last blocks take keys and values of earlier ones."""
+    config = transformers.Gemma4TextConfig(
+        vocab_size=61, vocab_size_per_layer_input=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=8, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=512,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Gemma4ForCausalLM(config).float()
+
+
+def test_blocks_that_share_keys_are_not_walked(shares_keys: Any):
+    split = SplitModel(shares_keys)
+    assert split.self_check is not None and split.self_check.scores < 1e-4 and split.self_check.walked == 0
+    ids = torch.randint(3, 61, (1, 16), generator=torch.Generator().manual_seed(0))
+    scores = score_factors(split, ids, layers=[0], estimator=Exact())
+    alone = score_factors(
+        SplitModel(shares_keys, gradients="per_position"), ids, layers=[0], estimator=Exact(), positions=[3, 12]
+    )
+    assert oracles.error(scores.matrices(0)[[3, 12]], alone.matrices(0)) < 1e-4
+    with pytest.raises(ModelError, match=r"hand each other more than the residual stream \(shared_kv_states\)"):
+        score_factors(split, ids, layers=[0], estimator=Exact(), memory_budget=1)
+
+
+@pytest.mark.parametrize("gradients", ["own_position", "per_position"])
+def test_blocks_that_share_keys_are_not_streamed(gradients: Any, shares_keys: Any, tmp_path: Path):
+    shares_keys.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(shared_kv_states\), so that they cannot be run again one at a time"):
+        SplitModel.from_pretrained(tmp_path, gradients=gradients, stream_weights=True)
 
 
 def test_memory_decides(models: Models, monkeypatch: pytest.MonkeyPatch):
