@@ -7,7 +7,8 @@ DEMO := runs/demo
 
 demo: .venv/ready
 	rm -rf $(DEMO)
-	$(BIN)/fisher-ray run --model demo/model --corpus demo/corpus.jsonl --columns kind --output $(DEMO)
+	$(BIN)/fisher-ray run --model demo/model --corpus demo/corpus.jsonl --columns kind \
+		--estimator deflated --rank 4 --num-samples 4 --output $(DEMO)
 	$(BIN)/fisher-ray validate $(DEMO) --positions 8 --json > $(DEMO).json
 	$(BIN)/fisher-ray report $(DEMO) --validation $(DEMO).json --output $(DEMO).html
 	@echo

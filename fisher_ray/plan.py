@@ -348,6 +348,12 @@ class RunConfig:
         }
 
     @property
+    def model_title(self) -> str:
+        """The model's name on the hub, or the end of a local path."""
+        path = Path(self.model)
+        return "/".join(path.parts[-2:]) if path.is_absolute() else self.model
+
+    @property
     def ends_early(self) -> bool:
         """Whether the run may end before the corpus does; its tasks are shuffled then."""
         return self.until_relative_error is not None or self.until_relative_change is not None

@@ -90,8 +90,9 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
         axes.set_prop_cycle(color=["#0072B2", "#D55E00", "#009E73"])  # told apart by colour-blind readers too
     layers = plan.layers
     colours = matplotlib.colormaps["viridis"]
+    norm = matplotlib.colors.Normalize(min(layers), max(max(layers), min(layers) + 1))
     for layer in layers:
-        colour = colours(0.92 * layers.index(layer) / max(1, len(layers) - 1))
+        colour = colours(0.92 * norm(layer))
         for axes, name in ((spectra, "eigenvalues"), (whitened, "whitened_eigenvalues")):
             values = read_array(store, layer, name)
             values = values[values > 1e-9 * values[0]]
@@ -101,11 +102,11 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
         (whitened, r"Eigenvalues of $\Sigma^{1/2} F\, \Sigma^{1/2}$ (compares over layers)", "nats²"),
     ):
         axes.set(xscale="log", yscale=_scale(axes), title=title, xlabel="index", ylabel=unit)
-    norm = matplotlib.colors.Normalize(min(layers), max(max(layers), min(layers) + 1))
     scale = matplotlib.cm.ScalarMappable(
         norm, matplotlib.colors.ListedColormap(colours([0.92 * i / 255 for i in range(256)]))
     )
-    figure.colorbar(scale, ax=[spectra, whitened], label="layer", shrink=0.9, aspect=30)
+    shown = layers[:: -(-len(layers) // 13)]
+    figure.colorbar(scale, ax=[spectra, whitened], label="layer", shrink=0.9, aspect=30, ticks=shown)
     for name, label, marker in (("trace", "tr F", "o"), ("whitened_trace", r"tr $\Sigma^{1/2} F\, \Sigma^{1/2}$", "s")):
         traces.plot(layers, [row[name] for row in rows], marker=marker, ms=4, label=label)
     traces.set(yscale=_scale(traces), title="Trace", xlabel="layer", ylabel="nats²")
@@ -123,7 +124,7 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)
     words = plan.config.estimator_in_words
-    figure.suptitle(f"{plan.config.model.rstrip('/')}: {rows[0]['positions']:,} positions, {words}", fontsize=12)
+    figure.suptitle(f"{plan.config.model_title}: {rows[0]['positions']:,} positions, {words}", fontsize=12)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

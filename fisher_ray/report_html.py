@@ -118,7 +118,7 @@ def html_report(run: Run, validation: Mapping[str, Any] | None = None) -> Report
     ]
     # What was met on the way is known only now, and yet comes first.
     first = [_summary(run, reading, counts), _health(run, reading, counts, layers, validation)]
-    title = f"Fisher matrices of {escape(run.config.model.rstrip('/'))}"
+    title = f"Fisher matrices of {escape(run.config.model_title)}"
     lead = (
         f"How a small nudge to a residual stream changes the next token: {escape(run.estimand)}.\n"
         f"{escape(run.status[0].upper() + run.status[1:])}."

@@ -88,7 +88,7 @@ def absolute(uri: str) -> str:
         raise ValueError(f"{uri} chains file systems by '::'. Expected one; copy or unpack what is in another.")
     if "://" in uri:
         return uri
-    parts = Path(uri).expanduser().absolute().parts
+    parts = Path(os.path.expanduser(uri)).absolute().parts  # noqa: PTH111 - an unknown user is no error
     # What is above a link to a folder is not what its name says.
     above = len(parts) - parts[::-1].index("..") if ".." in parts else 0
     return str(Path(*parts[:above]).resolve().joinpath(*parts[above:]) if above else Path(*parts))
