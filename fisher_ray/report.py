@@ -27,13 +27,17 @@ def number_table(*names: str, folded: str | None = None) -> Table:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table with its numbers whole: what a terminal is too narrow for goes on in its next line."""
-    needed = 2 * (len(table.columns) - 1)
-    for column in table.columns:
-        width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
-        needed += width if column.no_wrap and column.overflow == "fold" else min(width, _LEAST_TEXT)
+    """Print a table with its numbers whole: what a terminal is too narrow for goes on in its next line, but for text, which is
+    folded or cut to the room that there is."""
+    widths = [max(cell_len(str(cell)) for cell in (column.header, *column.cells)) for column in table.columns]
+    texts = [i for i, column in enumerate(table.columns) if not (column.no_wrap and column.overflow == "fold")]
+    room = console.width - sum(widths) - 2 * (len(widths) - 1)
+    for i in reversed(texts):
+        kept = max(min(widths[i], _LEAST_TEXT), widths[i] + min(room, 0))
+        room += widths[i] - kept
+        table.columns[i].width = widths[i] = kept
     before = console.size
-    console.size = ConsoleDimensions(max(before.width, needed), before.height)
+    console.size = ConsoleDimensions(max(before.width, sum(widths) + 2 * (len(widths) - 1)), before.height)
     console.print(table)
     console.size = before
 

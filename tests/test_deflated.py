@@ -210,10 +210,12 @@ def test_float32_where_p_is_peaked(top: float, common: float, estimator: Any):
 
 @pytest.mark.parametrize("estimator", [Deflated(8, 8), Deflated(32, 0), Exact(0.01)], ids=repr)
 @pytest.mark.parametrize("spread", [20, 30, 40, 60])
-def test_logits_of_any_range(spread: float, estimator: Any):
+@pytest.mark.parametrize(("vocab_size", "d_z"), [(300, 64), (113, 128)])
+def test_logits_of_any_range(vocab_size: int, d_z: int, spread: float, estimator: Any):
     """Among tokens that differ by a hundred nats; LAPACK's float32 solvers did not converge for some positions."""
     generator = torch.Generator().manual_seed(0)
-    weight, z = torch.randn(300, 64, generator=generator) / 8, torch.randn(60, 64, generator=generator)
+    weight = torch.randn(vocab_size, d_z, generator=generator) / d_z**0.5
+    z = torch.randn(60, d_z, generator=generator)
     z *= spread / (z @ weight.T).std(1, keepdim=True)
     zeros = torch.zeros(60, dtype=torch.long)
     found = estimator.cotangents(Head(weight).predict(z), Draws(zeros[:, None].expand(60, 2), zeros, zeros, "score"))

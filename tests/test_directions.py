@@ -642,8 +642,9 @@ def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     np.save(tmp_path / "mine.npy", top)
     assert main(["project", uri, "--directions", str(tmp_path / "mine.npy"), "--layers", "1"]) == COMPLETE
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split(":")[1].strip().startswith("complete") and len(lines) == 4
+    assert lines[0].split(":")[1].strip().startswith("complete") and len(lines) == 5
     assert f"{float(fd.cost(run, 1, top).value[0]):.4g}" in lines[2]
+    assert f" {1 / fd.typical_norm(run, 1):.2g} " in lines[2]
 
     documents = run.counts.documents - run.counts.empty
     for flags, count in (([], documents), (["--max-docs", "2"], 2)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import oracles
 import pytest
@@ -13,6 +14,7 @@ from families import FAMILIES, build
 from torch import Tensor, nn
 
 from fisher_ray import (
+    Deflated,
     Exact,
     Sampled,
     Scores,
@@ -313,7 +315,6 @@ def test_tempered_samples_follow_the_tempered_distribution(top_p: float, tempera
     [
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"num_samples": -3}, "num_samples must be at least 1, got -3"),
-        ({"num_samples": 2.5}, "num_samples must be a whole number, got 2.5"),
         ({"num_samples": 1, "top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"num_samples": 1, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"num_samples": 1, "top_p": float("nan")}, r"top_p must be in \(0, 1\], got nan"),
@@ -326,3 +327,9 @@ def test_bad_arguments(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message) as refusal:
         Sampled(**arguments)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("estimator", [lambda: Sampled(2.5), lambda: Deflated(2, 2.5), lambda: Deflated(2.5, 2)])
+def test_numbers_that_are_not_whole(estimator: Any, unchecked_shapes: None):
+    with pytest.raises(ValueError, match=r"(num_samples|rank) must be a whole number, got 2.5"):
+        estimator()

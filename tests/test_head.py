@@ -188,14 +188,18 @@ def test_the_likeliest_token_may_be_far_ahead(gap: float, estimator: Estimator):
     generator = torch.Generator().manual_seed(0)
     weight, z = torch.randn(300, 32, generator=generator), torch.randn(1, 32, generator=generator)
     logits = z @ weight.T
-    top = logits.argmax()
-    logits[0, top] += gap - (logits[0, top] - logits.topk(2).values[0, 1])
+    first, second = logits.topk(2).values[0]
+    one = torch.nn.functional.one_hot(logits.argmax(-1), 300)
+    level = logits + (second - first) * one
     zeros = torch.zeros(1, dtype=torch.long)
     draws = Draws(zeros[:, None].expand(1, 2), zeros, zeros, "score")
-    rows = estimator.cotangents(Prediction(Head(weight), logits.clone()), draws).rows
+    usual, found = (estimator.cotangents(Prediction(Head(weight), level + by * one), draws) for by in (20, gap))
+    rows = found.rows
     assert rows.isfinite().all()
+    if gap <= 80:  # the others are as they were among themselves
+        torch.testing.assert_close(found.captured_share, usual.captured_share, rtol=0, atol=1e-3)
     if gap <= 80 and estimator == Exact():
-        double = Prediction(Head(weight.double()), logits.double()).second_moment_factor()
+        double = Prediction(Head(weight.double()), (level + gap * one).double()).second_moment_factor()
         rows = rows[0].double()
         assert error(rows.mT @ rows, double[0].mT @ double[0]) < 1e-4
 

@@ -441,9 +441,10 @@ def test_an_unfinished_run(copied: Path, keep: int) -> None:
     rows = [row for row in Stored(copied).rows(1) if row["kind"] == "prose"]
     (shown,) = (row for row in page.cells["groups"] if row[0] == "prose")
     assert shown[1] == f"{len(rows):,}"
-    assert float(shown[3].split(" ± ")[0]) == pytest.approx(np.mean([row["trace"] for row in rows]), rel=2e-2)
+    assert shown[2] == str(open_run(copied).group_traces(1)["prose"][1].blocks)
+    assert float(shown[4].split(" ± ")[0]) == pytest.approx(np.mean([row["trace"] for row in rows]), rel=2e-2)
     trace = open_run(copied).group_traces(1)["prose"][1]
-    assert shown[3] == _pm(trace)
+    assert shown[4] == _pm(trace)
     assert float(trace.value) == pytest.approx(np.mean([row["trace"] for row in rows]), rel=1e-5)
     scored = sum(len(document["position"]) for document in page.text["documents"])
     assert scored * len(ALL) == len(Stored(copied).table)
