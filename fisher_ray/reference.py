@@ -127,7 +127,8 @@ def calculate_fisher(
     Args:
         model_name: hub name, path or SplitModel.
         layer_idx: 0..num_layers.
-        batch_tokens: token ids, a tokenizer's output with its mask, or texts.
+        batch_tokens: token ids, a tokenizer's output with its mask, or texts, which get no other tokens than the tokenizer's
+            own: put the sink (BOS, else EOS) that a run's windows begin with before ids that are to be compared with a run's.
         attention_mask: true at real tokens; padding on either side. Without one every token is real.
         num_samples: scores sampled a position; None: exact.
         top_p: nucleus of the sampled scores, in (0, 1].

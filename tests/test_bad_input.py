@@ -77,7 +77,7 @@ def the_error(code: int, err: str) -> str:
 
 def refused(place: Place, capsys: pytest.CaptureFixture[str], **changed: Any) -> str:
     before = place.list()
-    code = main(place.argv(**changed))
+    code = main(place.argv(**{"executor": "local", **changed}))
     message = the_error(code, capsys.readouterr().err)
     assert place.list() == before
     return message

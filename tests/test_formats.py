@@ -19,6 +19,7 @@ from pages import Session, ran
 
 import jobs
 from fisher_ray import cost
+from fisher_ray.directions import COORDINATES_SCHEMA
 from fisher_ray.driver import Progress
 from fisher_ray.plan import PLAN_SCHEMA
 from fisher_ray.reduce import DIRECTIONS_SCHEMA, SUMMARY_SCHEMA
@@ -33,6 +34,10 @@ TABLES = {
     "positions/*.parquet": (pa.schema(POSITION_FIELDS), POSITIONS_VERSION),
     "plan.parquet": (PLAN_SCHEMA, PLAN_SCHEMA.metadata[b"fisher_ray.schema"].decode()),
     "reduced/directions.parquet": (DIRECTIONS_SCHEMA, DIRECTIONS_SCHEMA.metadata[b"fisher_ray.schema"].decode()),
+    "FILE.parquet of fisher-ray project": (
+        COORDINATES_SCHEMA,
+        COORDINATES_SCHEMA.metadata[b"fisher_ray.schema"].decode(),
+    ),
     "reduced/summary.parquet": (SUMMARY_SCHEMA, SUMMARY_SCHEMA.metadata[b"fisher_ray.schema"].decode()),
 }
 
