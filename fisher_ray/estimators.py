@@ -251,8 +251,8 @@ Estimator = Exact | Sampled | Deflated
 
 
 def _check_whole(name: str, value: object) -> None:
-    if not isinstance(value, Integral):
-        raise ValueError(f"{name} must be a whole number, got {value}.")
+    if not isinstance(value, Integral) or value >= 2**31:
+        raise ValueError(f"{name} must be a whole number below 2^31, got {value}.")
 
 
 def check_tempering(top_p: float, temperature: float, prefix: str = "") -> None:
