@@ -251,7 +251,7 @@ Estimator = Exact | Sampled | Deflated
 
 
 def _check_whole(name: str, value: object) -> None:
-    if not isinstance(value, Integral) or value >= 2**31:
+    if not isinstance(value, Integral) or int(value) >= 2**31:
         raise ValueError(f"{name} must be a whole number below 2^31, got {value}.")
 
 

@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count, pairwise, takewhile
@@ -44,7 +45,7 @@ from fisher_ray.spectrum import (
     whitened_eigenvalues,
     whitened_factor_eigenvalues,
 )
-from fisher_ray.statistics import convergence
+from fisher_ray.statistics import convergence, mean_trace
 from fisher_ray.storage import StoredFile
 from fisher_ray.sums import MATRICES, GroupSums, LayerSums
 
@@ -54,6 +55,8 @@ SUMMARY_SCHEMA = pa.schema(
         ("group", pa.string()),
         ("positions", pa.int64()),
         ("trace", pa.float64()),
+        ("trace_error", pa.float64()),
+        ("blocks", pa.int64()),
         ("top_eigenvalue", pa.float64()),
         ("participation_ratio", pa.float64()),
         ("entropy_rank", pa.float64()),
@@ -67,7 +70,7 @@ SUMMARY_SCHEMA = pa.schema(
         ("raised", pa.list_(pa.string())),
         ("lowered", pa.list_(pa.string())),
     ],
-    metadata={"fisher_ray.schema": "summary.4"},
+    metadata={"fisher_ray.schema": "summary.5"},
 )
 
 
@@ -214,10 +217,7 @@ class _Blocks:
     layer: int
 
     def __iter__(self) -> Iterator[GroupSums]:
-        for receipt in self.receipts:
-            total = LayerSums.from_bytes(self.store.load(receipt.files[f"sums_{self.layer}"])).total()
-            if total is not None:
-                yield total
+        return filter(None, (part.total() for part in _parts(self.store, self.receipts, self.layer)))
 
 
 def sum_node(plan: Plan, store: RunStore, node: Node) -> Receipt:
@@ -230,7 +230,10 @@ def sum_node(plan: Plan, store: RunStore, node: Node) -> Receipt:
     attempt = f"{node.name}-{uuid.uuid4().hex[:8]}"
     files = {}
     for layer in node.layers:
-        raw = _added(store, children, layer).to_bytes()
+        total = LayerSums({})
+        for part in _parts(store, children, layer):
+            total.merge(part)
+        raw = total.to_bytes()
         files[f"sums_{layer}"] = store.store(f"tree/{attempt}/layer_{layer:03d}.npz", raw)
     return store.commit("tree", _covering(node.name, plan.fingerprint, children, files))
 
@@ -255,19 +258,28 @@ def finish_layers(plan: Plan, store: RunStore, root: Node) -> tuple[list[dict[st
     rows: list[dict[str, Any]] = []
     files: dict[str, StoredFile] = {}
     for layer in root.layers:
-        sums = _added(store, children, layer)
+        sums = LayerSums({})
+        traces: dict[str | None, list[tuple[int, float]]] = defaultdict(list)  # of the blocks, by group and of all
+        for block in _parts(store, children, layer):
+            own = {name: (group.count, group.fisher.trace) for name, group in block.groups.items()}
+            for name, pair in own.items():
+                traces[name].append(pair)
+            if own:
+                positions, all_traces = zip(*own.values(), strict=True)
+                traces[None].append((sum(positions), sum(all_traces)))
+            sums.merge(block)
         total = sums.total()
         if total is None:
             continue
         folder = reduced_folder(layer)
         row, arrays = _means(total)
-        rows.append({"layer": layer, "group": None, **row})
+        rows.append({"layer": layer, "group": None, **row, **_error(traces[None])})
         _write_means(store, folder, arrays, files)
         if plan.config.group_by is None:
             continue
         for name in sorted(sums.groups):
             row, arrays = _means(sums.groups[name])
-            rows.append({"layer": layer, "group": name, **row})
+            rows.append({"layer": layer, "group": name, **row, **_error(traces[name])})
             if plan.config.sketch is None:
                 _write_means(store, reduced_folder(layer, name), arrays, files)
         if plan.config.sketch is not None:
@@ -282,12 +294,15 @@ def _receipt(store: RunStore, node: Node) -> Receipt:
     return store.receipt("tree", node.name)
 
 
-def _added(store: RunStore, children: Sequence[Receipt], layer: int) -> LayerSums:
-    """The children's sums at one layer, in their order."""
-    total = LayerSums({})
-    for child in children:
-        total.merge(LayerSums.from_bytes(store.load(child.files[f"sums_{layer}"])))
-    return total
+def _parts(store: RunStore, receipts: Iterable[Receipt], layer: int) -> Iterator[LayerSums]:
+    """The sums at one layer under some receipts, in their order."""
+    return (LayerSums.from_bytes(store.load(receipt.files[f"sums_{layer}"])) for receipt in receipts)
+
+
+def _error(blocks: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Standard error of a mean trace, from positions and trace of each block, and how many they are."""
+    found = mean_trace(blocks)
+    return {"trace_error": float(found.error) if found.blocks > 1 else None, "blocks": found.blocks}
 
 
 def _covering(name: str, fingerprint: str, children: Sequence[Receipt], files: dict[str, StoredFile]) -> Receipt:

@@ -215,6 +215,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         if row["layer"] is None:
             table.add_row(row["point"], str(row["code"]), "-", "-", "-", "-", "-")
             continue
-        numbers = (f"{row['trace']:.4g}", f"{row['entropy_rank']:.1f}", str(row["trace_rank_99"]))
+        error = row["trace_error"]
+        trace = f"{row['trace']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+        numbers = (trace, f"{row['entropy_rank']:.1f}", str(row["trace_rank_99"]))
         table.add_row(row["point"], str(row["code"]), str(row["layer"]), f"{row['positions']:,}", *numbers)
     return table

@@ -17,6 +17,7 @@ from fisher_ray import cost, driver, inspection, open_run, reduce
 from fisher_ray import run as run_module
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.run import Run
+from fisher_ray.statistics import spectrum
 from fisher_ray.storage import DamagedError, StorageError, seal
 from jobs import D_MODEL, LAYERS, Stored, gpt2  # noqa: F401
 
@@ -76,6 +77,19 @@ def test_a_complete_run(run: Run, made: Path) -> None:
     assert run.groups == sorted({"0", "1"} | {f"{2**k}-{2 ** (k + 1) - 1}" for k in range(1, len(run.groups) - 1)})
     assert {row["layer"] for row in run.summary} == set(ALL)
     assert [worker["device"] for worker in run.provenance] == ["cpu"]
+
+
+def test_the_summary_has_the_errors_of_traces(made: Path) -> None:
+    """Those that the sums of the blocks give, of all positions and of each group."""
+    run = open_run(made)
+    assert {row["group"] for row in run.summary} == {None, *run.groups}
+    for row in run.summary:
+        blocks = run.blocks(row["layer"], row["group"])
+        trace = spectrum(blocks).trace
+        assert row["blocks"] == trace.blocks == len(blocks)
+        assert row["trace"] == pytest.approx(float(trace.value), rel=1e-9)
+        error = None if np.isnan(trace.error) else pytest.approx(float(trace.error), rel=1e-6)
+        assert row["trace_error"] == error
 
 
 @pytest.mark.parametrize("layer", ALL)
