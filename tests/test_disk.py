@@ -91,20 +91,28 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 @as_root
-@pytest.mark.parametrize("share", [0.004, 0.4, 0.985])
+@pytest.mark.parametrize("place", ["first file", "tasks", "reduction"])
 def test_a_disk_that_fills_up(
-    share: float, shared: Path, truth: Stored, disk: Callable[[int], Path], small_tasks: None,
+    place: str, shared: Path, truth: Stored, disk: Callable[[int], Path], small_tasks: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """At the first file, among the tasks, and among the last files of the reduction."""
-    used = sum(-(-path.stat().st_size // 4096) * 4 for path in truth.folder.rglob("*") if path.is_file())
-    output = disk(int(used * share)) / "run"
+
+    def kilobytes(folder: Path) -> int:
+        return sum(-(-path.stat().st_size // 4096) * 4 for path in folder.rglob("*") if path.is_file())
+
+    used = kilobytes(truth.folder)
+    room = {
+        "first file": used // 250,
+        "tasks": used * 2 // 5,
+        "reduction": used - kilobytes(truth.folder / "reduced") // 2,
+    }
+    output = disk(room[place]) / "run"
     assert main(["run", *flags(shared, output)]) == BAD_INPUT
     line = one_line(capsys.readouterr().err)
     assert "No space left on device" in line and "Make room; the same command goes on." in line
     done = len(list(output.glob("done/*.json")))
-    assert (done == 0) if share < 0.1 else 0 < done < 7
-    if share > 0.9:
+    assert (done == 0) if place == "first file" else 0 < done < 7
+    if place == "reduction":
         assert done == len(truth.receipts) and not (output / "reduced/manifest.json").exists()
     assert not list(output.rglob(".writing-*"))
     disk(4 * used)
