@@ -255,8 +255,8 @@ class Prediction:
             here, tokens = slice(i, i + 1), order[i : i + 1, :count]
             if count <= head.d_z:
                 rows = self.weighted_scores(tokens, here)[0]
-                values, vectors = symmetric_eigh((rows @ rows.mT).double())
-                rows = vectors.mT.to(rows) @ rows
+                values, vectors = symmetric_eigh(rows @ rows.mT)
+                rows = vectors.mT @ rows
             else:
                 moment = torch.zeros(head.d_z, head.d_z, dtype=torch.float64, device=ranked.device)
                 for some in tokens.split(VOCAB_CHUNK, 1):
