@@ -640,7 +640,12 @@ class Plan:
             return position_bucket(window.start + t - window.sink)
         if by == "token":
             return str(window.ids[t]) if window.ids[t] in self.tokens else "other"
-        return str(document.carried[self.config.layout.carried.index(by)])
+        return str(document.carried[self._group_index])
+
+    @cached_property
+    def _group_index(self) -> int:
+        """Where a document carries the column that groups are named by."""
+        return self.config.layout.carried.index(str(self.config.group_column))
 
     def _num_groups(self, length: int) -> int:
         """Groups that one task may have sums for."""

@@ -117,7 +117,8 @@ def html_report(run: Run, validation: Mapping[str, Any] | None = None) -> Report
         *laws,
     ]
     # What was met on the way is known only now, and yet comes first.
-    first = [_summary(run, reading, counts), _health(run, reading, counts, layers, validation)]
+    workers = reading(lambda: run.provenance) or []
+    first = [_summary(run, reading, counts, workers), _health(run, reading, counts, workers, layers, validation)]
     title = f"Fisher matrices of {escape(run.config.model_title)}"
     lead = (
         f"How a small nudge to a residual stream changes the next token: {escape(run.estimand)}.\n"
@@ -174,9 +175,8 @@ def _pm(estimate: Estimate) -> str:
 # ---- what it is, and how sound ---------------------------------------------------------------------------------------
 
 
-def _summary(run: Run, reading: Reading, counts: Any) -> Section:
+def _summary(run: Run, reading: Reading, counts: Any, workers: Sequence[Mapping[str, Any]]) -> Section:
     config = run.config
-    workers = reading(lambda: run.provenance) or []
     progress = reading(lambda: run.store.read_sealed("progress.json")) or {}
     versions = [", ".join(f"{name} {version}" for name, version in worker["versions"].items()) for worker in workers]
     facts = [
@@ -225,7 +225,12 @@ def _checked(checks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _health(
-    run: Run, reading: Reading, counts: Any, layers: Sequence[_Layer], validation: Mapping[str, Any] | None
+    run: Run,
+    reading: Reading,
+    counts: Any,
+    workers: Sequence[Mapping[str, Any]],
+    layers: Sequence[_Layer],
+    validation: Mapping[str, Any] | None,
 ) -> Section:
     given_up = [
         record["error"] if (record := reading(partial(run.store.read_sealed, path))) else f"{path} cannot be read"
@@ -269,7 +274,7 @@ def _health(
                 "bound that may be many times too small",
             )
         )
-    computed = {json.dumps(worker["versions"], sort_keys=True) for worker in reading(lambda: run.provenance) or []}
+    computed = {json.dumps(worker["versions"], sort_keys=True) for worker in workers}
     if len(computed) > 1:
         lines.append(
             (False, f"its tasks were computed with {len(computed)} sets of versions, whose last digits may differ")
