@@ -261,7 +261,7 @@ def test_a_sum_says_who_has_computed_its_tasks(
 def jsonl(path: Path) -> list[dict[str, str]]:
     languages = ["de", "en", "a/b c", None]
     texts = [text for _, text in jobs.paragraphs(jobs.some_text(8_000).encode())]
-    rows = [{"text": text, "language": languages[i % 4]} for i, text in enumerate(texts)]
+    rows = [{"text": text, "language": languages[i % 4], "number": str(i)} for i, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -277,8 +277,9 @@ def test_each_groups_mean_is_that_of_its_positions(
     """From the stored factors of every position, by plain NumPy."""
     jsonl(tmp_path / "docs.jsonl")
     config = jobs.settings(
-        gpt2, tmp_path / "docs.jsonl", tmp_path / "run", group_by=group_by, save="factors", layers="1", num_groups=6
-    )
+        gpt2, tmp_path / "docs.jsonl", tmp_path / "run", group_by=group_by, columns=("number",), save="factors", layers="1",
+        num_groups=6,
+    )  # fmt: skip
     stored, outcome = jobs.run_here(config)
     rows, factors = stored.rows(1), stored.saved("factors", 1).astype(np.float64)
     if group_by == "language":
