@@ -12,13 +12,12 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+import transformers  # its classes by name where they are used: it loads them then, in two seconds that few commands need
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.activations import ACT2CLS, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fisher_ray.head import Head
-from fisher_ray.kernels import linear, onednn_is_right
+from fisher_ray.kernels import linear, uses_onednn
 from fisher_ray.streaming import map_rewritten
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -69,7 +68,7 @@ class ModelFacts:
     def read(cls, name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
         """The facts of a model by hub name or local path; ModelError where there is none."""
         with _load_errors(name):
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            config = _configuration(name, revision, trust_remote_code)
             return cls.of(config)
 
 
@@ -110,7 +109,7 @@ def _digest(name: str, revision: str | None, trust_remote_code: bool, wanted: Ca
     path = Path(name)
     if not path.is_dir():
         with _load_errors(name):
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            config = _configuration(name, revision, trust_remote_code)
             return str(config._commit_hash)
     digest = hashlib.sha256()
     for file in sorted(file for file in path.iterdir() if wanted(file) and file.name != "generation_config.json"):
@@ -146,8 +145,8 @@ def load_pretrained(
     if weights == torch.float64:
         common["experts_implementation"] = "eager"  # grouped products of experts know no float64
     with _load_errors(name):
-        config = AutoConfig.from_pretrained(name, **common)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        config = _configuration(name, **common)
+        auto = _auto_class(config)
         with TemporaryDirectory(prefix="fisher_ray_") as folder:
             model, report = auto.from_pretrained(
                 name,
@@ -205,11 +204,11 @@ def meta_model(name: str, dtype: str = "float32", revision: str | None = None, t
     Raises:
         ModelError: not found, or no language model.
     """
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    with _load_errors(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name, revision=revision, experts_implementation="batched_mm", **common)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return auto.from_config(config, dtype=DTYPES[dtype], **common)
+    with _load_errors(name):
+        config = _configuration(name, revision, trust_remote_code, experts_implementation="batched_mm")
+        auto = _auto_class(config)
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -217,7 +216,17 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if not _may_have_tokenizer(name):
         return None
     with _load_errors(name):
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _configuration(name: str, revision: str | None, trust_remote_code: bool, **settings: Any) -> Any:
+    return transformers.AutoConfig.from_pretrained(
+        name, revision=revision, trust_remote_code=trust_remote_code, **settings
+    )
+
+
+def _auto_class(config: Any) -> Any:
+    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
 
 
 def sink_token(config: Any, tokenizer: Any, vocab_size: int) -> int | None:
@@ -232,20 +241,20 @@ def sink_token(config: Any, tokenizer: Any, vocab_size: int) -> int | None:
     return next((token for token in candidates if isinstance(token, int) and 0 <= token < vocab_size), None)
 
 
-_POINTWISE = {nn.GELU} | {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
-
-
 def fuse_activations(model: nn.Module) -> list[Pointwise]:
     """Have activations keep their slopes where asked, and exchange transformers' tanh GELU for PyTorch's, the same function.
 
     Returns:
         those of the model, also where they had been exchanged before.
     """
+    from transformers.activations import ACT2CLS, NewGELUActivation
+
+    pointwise = {nn.GELU} | {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
     for module in [module for module in model.modules() if not isinstance(module, Pointwise)]:
         for child, activation in list(module.named_children()):
             if isinstance(activation, NewGELUActivation):
                 activation = nn.GELU(approximate="tanh")
-            if type(activation) in _POINTWISE and next(activation.parameters(), None) is None:
+            if type(activation) in pointwise and next(activation.parameters(), None) is None:
                 setattr(module, child, Pointwise(activation))
     return [module for module in model.modules() if isinstance(module, Pointwise)]
 
@@ -305,7 +314,7 @@ def fuse_products(blocks: nn.ModuleList) -> None:
 
     They stay what they were to whoever asks: their new classes are subclasses.
     """
-    if not onednn_is_right():
+    if not uses_onednn():
         return
     for module in blocks.modules():
         fused = _FUSED.get(type(module))

@@ -29,14 +29,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Lock
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from fisher_ray.kernels import diagonal, flash_attends, flash_attention, flash_query_gradient
 
@@ -157,6 +156,7 @@ def attention_mode(
     Raises:
         RuntimeError: another thread is at it, perhaps with another model of the same configuration.
     """
+    _register()
     with _ENTERING:
         before = [config._attn_implementation for config in configs]
         if IMPLEMENTATION in before:
@@ -174,13 +174,23 @@ def attention_mode(
         _MODE.reset(token)
 
 
+@cache
+def _register() -> None:
+    """Tell transformers of this implementation; when a model is scored, as its own imports take a second."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+
+
 def _mask(
+    *,
     batch_size: int,
     q_length: int,
     kv_length: int,
+    mask_function: Callable[..., Tensor],
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -193,6 +203,8 @@ def _mask(
     plain = allow_is_causal_skip and attention_mask is None and q_length == kv_length and q_offset == kv_offset == 0
     if plain and local_size is not None and kv_length >= local_size:
         return _Window(mask_function, batch_size, local_size)
+    from transformers.masking_utils import sdpa_mask
+
     made: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
@@ -526,7 +538,3 @@ def _dots(per_head: Tensor, per_key_head: Tensor) -> Float[Tensor, "batch heads 
 def _each_group(per_head: Tensor, group: int) -> Tensor:
     """[batch, heads, ...] summed over the heads of each key head."""
     return per_head if group == 1 else per_head.unflatten(1, (-1, group)).sum(2)
-
-
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)

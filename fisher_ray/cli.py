@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import logging
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,26 +24,26 @@ from typing import Any, NoReturn
 import numpy as np
 import safetensors.numpy
 import transformers
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from fisher_ray import __version__, inspection
-from fisher_ray.cluster import RayPool, submit
 from fisher_ray.cost import HARDWARE, Hardware
 from fisher_ray.directions import cost, model_of, moved_tokens, project, read_directions, top_directions, typical_norm
-from fisher_ray.dispatch import LocalPool, RunError, StoppedError
+from fisher_ray.dispatch import LocalPool, Pool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
-from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, reckon
+from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, read_settings, reckon
 from fisher_ray.report import direction_table, layer_table, number_table, print_table
 from fisher_ray.report_html import html_report
 from fisher_ray.run import Reading, open_run, read_description
 from fisher_ray.shards import Lease, RefusedError, RunStore
 from fisher_ray.statistics import Estimate
 from fisher_ray.storage import DamagedError, Storage, StorageError, absolute, is_transient
-from fisher_ray.sweep import read_sweep, run_sweep
 from fisher_ray.validate import validate
+
+# What is imported stays, and no collection need look at it: the last one, at the interpreter's end, took a second.
+gc.freeze()
 
 # Exit codes. DAMAGED is that of commands that read a run.
 COMPLETE, FAILED, BAD_INPUT, REFUSED, QUARANTINED, DAMAGED, STOPPED = 0, 1, 2, 3, 4, 5, 130
@@ -372,10 +373,7 @@ def _config(given: dict[str, Any]) -> RunConfig:
     path = given.pop("config")
     values: dict[str, Any] = {}
     if path is not None:
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read the config file {path}: {' '.join(str(error).split())}") from error
+        values = read_settings(path, "the config file")
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path} must hold settings by name, got {type(values).__name__}.")
         if "fingerprint" in values:
@@ -463,9 +461,17 @@ def _run(config: RunConfig) -> int:
         with _progress(console) as tell:
             yield lambda p: tell(p.state, p.weight, p.total_weight, _line(p))
 
-    outcome = run(config, LocalPool if config.executor == "local" else RayPool, show)
+    outcome = run(config, _pool(config), show)
     _show(console, outcome)
     return QUARANTINED if outcome.quarantined else COMPLETE
+
+
+def _pool(config: RunConfig) -> Callable[[RunConfig], AbstractContextManager[Pool]]:
+    if config.executor == "local":
+        return LocalPool
+    from fisher_ray.cluster import RayPool  # here and below, as most commands start without Ray in half a second less
+
+    return RayPool
 
 
 @contextmanager
@@ -947,6 +953,8 @@ def _export(given: dict[str, Any]) -> int:
 
 
 def _submit(given: dict[str, Any]) -> int:
+    from fisher_ray.cluster import submit
+
     job = given["job"][1:] if given["job"][:1] == ["--"] else given["job"]
     if not job:
         raise ConfigError("submit needs a command: fisher-ray submit -- run --model ... ")
@@ -965,6 +973,8 @@ def _submit(given: dict[str, Any]) -> int:
 
 
 def _sweep(given: dict[str, Any]) -> int:
+    from fisher_ray.sweep import read_sweep, run_sweep
+
     sweep = read_sweep(given["config"])
     _lasting(sweep.output)
     return run_sweep(sweep, _console())

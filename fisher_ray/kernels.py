@@ -1,7 +1,8 @@
 """What devices have in place of the engine's own way, each tried on the device before it is relied on.
 
 *Products of oneDNN.* PyTorch multiplies float32 numbers on a CPU by the library that it was built with, which is MKL where
-there is one. Its other one, oneDNN, was measured to take 0.5 to 0.9 of the time on an AMD CPU, the least for few rows.
+there is one. Its other one, oneDNN, was measured to take 0.5 to 0.9 of the time on an AMD CPU, the least for few rows; on an
+Intel CPU it took 0.9 to 2.2 times as long, and is not used.
 
 *Products on tensor cores.* The product of two bfloat16 numbers is exact in float32, and tensor cores add such products in
 float32: where both factors hold bfloat16 numbers nothing is gained by converting them, and an order of magnitude of speed is
@@ -21,9 +22,11 @@ Symmetric products and the softmax, which CPUs too have ways of their own for, a
 from __future__ import annotations
 
 import math
+import platform
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -215,7 +218,7 @@ def _onednn_multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not weight.requires_grad
         and not (bias is not None and bias.requires_grad)
         and not torch.is_autocast_enabled("cpu")
-        and onednn_is_right()
+        and uses_onednn()
     )
 
 
@@ -231,6 +234,19 @@ if torch.backends.mkldnn.is_available():
     def _onednn_flop(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
         """For torch's counters, which know its own products alone."""
         return 2 * math.prod(x) * weight[0]
+
+
+def uses_onednn() -> bool:
+    """Whether products on this CPU are oneDNN's, where :func:`linear` finds them large enough."""
+    return not mkl_is_at_home() and onednn_is_right()
+
+
+@lru_cache
+def mkl_is_at_home() -> bool:
+    """Whether PyTorch multiplies by MKL on a CPU of MKL's maker. Read and not timed, so that a machine has the same bits."""
+    known = Path("/proc/cpuinfo")
+    maker = known.read_text(encoding="utf-8", errors="replace") if known.exists() else platform.processor()
+    return torch.backends.mkl.is_available() and "GenuineIntel" in maker
 
 
 @lru_cache

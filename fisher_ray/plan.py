@@ -23,6 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from fisher_ray.architecture import (
     DTYPES,
@@ -57,7 +58,7 @@ from fisher_ray.storage import absolute
 from fisher_ray.sums import ALL
 
 # Raised whenever the same configuration would give other numbers.
-RESULT_VERSION = 13
+RESULT_VERSION = 14
 
 Device = Literal["cpu", "cuda"]
 Executor = Literal["ray", "local"]
@@ -109,6 +110,14 @@ _PLAN_ROWS = 1 << 14
 
 class ConfigError(ValueError):
     """A setting that cannot be, or does not fit the model."""
+
+
+def read_settings(path: Path, what: str) -> Any:
+    """What a YAML or JSON file holds; ConfigError, which calls it by ``what``, where it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {what} {path}: {' '.join(str(error).split())}") from error
 
 
 @dataclass(frozen=True)

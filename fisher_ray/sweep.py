@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fisher_ray.cluster import joined
-from fisher_ray.plan import ConfigError, RunConfig
+from fisher_ray.plan import ConfigError, RunConfig, read_settings
 from fisher_ray.report import number_table, print_table
 from fisher_ray.run import open_run
 from fisher_ray.shards import RunStore, parquet_bytes
@@ -64,10 +64,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         ConfigError: naming the setting or the point.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the sweep {path}: {' '.join(str(error).split())}") from error
+    values = read_settings(path, "the sweep")
     if not isinstance(values, dict) or not isinstance(values.get("output"), str):
         raise ConfigError(f"sweep {path} must hold output, common and one of product and points.")
     unknown = set(values) - set(_KNOWN)

@@ -79,7 +79,8 @@ def test_slopes_are_kept_where_asked_alone():
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_model_keeps_all_its_derivatives(name: str, monkeypatch: pytest.MonkeyPatch):
     """Its owner's second derivatives, in either order of modes, are those of before; also beside a tape of ours."""
-    monkeypatch.setattr(kernels, "_LARGE", 0)  # linear layers as large ones are
+    monkeypatch.setattr(kernels, "mkl_is_at_home", lambda: False)  # linear layers are oneDNN's
+    monkeypatch.setattr(kernels, "_LARGE", 0)
 
     def derivatives(model: nn.Module) -> list[Tensor]:
         width = model.config.hidden_size

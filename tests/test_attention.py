@@ -6,6 +6,7 @@ import oracles
 import pytest
 import torch
 from conftest import Models
+from transformers import masking_utils
 
 from fisher_ray import Exact, Sampled, attention, score_factors
 
@@ -82,8 +83,8 @@ def test_no_mask_of_replayed_queries_is_made(models: Models, monkeypatch: pytest
     """Positions that repeat look to transformers like packed sequences, which get a mask of [queries, queries]."""
     split = models("llama")
     made: list[int] = []
-    mask = attention.sdpa_mask
-    monkeypatch.setattr(attention, "sdpa_mask", lambda *given, **more: [made.append(1), mask(*given, **more)][1])
+    mask = masking_utils.sdpa_mask
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda *given, **more: [made.append(1), mask(*given, **more)][1])
     asked = {"layers": [0], "estimator": Sampled(1), "token_source": "sampled", "num_token_draws": 3}
     score_factors(split, torch.arange(20)[None], **asked)  # and what is measured once
     made.clear()

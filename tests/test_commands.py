@@ -79,6 +79,21 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 2) -> st
 # ---- status, verify, clean -----------------------------------------------------------------------------------------------
 
 
+def test_reading_a_run_loads_neither_ray_nor_models(run: Stored, tmp_path: Path) -> None:
+    """They take longer to import than a command takes to answer."""
+    commands = [["status"], ["verify"], ["clean"], ["inspect"], ["diff", "--layer", "0", str(LAYERS)]]
+    commands += [["export", "-o", str(tmp_path / "out.npz")], ["report", "-o", str(tmp_path / "out.html")]]
+    script = f"""
+import sys
+from fisher_ray.cli import main
+assert not any(main([name, {str(run.folder)!r}, *flags]) for name, *flags in {commands})
+print("loaded:", *{{"ray", "transformers.modeling_utils", "torch._dynamo"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
 def test_status_of_a_finished_run(run: Stored, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = len(run.receipts)
     out = said(capsys, "status", run.folder)

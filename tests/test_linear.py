@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
+from pathlib import Path
 
 import oracles
 import pytest
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 
 @pytest.fixture(autouse=True)
-def small_weights_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def onednn_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU of any maker, and by weights of any size."""
+    monkeypatch.setattr(kernels, "mkl_is_at_home", lambda: False)
     monkeypatch.setattr(kernels, "_LARGE", 0)
 
 
@@ -103,6 +106,7 @@ def test_other_numbers_are_multiplied_as_before(multiplied: list[torch.Size]):
 def test_small_weights_are_left_to_pytorch(multiplied: list[torch.Size], monkeypatch: pytest.MonkeyPatch):
     """A call and a new shape cost more there than the product; it is the weight that decides, however many rows there are."""
     monkeypatch.undo()
+    monkeypatch.setattr(kernels, "mkl_is_at_home", lambda: False)
     onednn = kernels._onednn
     monkeypatch.setattr(kernels, "_onednn", lambda *given: multiplied.append(given[1].shape) or onednn(*given))
     for rows in (1, 300):
@@ -176,6 +180,28 @@ def test_what_is_relied_on_was_tried(off: float | None, monkeypatch: pytest.Monk
         assert type(blocks[0]) is nn.Linear
     finally:
         kernels.onednn_is_right.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("maker", "mkl", "at_home"),
+    [("GenuineIntel", True, True), ("AuthenticAMD", True, False), ("GenuineIntel", False, False)],
+)
+def test_mkl_multiplies_on_cpus_of_its_maker(
+    maker: str, mkl: bool, at_home: bool, monkeypatch: pytest.MonkeyPatch, multiplied: list[torch.Size]
+):
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor\t: 0\nvendor_id\t: {maker}\n")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    kernels.mkl_is_at_home.cache_clear()
+    try:
+        assert kernels.mkl_is_at_home() is at_home
+        assert kernels.uses_onednn() is not at_home
+        blocks = nn.ModuleList([nn.Linear(3, 4)])
+        fuse_products(blocks)
+        assert (type(blocks[0]) is nn.Linear) is at_home
+    finally:
+        kernels.mkl_is_at_home.cache_clear()
 
 
 def test_a_bias_of_any_stride(multiplied: list[torch.Size]):

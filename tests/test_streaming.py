@@ -16,7 +16,7 @@ from families import FAMILIES, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import jobs
-from fisher_ray import ModelError, Sampled, open_run, score_factors
+from fisher_ray import ModelError, Sampled, kernels, open_run, score_factors
 from fisher_ray.cost import outline
 from fisher_ray.plan import RunConfig
 from fisher_ray.scores import Pass
@@ -160,8 +160,9 @@ def test_a_copy_fetches_for_itself(tmp_path: Path):
     assert ran == ["copied", "split"]
 
 
-def test_streamed_layers_multiply_as_those_that_stay(tmp_path: Path):
+def test_streamed_layers_multiply_as_those_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Weights large enough for oneDNN: not one bit is another than where they stay and blocks are walked."""
+    monkeypatch.setattr(kernels, "mkl_is_at_home", lambda: False)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=61, hidden_size=768, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8
