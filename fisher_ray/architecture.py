@@ -175,7 +175,7 @@ def offloaded_blocks(
 ) -> dict[str, int | str | torch.device]:
     """A device map that leaves the weights of the blocks where they are stored, and has everything else on one device."""
     model = meta_model(name, revision=revision, trust_remote_code=trust_remote_code)
-    blocks = find_blocks(model.get_decoder(), ModelFacts.of(model.config).num_layers, name)
+    blocks = find_blocks(find_decoder(model), ModelFacts.of(model.config).num_layers, name)
     left = {id(block) for block in blocks}
     around = {id(blocks)}  # modules that hold the blocks are gone through, all others stay whole
     for _, module in reversed(list(model.named_modules())):
@@ -382,6 +382,12 @@ def find_blocks(decoder: nn.Module, num_layers: int, name: str) -> nn.ModuleList
     if not fitting:
         raise ModelError(f"{name} has no list of {num_layers} blocks; expected a decoder made of a stack of blocks.")
     return min(fitting, key=lambda pair: pair[0])[1]
+
+
+def find_decoder(model: Any) -> Any:
+    """What maps tokens to the final hidden state; of some models (Llama 4) the library says that it is the whole."""
+    decoder = model.get_decoder()
+    return getattr(model, "model", decoder) if decoder is model else decoder
 
 
 def find_head(model: Any) -> Head:

@@ -31,6 +31,9 @@ from fisher_ray.shards import Receipt
 _MAX_LOADS = 3
 _LOOK_EVERY = 1.0
 
+# Set where the Ray that RAY_ADDRESS names was started by a sweep on its own machine, and has no node to come.
+STARTED_HERE = "FISHER_RAY_STARTED_HERE"
+
 # Metrics, which Ray exports as ray_fisher_ray_NAME: of the driver by what of Progress they show, of the actors by what of a
 # receipt's Counts they add up. The actors' histogram is fisher_ray_task_seconds, by stage.
 GAUGES = {
@@ -138,17 +141,18 @@ class RayPool:
 
     def __enter__(self) -> RayPool:
         # One that is started here has no node to come.
-        grows = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+        named = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+        grows = named and not os.environ.get(STARTED_HERE)
         self._context = joined()
         self._context.__enter__()
         try:
             gpus = self._config.gpus_per_actor
             if gpus is None:
                 has_gpus = ray.cluster_resources().get("GPU", 0) >= 1
-                gpus = 1.0 if has_gpus and self._config.device != "cpu" else 0.0
+                gpus = 1.0 if self._config.device == "cuda" or (has_gpus and self._config.device is None) else 0.0
             self._gpus = gpus
             self.device: Device = self._config.device or ("cuda" if gpus else "cpu")
-            if not (grows and self._config.max_actors) and not self._room():
+            if not (grows and (self._config.max_actors or self._config.min_actors > 1)) and not self._room():
                 have = ray.cluster_resources()
                 raise ConfigError(
                     f"no node has the {self._needs}; "
@@ -434,8 +438,12 @@ def submit(
     # The connection may end before the job does and starts from the log's beginning again; the status comes last.
     try:
         while not (info := _asked(client, job)).status.is_terminal():
-            with contextlib.suppress(RuntimeError, OSError, RayError):
+            try:
                 asyncio.run(follow())
+            except BrokenPipeError:  # whoever read the log has left
+                raise
+            except (RuntimeError, OSError, RayError):
+                pass
             time.sleep(0.5)
     except KeyboardInterrupt:
         raise StoppedError(f"no longer followed; job {job} goes on. To end it: ray job stop {job}") from None

@@ -468,6 +468,12 @@ def _bytes(source: Source, start: int, stop: int) -> bytes:
     return bytes(data)
 
 
+def is_seen(sources: Sequence[Source]) -> bool:
+    """Whether any of some files is where it was; of none, True."""
+    found = (fs.exists(inner) for fs, inner in (fsspec.core.url_to_fs(source.path) for source in sources))
+    return not sources or any(found)
+
+
 # ---- cutting -----------------------------------------------------------------------------------------------------------
 
 

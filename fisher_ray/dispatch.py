@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import socket
 import statistics
 import threading
 import time
@@ -16,12 +17,14 @@ from typing import Any, Literal, Protocol
 import torch
 
 from fisher_ray.architecture import ModelError
-from fisher_ray.corpus import CorpusError
+from fisher_ray.corpus import CorpusError, is_seen
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
 from fisher_ray.reduce import DIRECTIONS, Checkpoint, Node, finish_layers, look_back, read_array, sum_node
 from fisher_ray.shards import Counts, Receipt, RunStore
 from fisher_ray.storage import DamagedError, StorageError, is_transient
 from fisher_ray.worker import InTurn, Worker, at_once
+
+_SHARED = "Corpus, model and output have to be at the same place on every machine."
 
 # A task whose node was lost is not to blame for it, yet one that loses every node it is on has to end too. Nor is one whose
 # reading failed as the storage did, for longer than readers wait; so many pauses are a minute and a half.
@@ -90,6 +93,8 @@ class Failure:
             return cls("input", message, name)
         if isinstance(error, ModelError | ConfigError | StorageError):
             return cls("fatal", message, name)
+        if isinstance(error, RunError):
+            return cls("error", message, name)
         if is_transient(error):
             return cls("stumbled", f"{name}: {message}", name)
         # After most errors of a device every further call fails, in this process only.
@@ -118,8 +123,20 @@ class Servant:
         self._loading = threading.Lock()
 
     def load(self) -> Worker:
+        """The worker, made where there is none.
+
+        Raises:
+            RunError: this machine sees another directory where the run is, or nothing of the corpus: what it would write were
+                lost, and what it would not find not gone.
+        """
         with self._loading:
             if self._worker is None:
+                run = self.store.read_run()
+                if run is None or run["fingerprint"] != self.plan.fingerprint:
+                    raise RunError(f"{socket.gethostname()} does not see the run at {self.store.uri}. {_SHARED}")
+                if not is_seen(self.plan.sources):
+                    some = self.plan.sources[0].path
+                    raise RunError(f"{socket.gethostname()} does not see the corpus: {some} is not there. {_SHARED}")
                 self._worker = self._in_turn(Worker, self.plan, self.store)
             return self._worker
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
+import re
 import signal
 import threading
 import time
@@ -18,6 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice, takewhile
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -139,8 +142,8 @@ def run(
         except (ValueError, RunError, StorageError):
             workers.close()  # none is to commit what is removed, and no heartbeat to write it anew
             lease.rest()
-            if is_new and lease.lost is None and not _scored(store):  # else it is another driver's now
-                with contextlib.suppress(StorageError):  # the error that there was says more
+            with contextlib.suppress(StorageError):  # the error that there was says more
+                if is_new and lease.lost is None and not _scored(store):  # else it is another driver's now
                     store.remove_run(made)
             raise
         finally:
@@ -213,7 +216,10 @@ def _opened(plan: Plan, store: RunStore) -> tuple[Tasks, bool]:
 def _placed(plan: Plan, store: RunStore, tasks: Tasks) -> Tasks:
     """The tasks over the corpus where it is now; where it or the model has moved, those who read the run are told so."""
     (first, *_) = tasks[0].ranges
-    before, now = (store.read_run() or {})["config"], plan.config.asdict()
+    run = store.read_run()
+    if run is None:
+        raise RefusedError(f"the run at {store.uri} was removed by another driver, which failed. Try again.")
+    before, now = run["config"], plan.config.asdict()
     if first.path == plan.root + first.name and all(before[name] == now[name] for name in _PLACES):
         return tasks
     moved = tasks.below(plan.root)
@@ -325,9 +331,18 @@ def _corpus_change(plan: Plan, existing: dict[str, Any], store: RunStore) -> str
     return f"{told}: {', '.join(found) or 'other files, or in another order'}; they are told by path, size and time of change"
 
 
+# Files of the corpus that a worker looks for before it takes any task.
+_FILES = 8
+
+
 def _for_workers(plan: Plan) -> Plan:
-    """A plan as workers need it: without the corpus's files, and with an output that is the same in any current directory."""
-    return replace(plan, config=replace(plan.config, output=RunStore(plan.config.output).uri), sources=())
+    """A plan as workers need it: with a few of the corpus's files, and an output that is the same in any current directory."""
+    few = plan.sources[:: math.ceil(len(plan.sources) / _FILES) or 1]
+    config = replace(plan.config, output=RunStore(plan.config.output).uri)
+    weights = plan.result_fields["weights"]
+    if not Path(config.model).is_dir() and re.fullmatch("[0-9a-f]{40}", weights):
+        config = replace(config, revision=weights)  # a branch may move while workers are still to come
+    return replace(plan, config=config, sources=few)
 
 
 class _Run:
@@ -416,9 +431,11 @@ class _Run:
         """
         config, before = self.plan.config, 0
         for last in checkpoints(len(self.tasks)):
-            if self._closed(last).count(0) or check:
+            missing = self._closed(last).count(0)
+            if missing or check:
                 workers = max(config.max_actors or config.min_actors, self.pool.alive + self.pool.pending)
-                self._map(min(len(self.tasks), max(last, before + 2 * workers)), check)
+                ahead = before + 2 * workers if missing else last
+                self._map(min(len(self.tasks), max(last, ahead)), check)
                 check = False
             found = self._sound(last, partial(self._look_back, last, before))
             self.looked.append(found)
@@ -434,12 +451,13 @@ class _Run:
     def _look_back(self, last: int, before: int) -> Checkpoint:
         trees = self._trees(last)
         earlier: Sequence[Node | None] = self._trees(before) if before else [None] * len(trees)
-        self._sum_nodes(trees)
+        ahead = len(self.tasks) - last
+        self._sum_nodes(trees, ahead)
         calls = (
             Call(f"look back from {now.name}", "look_back", (now, then))
             for now, then in zip(trees, earlier, strict=True)
         )
-        return worst(self._all(calls, ahead=len(self.tasks) - last))
+        return worst(self._all(calls, ahead=ahead))
 
     def _closed(self, last: int) -> bytearray:
         """A flag for each of the first tasks: whether it is done or given up."""
@@ -577,12 +595,12 @@ class _Run:
         covering = Receipt("all", self.plan.fingerprint, {}, Counts(**made["counts"]))
         return table.to_pylist(), covering
 
-    def _sum_nodes(self, trees: Sequence[Node]) -> None:
+    def _sum_nodes(self, trees: Sequence[Node], ahead: int = 0) -> None:
         """Everything below the roots that is not there yet."""
         there = self.store.names("tree")
         for level in zip(*(levels(tree) for tree in trees), strict=True):
             nodes = [node for chunk in level for node in chunk if node.name not in there]
-            self._all(Call(f"sum {node.name}", "sum", (node,)) for node in nodes)
+            self._all((Call(f"sum {node.name}", "sum", (node,)) for node in nodes), ahead=ahead)
 
     def _reduce_once(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Receipt]:
         self._sum_nodes(trees)

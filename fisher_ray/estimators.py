@@ -231,7 +231,10 @@ def _split_off(
     """``B = U^T C``, U, and ``C - U B``, which takes the place of C."""
     if rank == 0:
         return rows[:, :0], rows[..., :0], rows
-    gram = rows @ rows.mT
+    # Squares of scores of a token that is all but certain are no float32 numbers; so is what the rows are divided by.
+    exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent.clamp(-126, 126)
+    gram = torch.ldexp(rows, -exponent)
+    gram = gram @ gram.mT
     gram /= gram.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None]
     # Among entries of 1e-14 and less LAPACK's float32 solvers do not converge, and below rounding they tell nothing.
     gram = torch.nn.functional.hardshrink(gram, torch.finfo(gram.dtype).eps)
@@ -255,12 +258,19 @@ def _check_whole(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a whole number below 2^31, got {value}.")
 
 
+# A temperature whose reciprocal is a float32 number with room to spare; the likeliest token alone is left long before.
+_COLDEST = 1e-30
+
+
 def check_tempering(top_p: float, temperature: float, prefix: str = "") -> None:
     """Refuse a nucleus or a temperature that is no such thing."""
     if not 0 < top_p <= 1:
         raise ValueError(f"{prefix}top_p must be in (0, 1], got {top_p}. 1 keeps every token.")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{prefix}temperature must be above 0 and finite, got {temperature}. 1 draws from p itself.")
+    if not _COLDEST <= temperature < math.inf:
+        raise ValueError(
+            f"{prefix}temperature must be above 0 and finite, got {temperature}. 1 draws from p itself, and {_COLDEST:g} is as "
+            "cold as float32 numbers go."
+        )
 
 
 def tempered(
@@ -269,8 +279,8 @@ def tempered(
     """Unnormalised weights of p sharpened by ``temperature``, cut to its ``top_p`` nucleus; and the mass of p kept."""
     weights = prediction.prob
     if temperature != 1.0:
-        scaled = prediction.logits / temperature
-        weights = (scaled - scaled.max(-1, keepdim=True).values).exp()
+        logits = prediction.logits
+        weights = ((logits - logits.max(-1, keepdim=True).values) / temperature).exp()
     if top_p == 1.0:
         return weights, torch.ones_like(prediction.entropy)
     ranked, order = weights.sort(dim=-1, descending=True, stable=True)

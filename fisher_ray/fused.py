@@ -108,7 +108,7 @@ def _diagonal(  # type: ignore[no-untyped-def]
     seq_len, width, group, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
-    kv_head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv_head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     column = tl.arange(0, WIDTH)[None]
     there = (at < seq_len) & (column < width)
     k = tl.load(key + row * k0 + kv_head * k1 + at * k2 + column, mask=there, other=0.0).to(tl.float32)
@@ -166,7 +166,7 @@ def _query_gradient(  # type: ignore[no-untyped-def]
     seq_len, width, group, scale, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     kv_head = head // group
     at = (block * QUERIES + tl.arange(0, QUERIES)).to(tl.int64)
     column = tl.arange(0, WIDTH)[None]

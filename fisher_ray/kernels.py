@@ -475,12 +475,18 @@ def _tried(what: str, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ..
     """What a kernel gives; a warning and None where this torch or this device has none, or no compiler to make it."""
     try:
         return run()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of a compiler as well
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         warnings.warn(f"{what} cannot run here, and what takes its place is slower: {reason}", stacklevel=2)
         return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that main memory or a GPU's has run out: PyTorch's own, or a library's that it passes on."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in words)
 
 
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> bool:

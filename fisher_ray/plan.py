@@ -274,6 +274,11 @@ class RunConfig:
                 raise ConfigError(f"{name} must be a share between 0 and 1, got {value:g}.")
         if self.token_source == "observed" and self.token_draws != 1:
             raise ConfigError(f"token_draws is for token_source sampled, got {self.token_draws} with observed tokens.")
+        if self.token_source == "observed" and (self.token_top_p, self.token_temperature) != (1.0, 1.0):
+            raise ConfigError(
+                "token_top_p and token_temperature are for token_source sampled, got "
+                f"{self.token_top_p:g} and {self.token_temperature:g} with observed tokens."
+            )
         if self.token_source == "sampled" and self.group_by == "token":
             raise ConfigError(
                 "group_by token is for the corpus's tokens, and with token_source sampled others take their place. Leave "
@@ -353,6 +358,9 @@ class RunConfig:
             "token_top_p": self.token_top_p if drawn else None,
             "token_temperature": self.token_temperature if drawn else None,
             "positions": self.positions,
+            "unit": self.unit,
+            "max_seq_len": self.max_seq_len,
+            "stride": self.stride,
             "sketch": self.sketch,
         }
 
@@ -637,7 +645,8 @@ class Plan:
             save=config.save,
             num_groups=self._num_groups(length),
             sketch=config.sketch,
-            share=len(Positions(config.positions).choose(length)) / length,
+            share=max(1, len(Positions(config.positions).choose(length)))
+            / length,  # of later windows perhaps, if of none
         )
 
     def group(self, document: Document, window: Window, t: int) -> str:
@@ -866,7 +875,9 @@ def token_text(token: int, tokenizer: Any) -> str:
     """A token as text; its number without a tokenizer."""
     if tokenizer is None:
         return str(token)
-    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    # After another one, as tokenizers drop the space that a text begins with.
+    once, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
+    return str(twice.removeprefix(once))
 
 
 def visible(token: str) -> str:

@@ -177,6 +177,7 @@ class Checkpoint:
 
 def look_back(plan: Plan, store: RunStore, root: Node, before: Node | None) -> Checkpoint:
     """How well the mean over a root's tasks is known, and how it changed since an earlier root's."""
+    _set_threads(plan)
     children = [_receipt(store, child) for child in root.children()]
     earlier = [_receipt(store, child) for child in before.children()] if before is not None else []
     positions = sum(child.counts.scored for child in children)
@@ -226,6 +227,7 @@ def sum_node(plan: Plan, store: RunStore, node: Node) -> Receipt:
     Raises:
         DamagedError: a child's file holds other bytes than were written, or is gone.
     """
+    _set_threads(plan)
     children = [_receipt(store, child) for child in node.children()]
     attempt = f"{node.name}-{uuid.uuid4().hex[:8]}"
     files = {}
@@ -253,7 +255,7 @@ def finish_layers(plan: Plan, store: RunStore, root: Node) -> tuple[list[dict[st
     Returns:
         a row of the summary for each layer and group, without the tokens, and what vouches for the files.
     """
-    torch.set_num_threads(plan.config.cpus_per_actor)  # their number is part of an eigendecomposition's bits
+    _set_threads(plan)
     children = [_receipt(store, child) for child in root.children()]
     rows: list[dict[str, Any]] = []
     files: dict[str, StoredFile] = {}
@@ -292,6 +294,11 @@ def _receipt(store: RunStore, node: Node) -> Receipt:
     if node.is_task:
         return store.receipt("done", task_name(node.first))
     return store.receipt("tree", node.name)
+
+
+def _set_threads(plan: Plan) -> None:
+    """As many as scores are computed with: their number is part of the bits of products and eigendecompositions."""
+    torch.set_num_threads(plan.config.cpus_per_actor)
 
 
 def _parts(store: RunStore, receipts: Iterable[Receipt], layer: int) -> Iterator[LayerSums]:

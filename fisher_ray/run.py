@@ -270,7 +270,8 @@ class Run:
     @cached_property
     def block_positions(self) -> list[int]:
         """Positions scored in each block, of all groups."""
-        return [sum(receipt.counts.scored for receipt in block) for block in self._blocks]
+        one = f"sums_{self.layers[0]}"  # several receipts of a block may be over the same tasks, each of some layers
+        return [sum(receipt.counts.scored for receipt in block if one in receipt.files) for block in self._blocks]
 
     def spectrum(self, layer: int, group: str | None = None, whitened: bool = False) -> Spectrum:
         """Eigenvalues with standard errors, eigenvectors, effective dimensions; see :func:`fisher_ray.statistics.spectrum`."""

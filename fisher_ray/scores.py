@@ -23,6 +23,7 @@ from fisher_ray.attention import kept_keys
 from fisher_ray.draws import Draws, sequence_key
 from fisher_ray.estimators import Estimator, check_tempering, tempered
 from fisher_ray.head import psd_factor
+from fisher_ray.kernels import is_out_of_memory
 from fisher_ray.spectrum import solving_bytes
 from fisher_ray.split import SplitModel, full_precision
 from fisher_ray.tape import Tape
@@ -674,7 +675,7 @@ class Pass:
         stacked = factors.unflatten(0, (-1, num_draws)).flatten(1, 2) / math.sqrt(num_draws)
         if stacked.shape[1] <= self.model.d_model:
             return stacked
-        return torch.stack([psd_factor((g.mT @ g).double()) for g in stacked]).to(stacked.dtype)
+        return torch.stack([psd_factor(g.mT @ g) for g in stacked.double()]).to(stacked.dtype)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
@@ -682,8 +683,3 @@ def _slices(n: int, size: int) -> Iterator[slice]:
     count = max(1, -(-n // size))
     step = max(1, -(-n // count))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that main memory or a GPU's has run out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -74,13 +74,15 @@ def _orthogonal_iteration(matrix: Float[Tensor, "n d d"], rank: int) -> Float[Te
     d = matrix.shape[-1]
     start = torch.randn(d, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     basis = start.to(matrix.device).expand(len(matrix), -1, -1)
-    barely = 1e-14 * torch.eye(rank, dtype=matrix.dtype, device=matrix.device)
+    # More than Cholesky's own rounding: with 1e-14 columns of 128 and more, some of them of rounding alone, had no factor.
+    barely = 1e-13 * torch.eye(rank, dtype=matrix.dtype, device=matrix.device)
     for _ in range(_ITERATIONS):
         basis = torch.nn.functional.normalize(matrix @ basis, dim=-2, eps=1e-300)
         # Columns of one length, nearly orthogonal in the end: Cholesky's factor orthogonalises them without loss.
-        lower = torch.linalg.cholesky_ex(basis.mT @ basis + barely)[0]
+        lower, failed = torch.linalg.cholesky_ex(basis.mT @ basis + barely)
         basis = torch.linalg.solve_triangular(lower, basis.mT, upper=False).mT
-    return _oriented(basis)
+    sound = (failed == 0) & basis.isfinite().flatten(1).all(1)
+    return _oriented(basis.where(sound[:, None, None], 0))
 
 
 def factor_eigh(factors: Float[Tensor, "R d"]) -> tuple[Float[Tensor, " rank"], Float[Tensor, "d rank"]]:

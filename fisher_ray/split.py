@@ -29,6 +29,7 @@ from fisher_ray.architecture import (
     block_calls,
     compile_blocks,
     find_blocks,
+    find_decoder,
     find_head,
     fuse_activations,
     fuse_products,
@@ -137,7 +138,7 @@ class SplitModel:
         facts = ModelFacts.of(model.config)
         self.is_encoder_decoder, self.max_positions = facts.is_encoder_decoder, facts.max_positions
         self.num_layers, self.d_model = facts.num_layers, facts.d_model
-        self.decoder = model.get_decoder()
+        self.decoder = find_decoder(model)
         self.blocks = find_blocks(self.decoder, self.num_layers, self.name)
         self.head = find_head(model)
         self.sliding_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
@@ -502,6 +503,12 @@ class SplitModel:
                     "Scores need a model whose blocks each run once."
                 )
             visited.add(layer)
+            if not isinstance(stream, Tensor) or stream.shape[2:] != (self.d_model,):
+                what = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
+                raise ModelError(
+                    f"{self.label} has no stream [batch, seq, {self.d_model}] at layer {layer}, but {what}. Scores need a "
+                    "model whose blocks hand on one vector a position."
+                )
             if hidden is not None and layer == hidden[0]:
                 stream = hidden[1].to(stream)
             if layer == leaf:
@@ -719,7 +726,7 @@ def _self_check(split: SplitModel) -> SelfCheck:
 def _check_head(split: SplitModel, ids: Tensor, encoded: Mapping[str, Tensor]) -> tuple[float, Tensor]:
     """Relative error of the head's logits and pull-back at the last positions, and the model's own logits."""
     with torch.no_grad():
-        _, z = split._run(ids, encoded, ())
+        _, z = split._run(ids, encoded, range(split.num_layers + 1))
     kept: dict[str, Tensor] = {}
 
     def leaf(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -109,8 +109,8 @@ class Storage:
         try:
             # Cached listings would hide what other processes wrote.
             self._fs, self._root = fsspec.core.url_to_fs(absolute(uri), use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise StorageError(f"cannot open {uri}: {error}") from error
+        except Exception as error:  # of any file system's own
+            raise StorageError(f"cannot open {uri}: {' '.join(str(error).split())}") from error
         self.uri = self._fs.unstrip_protocol(self._root) if "://" in uri else self._root
         self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
 

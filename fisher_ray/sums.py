@@ -21,7 +21,7 @@ from fisher_ray.sketch import FrequentDirections, Sketch, sketch_bytes
 # The group of all positions, where none are asked for.
 ALL = ""
 
-# float32 products of at most this many rows are added into float64: longer ones lose digits.
+# float32 products of this many rows, or of one position's where they are more, are added into float64: longer ones lose digits.
 _ROWS = 4096
 # Roots of traces at most this are none: their reciprocals' squares are no float32 numbers.
 _NO_TRACE = 1e-18

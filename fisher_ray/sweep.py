@@ -33,7 +33,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from fisher_ray.cluster import joined
+from fisher_ray.cluster import STARTED_HERE, joined
 from fisher_ray.plan import ConfigError, RunConfig, read_settings
 from fisher_ray.report import number_table, print_table
 from fisher_ray.run import open_run
@@ -170,7 +170,7 @@ class _Children:
         command = [sys.executable, "-m", "fisher_ray.cli", "run", "--config", str(config)]
         process = subprocess.Popen(
             command,
-            env={**os.environ, "RAY_ADDRESS": address},
+            env={STARTED_HERE: "" if os.environ.get("RAY_ADDRESS") else "1", **os.environ, "RAY_ADDRESS": address},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

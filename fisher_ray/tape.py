@@ -165,8 +165,14 @@ def _in_range(rows: Float[Tensor, "n d"], dtype: torch.dtype) -> tuple[Tensor, T
     if dtype != torch.float16:
         return rows, None
     exponent = torch.frexp(rows.abs().amax(-1, keepdim=True)).exponent
-    return torch.ldexp(rows, -exponent), exponent
+    return _scaled(rows, -exponent), exponent
 
 
 def _restored(pulled: Tensor, exponent: Tensor | None) -> Tensor:
-    return pulled if exponent is None else torch.ldexp(pulled.float(), exponent)
+    return pulled if exponent is None else _scaled(pulled.float(), exponent)
+
+
+def _scaled(rows: Tensor, exponent: Tensor) -> Tensor:
+    """``rows 2^exponent``, in two steps: PyTorch's ldexp had multiplied by the power, which may be no float32 number."""
+    half = exponent // 2
+    return torch.ldexp(torch.ldexp(rows, half), exponent - half)

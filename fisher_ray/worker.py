@@ -21,8 +21,9 @@ from torch import Tensor
 import fisher_ray
 from fisher_ray.architecture import sink_token
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
+from fisher_ray.kernels import is_out_of_memory
 from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, RunConfig, Task, token_ids, token_text
-from fisher_ray.scores import Scores, default_memory_budget, is_out_of_memory, iter_scores
+from fisher_ray.scores import Scores, default_memory_budget, iter_scores
 from fisher_ray.shards import (
     TOP_EIGENVALUES,
     Counts,

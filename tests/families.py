@@ -94,6 +94,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
             qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=6,
         )
     ),
+    "llama4": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **_GQA, head_dim=6, intermediate_size_mlp=40, num_local_experts=4, num_experts_per_tok=1,
+            attention_chunk_size=_WINDOW, moe_layers=[1], no_rope_layers=[1, 0, 1],
+            layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        )
+    ),
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(
             vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=40, num_layers=3, num_decoder_layers=3, num_heads=4,

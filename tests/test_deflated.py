@@ -118,6 +118,33 @@ def test_any_orthonormal_basis_will_do(rank: int, top: float | None, monkeypatch
     assert 0.97 * best < kept < (1 + 1e-12) * best
 
 
+@pytest.mark.parametrize("rank", [64, 160, 192, 256])
+def test_ranks_beyond_what_p_has(rank: int, monkeypatch: pytest.MonkeyPatch):
+    """Where p is peaked only some columns of a GPU's basis have an eigenvalue above rounding; what is split is whole again."""
+    monkeypatch.setattr(
+        estimators, "leading_vectors", lambda gram, k: spectrum._orthogonal_iteration(gram.double(), k).to(gram.dtype)
+    )
+    generator = torch.Generator().manual_seed(0)
+    weight, z = torch.randn(2000, 256, generator=generator) / 16, torch.randn(6, 256, generator=generator)
+    prediction = Head(weight).predict(z * 12 / (z @ weight.T).std(1, keepdim=True))
+    rows = prediction.weighted_scores(prediction.energies().topk(4 * rank)[1])
+    leading_, _, rest = (part.double() for part in estimators._split_off(rows.clone(), rank))
+    whole = rows.double().mT @ rows.double()
+    assert oracles.error(leading_.mT @ leading_ + rest.mT @ rest, whole) < 1e-6
+    assert (leading_.square().sum((1, 2)) > 0.98 * rows.double().square().sum((1, 2))).all()
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-22, 1e-30, 0.0])
+def test_small_scores_are_split_as_others(scale: float):
+    """The squares of those of a token that is all but certain are no float32 numbers."""
+    rows = torch.randn(3, 128, 24, generator=torch.Generator().manual_seed(0))
+    rows *= torch.logspace(0, -3, 128)[:, None]
+    expected = estimators._split_off(rows.clone(), 4)
+    found = estimators._split_off(rows * scale, 4)
+    for got, other in zip((found[0], found[2]), (expected[0], expected[2]), strict=True):
+        torch.testing.assert_close(got, other * scale, rtol=1e-3, atol=1e-5 * scale)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("vocab_size", "d_z"), SHAPES[:2])
 @pytest.mark.parametrize("num_samples", [0, 3])

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import jobs
 from fisher_ray import dispatch
 from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import CorpusError
-from fisher_ray.dispatch import Call, Dispatch, Failure, StoppedError
+from fisher_ray.dispatch import Call, Dispatch, Failure, RunError, Servant, StoppedError
+from fisher_ray.driver import _for_workers
+from fisher_ray.plan import make_plan
 from fisher_ray.storage import DamagedError, StorageError
+from jobs import gpt2  # noqa: F401
 
 HANGS = object()
 
@@ -344,3 +350,44 @@ def test_sorting(error: Exception, kind: str) -> None:
     if kind in ("input", "fatal"):
         assert type(failure.to_exception()) is type(error)
     assert failure.path == ("sums/a" if kind == "damaged" else "")
+
+
+# ---- machines that see something else ----------------------------------------------------------------------------------
+
+
+def test_a_machine_without_the_run_or_the_corpus_computes_nothing(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    """What it would write were lost with its disk, and what it does not find is not gone: it is no task's fault."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(jobs.some_text(300))
+    _, outcome = jobs.run_here(jobs.settings(gpt2, folder, tmp_path / "run"))
+    plan = outcome.plan
+    seen = _for_workers(plan)
+    assert 1 <= len(seen.sources) <= 8
+    task = plan.make_tasks()[0]
+
+    def refusal(config: Any, sources: Any) -> str:
+        failure = Servant(replace(seen, config=config, sources=sources)).answer(Call("x", "compute", (task,)))
+        assert isinstance(failure, Failure) and failure.kind == "error", failure
+        return failure.message
+
+    elsewhere = tmp_path / "elsewhere"
+    assert f"does not see the run at {elsewhere}" in refusal(replace(seen.config, output=str(elsewhere)), seen.sources)
+    assert not elsewhere.exists()
+    gone = tuple(replace(source, path=f"{source.path}.not") for source in seen.sources)
+    assert f"does not see the corpus: {gone[0].path} is not there" in refusal(seen.config, gone)
+    Servant(replace(seen, sources=(*gone, seen.sources[0]))).load()  # a file that is gone is its task's affair
+    assert isinstance(Failure.of(RunError("x")).to_exception(), RunError)
+
+
+def test_workers_load_the_commit_that_was_fingerprinted(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    """A branch of a hub's may move while they are still to come; a local model has no commit."""
+    (tmp_path / "docs.txt").write_text("one two")
+    plan = make_plan(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run"))
+    assert _for_workers(plan).config.revision is None
+    commit = "0123456789abcdef" * 2 + "01234567"
+    hub = replace(
+        plan, config=replace(plan.config, model="some/model"), result_fields={**plan.result_fields, "weights": commit}
+    )
+    assert _for_workers(hub).config.revision == commit

@@ -271,6 +271,35 @@ def test_a_smaller_share_goes_on(whole: tuple[Stored, Outcome], ended: Stored, t
     assert outcome.computed == 0 and back.bits() == ended.bits()
 
 
+def test_a_complete_run_computes_nothing_however_many_workers_there_are(
+    whole: tuple[Stored, Outcome], ended: Stored, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(ended.folder, tmp_path / "run"))
+    stored, outcome = stopped_at(whole, 1, output, max_actors=20)
+    assert outcome.computed == 0 and stored.bits() == ended.bits()
+
+
+class Resized(LocalPool):
+    """Notes how many workers it is to keep."""
+
+    kept: list[int] = []  # noqa: RUF012
+
+    def resize(self, wanted: int, kept: int) -> None:
+        self.kept.append(kept)
+
+
+def test_workers_are_kept_while_the_mean_is_judged(
+    whole: tuple[Stored, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each checkpoint sums are added up, a few calls; tasks may be left for all of them."""
+    monkeypatch.setattr(Resized, "kept", [])
+    config = replace(whole[1].plan.config, output=str(tmp_path / "run"), until_relative_error=between(whole, 1))
+    outcome = run(config, Resized, lambda plan: nullcontext(lambda progress: None))
+    judged = Resized.kept[: len(Resized.kept) - LAYERS - 1]
+    assert outcome.checkpoints[-1].tasks == 16
+    assert min(judged) >= len(whole[0].receipts) - 16 > 16
+
+
 @pytest.mark.parametrize("ahead", [1, 10])
 def test_first_tasks_that_cannot_be_read_are_not_the_end(
     ahead: int, gpt2: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811

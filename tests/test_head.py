@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from fisher_ray import Deflated, Exact, ModelError, Sampled, SplitModel
 from fisher_ray.draws import Draws
 from fisher_ray.estimators import Estimator
 from fisher_ray.footprint import LiveBytes
-from fisher_ray.head import Head, Prediction, psd_factor
+from fisher_ray.head import Head, Prediction, divergence, psd_factor
 
 # Without the mean row .8 to 2; with the slope of soft-capping left out .002 to .1.
 TIGHT = 1e-12
@@ -324,3 +325,10 @@ def test_what_decompositions_hold(estimator: Estimator):
         head = Head(weight)
         found = estimator.cotangents(head.predict(z), Draws(zeros[:, None].expand(n, 2), zeros, zeros, "score"))
     assert live.most - found.rows.nbytes < 1.05 * 4 * estimator.held(n, head)
+
+
+def test_the_divergence_has_what_p_gives_nothing_to():
+    log_q = torch.tensor([0.7, 0.3], dtype=torch.float64).log()
+    for unlikely in (-300.0, -800.0):  # exp(-800) is none
+        log_p = torch.tensor([0.0, unlikely], dtype=torch.float64)
+        assert divergence(log_p, log_q) == pytest.approx(-math.log(0.7), rel=1e-12)

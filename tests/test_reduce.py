@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from test_run import rewrite
 
 import jobs
 from fisher_ray import cost, driver, open_run, reduce, worker
 from fisher_ray.cli import main
 from fisher_ray.cost import FAN_IN
-from fisher_ray.plan import position_bucket
-from fisher_ray.reduce import Node, levels
+from fisher_ray.plan import make_plan, position_bucket
+from fisher_ray.reduce import Node, levels, look_back, sum_node
 from fisher_ray.report_html import html_report
+from fisher_ray.shards import RunStore
 from jobs import D_MODEL, LAYERS, Stored, gpt2  # noqa: F401
 
 TASK_BYTES = 1_000
@@ -119,6 +122,30 @@ def made(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: 
         _, outcome = jobs.run_here(jobs.settings(gpt2, folder / "docs.txt", folder / "run"))
     assert outcome.tasks > 12
     return folder
+
+
+def test_positions_of_blocks_are_counted_once(made: Path) -> None:
+    """A block has a receipt for each call of the reduction, which takes a layer here."""
+    reader = open_run(made / "run")
+    assert max(map(len, reader._blocks)) == LAYERS + 1
+    assert sum(reader.block_positions) == reader.counts.scored
+
+
+def test_sums_take_as_many_threads_as_scores(made: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Of sketches they are decompositions, whose bits hang on it."""
+    plan, store = make_plan(jobs.settings(gpt2, made / "docs.txt", made / "run")), RunStore(str(made / "run"))
+    before = torch.get_num_threads()
+    monkeypatch.setattr(RunStore, "commit", lambda *_: None)
+    try:
+        for work in (
+            partial(sum_node, plan, store, Node(0, 9, (0,))),
+            partial(look_back, plan, store, Node(0, 9, (0,)), None),
+        ):
+            torch.set_num_threads(plan.config.cpus_per_actor + 1)
+            work()
+            assert torch.get_num_threads() == plan.config.cpus_per_actor
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -256,6 +256,8 @@ def short_of_memory(most: int, monkeypatch: pytest.MonkeyPatch, error: type[Base
         (torch.OutOfMemoryError, "CUDA out of memory."),
         (RuntimeError, "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
         (MemoryError, ""),
+        (RuntimeError, "Triton Error [CUDA]: out of memory"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 @pytest.mark.parametrize("case", ["observed", "drawn"])

@@ -23,7 +23,7 @@ from fisher_ray import open_run, worker
 from fisher_ray.cli import main
 from fisher_ray.corpus import Window
 from fisher_ray.estimators import Exact
-from fisher_ray.plan import RunConfig
+from fisher_ray.plan import ConfigError, RunConfig, token_text
 from fisher_ray.scores import Pass, Scores, score_factors
 from fisher_ray.split import SplitModel
 from fisher_ray.worker import Worker
@@ -417,3 +417,34 @@ def test_groups_with_long_names(gpt2: str, tmp_path: Path) -> None:  # noqa: F81
     means = [run.fisher(1, title) for title in titles]
     np.testing.assert_allclose(np.average(means, 0, counts), run.fisher(1), rtol=1e-6, atol=1e-12)
     assert not np.allclose(*means)
+
+
+def test_positions_of_later_windows_alone(gpt2: str, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    """None is in the first window, by which tasks and memory are reckoned."""
+    length = MAX_POSITIONS // 2
+    given = {"positions": f"{length}:", "max_seq_len": length, "layers": "1", "save": "factors"}
+    stored, outcome = jobs.run_here(jobs.settings(gpt2, corpus, tmp_path / "run", **given))
+    positions = [row["position"] for row in stored.rows(1)]
+    assert positions and min(positions) == length and outcome.counts.scored == len(positions)
+
+
+def test_a_token_is_shown_with_its_space() -> None:
+    """Of tokenizers too that drop the space which a text begins with."""
+
+    class Metaspace:
+        tokens = ("▁the", "the", "▁")
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return "".join(self.tokens[i] for i in ids).replace("▁", " ").removeprefix(" ")
+
+    assert [token_text(i, Metaspace()) for i in range(3)] == [" the", "the", " "]
+    byte_level = jobs.tokenizer()
+    for token in range(VOCAB):
+        assert token_text(token, byte_level) == byte_level.decode([token], clean_up_tokenization_spaces=False)
+
+
+def test_settings_of_drawn_tokens_are_for_them() -> None:
+    for changed in ({"token_top_p": 0.5}, {"token_temperature": 2.0}):
+        with pytest.raises(ConfigError, match="token_top_p and token_temperature are for token_source sampled"):
+            RunConfig(model="m", corpus=("c",), output="o", **changed)
+        RunConfig(model="m", corpus=("c",), output="o", token_source="sampled", **changed)

@@ -45,7 +45,8 @@ CHANGES: dict[str, Any] = {
 }  # fmt: skip
 NEEDS = {
     "token_draws": {"token_source": "sampled"}, "rank": {"estimator": "deflated"}, "tolerance": {"estimator": "exact"},
-    "num_groups": {"group_by": "token"},
+    "num_groups": {"group_by": "token"}, "token_top_p": {"token_source": "sampled"},
+    "token_temperature": {"token_source": "sampled"},
 }  # fmt: skip
 ELSEWHERE = {"model", "corpus", "encoder_column", "until_relative_error", "until_relative_change"}
 EXECUTION: dict[str, Any] = {

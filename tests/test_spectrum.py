@@ -158,6 +158,19 @@ def test_orthogonal_iteration_of_few_eigenvalues_or_none():
     assert (few[0, :3, :3] - torch.eye(3)).abs().max() < 1e-10
 
 
+def test_a_basis_that_cannot_be_made_orthogonal_is_none(monkeypatch: pytest.MonkeyPatch):
+    factor = torch.linalg.cholesky_ex
+
+    def failing(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        lower, failed = factor(matrix)
+        return lower, failed + torch.tensor([0, 3])
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    rows = torch.randn(2, 60, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = _orthogonal_iteration(rows.mT @ rows, 4)
+    assert (found[0].mT @ found[0] - torch.eye(4)).abs().max() < 1e-10 and not found[1].any()
+
+
 def test_small_or_on_a_cpu_eigenvectors_are_solved_for():
     rows = torch.randn(2, 60, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrix = rows.mT @ rows
