@@ -403,7 +403,7 @@ def find_head(model: Any) -> Head:
     return Head(unembedding.weight, getattr(unembedding, "bias", None), scale, float(softcap) if softcap else None)
 
 
-def on_stream(blocks: nn.ModuleList, layer: int, visit: Callable[[int, Tensor], Tensor]) -> Any:
+def on_stream(blocks: nn.ModuleList, layer: int, visit: Callable[[int, Any], Tensor]) -> Any:
     """Hook the residual stream at ``layer``: visit(layer, stream) may replace it."""
     if layer == len(blocks):
 

@@ -494,7 +494,7 @@ class SplitModel:
         visited: set[int] = set()
         thread = threading.get_ident()
 
-        def visit(layer: int, stream: Tensor) -> Tensor:
+        def visit(layer: int, stream: Any) -> Tensor:
             if threading.get_ident() != thread:  # hooks are of the model, and so of all its passes
                 raise RuntimeError(f"{self.label} is used by another thread. Let one use it at a time.")
             if layer in visited:
@@ -533,6 +533,12 @@ class SplitModel:
         finally:
             for handle in handles:
                 handle.remove()
+        missed = sorted(set(layers) - visited)
+        if missed:
+            raise ModelError(
+                f"{self.label} has passes without some of its blocks, and so no stream at layer {missed[0]}. Scores need a "
+                "model whose blocks all run."
+            )
         return streams, out[0].to(self.device)
 
     # ---- what a pass costs -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from fisher_ray import cli, cost, driver, shards
 from fisher_ray import cluster as cluster_module
 from fisher_ray import sweep as sweep_module
 from fisher_ray.cli import main
+from fisher_ray.cluster import RayPool
 from fisher_ray.driver import Progress
 from fisher_ray.plan import ConfigError, RunConfig, make_plan, reckon
 from fisher_ray.shards import Counts, Lease, RunStore
@@ -298,6 +300,32 @@ def test_a_job_that_nobody_takes_is_one_line(capsys: pytest.CaptureFixture[str])
     assert main(["submit", "--address", "http://127.0.0.1:1", "--", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: no Ray job server answers: ") and "127.0.0.1:1" in line and "--address" in line
+
+
+@pytest.mark.parametrize(
+    ("asked", "here", "gpus"),
+    [
+        ({"device": "cuda", "max_actors": 2}, "", 1.0),  # whose nodes with GPUs are still to come
+        ({"min_actors": 4}, "", 0.0),
+        ({"max_actors": 2}, "", 0.0),
+        ({}, "", None),
+        ({"max_actors": 2}, "1", None),  # a sweep's own Ray, to which no node comes
+    ],
+)
+def test_what_workers_ask_for_where_no_node_is_yet(
+    asked: dict[str, Any], here: str, gpus: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cluster_module.STARTED_HERE, here)
+    monkeypatch.setattr(cluster_module, "joined", nullcontext)
+    monkeypatch.setattr(cluster_module.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster_module.ray, "cluster_resources", dict)
+    monkeypatch.setattr(cluster_module.ray, "nodes", list)
+    pool = RayPool(RunConfig(model="m", corpus=("c",), output="o", **asked))
+    if gpus is None:
+        with pytest.raises(ConfigError, match="no node has the"):
+            pool.__enter__()
+    else:
+        assert pool.__enter__()._gpus == gpus
 
 
 def test_a_cluster_that_cannot_be_joined_is_one_line(

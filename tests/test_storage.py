@@ -751,3 +751,10 @@ def test_sealed_files(anywhere: Storage) -> None:
     with pytest.raises(DamagedError, match=r"a\.json is damaged") as raised:
         anywhere.read_sealed("a.json")
     assert raised.value.path == "a.json"
+
+
+@pytest.mark.parametrize("uri", ["reference://x", "dir://x", "nothing://x"])
+def test_file_systems_that_cannot_be_opened(uri: str) -> None:
+    """Whatever they raise."""
+    with pytest.raises(StorageError, match=f"cannot open {uri}: "):
+        Storage(uri)
