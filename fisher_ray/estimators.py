@@ -231,10 +231,10 @@ def _split_off(
     """``B = U^T C``, U, and ``C - U B``, which takes the place of C."""
     if rank == 0:
         return rows[:, :0], rows[..., :0], rows
-    # Squares of scores of a token that is all but certain are no float32 numbers; so is what the rows are divided by.
+    # Near 1 meanwhile: the squares of scores of a token that is all but certain are no float32 numbers.
     exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent.clamp(-126, 126)
-    gram = torch.ldexp(rows, -exponent)
-    gram = gram @ gram.mT
+    rows.ldexp_(-exponent)
+    gram = rows @ rows.mT
     gram /= gram.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None]
     # Among entries of 1e-14 and less LAPACK's float32 solvers do not converge, and below rounding they tell nothing.
     gram = torch.nn.functional.hardshrink(gram, torch.finfo(gram.dtype).eps)
@@ -242,7 +242,8 @@ def _split_off(
     finite = gram.isfinite().flatten(1).all(1)[:, None, None]
     basis = leading_vectors(gram.where(finite, 0), rank)
     leading = basis.mT @ rows
-    return leading, basis, rows.sub_(basis @ leading)
+    rest = rows.sub_(basis @ leading)
+    return leading.ldexp_(exponent), basis, rest.ldexp_(exponent)
 
 
 def _drawing(n: int, num_samples: int, head: Head) -> int:

@@ -634,6 +634,7 @@ class Plan:
             stream_weights=bool(config.stream_weights),
         )
         length, _ = config.window(self.facts)
+        chosen = len(Positions(config.positions).choose(length))  # perhaps none in a document's first window
         return Cost(
             shapes,
             tuple(self.layers),
@@ -645,8 +646,7 @@ class Plan:
             save=config.save,
             num_groups=self._num_groups(length),
             sketch=config.sketch,
-            share=max(1, len(Positions(config.positions).choose(length)))
-            / length,  # of later windows perhaps, if of none
+            share=max(1, chosen) / length,
         )
 
     def group(self, document: Document, window: Window, t: int) -> str:

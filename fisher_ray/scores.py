@@ -675,7 +675,7 @@ class Pass:
         stacked = factors.unflatten(0, (-1, num_draws)).flatten(1, 2) / math.sqrt(num_draws)
         if stacked.shape[1] <= self.model.d_model:
             return stacked
-        return torch.stack([psd_factor(g.mT @ g) for g in stacked.double()]).to(stacked.dtype)
+        return torch.stack([psd_factor(g.mT @ g) for g in map(Tensor.double, stacked)]).to(stacked.dtype)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
