@@ -11,7 +11,8 @@ with respect to a nudge of that one position's stream. What own-position gradien
 
 The table names each type with its largest relative error, or the first sentence of its refusal. *Wrong* are errors beyond 1e-4
 (norms and softmaxes of many models are float32 whatever their weights are) and failures that are no refusal; where there is
-one, the exit code is 1. *Not built* are those whose configuration this script could not make small.
+one, the exit code is 1. *Not built* are those whose configuration this script could not make small, nothing of which says
+whether they are scored.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -79,6 +81,7 @@ def main() -> int:
     args = parser.parse_args()
     names = args.types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # forked processes have no others
     found = {name: _apart(name) for name in names}
     report(found)
@@ -97,24 +100,35 @@ def _apart(name: str) -> Found:
     """What was found in a process of its own, which may die or hang."""
     fork = multiprocessing.get_context("fork")
     here, there = fork.Pipe(duplex=False)
-    process = fork.Process(target=lambda: there.send(examine(name)))
+    process = fork.Process(target=_told, args=(name, there))
     process.start()
     there.close()
+    kind: Kind = "not built"
     try:
-        return here.recv() if here.poll(_SECONDS) else Found("wrong", f"no answer in {_SECONDS:.0f} seconds")
+        while here.poll(_SECONDS):
+            if isinstance(found := here.recv(), Found):
+                return found
+            kind = "wrong"
+        return Found(kind, f"no answer in {_SECONDS:.0f} seconds")
     except EOFError:
         process.join()
-        return Found("wrong", f"the process ended with exit code {process.exitcode}")
+        return Found(kind, f"the process ended with exit code {process.exitcode}")
     finally:
         process.kill()
 
 
-def examine(name: str) -> Found:
-    warnings.simplefilter("ignore")
+def _told(name: str, pipe: Connection) -> None:
+    """Send what was found, and before it that the model is built."""
     try:
         model = small_model(name)
     except Exception as error:
-        return Found("not built", _line(error))
+        pipe.send(Found("not built", _line(error)))
+    else:
+        pipe.send("built")
+        pipe.send(examine(model))
+
+
+def examine(model: Any) -> Found:
     said = ""
     kinds: dict[Gradients, Kind] = {"own_position": "scored", "per_position": "per position"}
     for gradients, kind in kinds.items():

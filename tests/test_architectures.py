@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fisher_ray import SplitModel
 
@@ -23,7 +23,10 @@ def survey(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_each_is_scored_or_refused(survey: Any) -> None:
     """By every way: its own attention, one pass a position, blocks that hand on no vectors or do not all run, another head."""
-    found = {name: survey.examine(name) for name in ("llama4_text", "mamba", "openai-gpt", "mllama", "bert")}
+    found = {
+        name: survey.examine(survey.small_model(name))
+        for name in ("llama4_text", "mamba", "openai-gpt", "mllama", "bert")
+    }
     kinds = {name: each.kind for name, each in found.items()}
     assert kinds == {
         "llama4_text": "scored", "mamba": "per position", "openai-gpt": "refused", "mllama": "refused", "bert": "refused"
@@ -47,11 +50,13 @@ def test_wrong_scores_are_seen(survey: Any, monkeypatch: pytest.MonkeyPatch) -> 
         return found
 
     monkeypatch.setattr(survey, "score_factors", wrong)
-    assert survey.deviation(SplitModel(survey.small_model("gpt2"))) == pytest.approx(0.02, rel=0.1)
-    assert survey.examine("gpt2").kind == "wrong"
+    model = survey.small_model("gpt2")
+    assert survey.deviation(SplitModel(model)) == pytest.approx(0.02, rel=0.1)
+    assert survey.examine(model).kind == "wrong"
 
 
-def test_what_dies_is_told(survey: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
-    monkeypatch.setattr(survey, "examine", lambda name: __import__("os")._exit(7))
-    assert survey._apart("gpt2") == ("wrong", "the process ended with exit code 7", 0.0)
+@pytest.mark.parametrize(("dies", "kind"), [("small_model", "not built"), ("examine", "wrong")])
+def test_what_dies_is_told(dies: str, kind: str, survey: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "small_model", lambda name: name)
+    monkeypatch.setattr(survey, dies, lambda _: os._exit(7))
+    assert survey._apart("gpt2") == (kind, "the process ended with exit code 7", 0.0)
