@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -327,9 +328,10 @@ class Worker:
         for source in task.ranges:
             yield from read_documents(source, self.config.layout)
 
-    def text(self, token: int) -> str:
-        """A token as text; its number where the model has no tokenizer."""
-        return token_text(token, self.model.tokenizer)
+    @cached_property
+    def text(self) -> Callable[[int], str]:
+        """A token as text, decoded once; its number where the model has no tokenizer."""
+        return cache(partial(token_text, tokenizer=self.model.tokenizer))
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 
