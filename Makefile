@@ -44,4 +44,4 @@ benchmark: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv build $(DEMO) $(DEMO).json $(DEMO).html

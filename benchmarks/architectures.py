@@ -31,7 +31,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fisher_ray import Exact, ModelError, SplitModel, score_factors
 from fisher_ray.split import Gradients
@@ -40,30 +40,65 @@ _LAYERS, _VOCAB, _TOKENS = 4, 61, 12
 _LIMIT = 1e-4
 _SECONDS = 300.0
 
-# Sizes by the names that configurations have for them; of lists the first four, or the sum of what the layers are.
+# Sizes by the names that configurations have for them.
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "n_vocab"), _VOCAB),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "decoder_ffn_dim"), 48),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "embedding_dim", "word_embed_proj_dim"), 32
+    ),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "d_inner", "ffn_hidden_size", "decoder_ffn_dim"), 48
+    ),
     **dict.fromkeys(("encoder_ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), _LAYERS),
-    **dict.fromkeys(("encoder_layers", "num_decoder_layers", "num_encoder_layers"), _LAYERS),
+    **dict.fromkeys(("encoder_layers", "num_decoder_layers", "num_encoder_layers", "num_blocks"), _LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "global_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "d_kv"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(
+        ("head_dim", "global_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "d_kv", "d_head"), 8
+    ),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_head_dim", "hidden_size_per_layer_input"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions", "n_ctx"), 64),
     **dict.fromkeys(("sliding_window", "attention_window_size"), 5),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace", "n_shared_experts"), 1),
     **dict.fromkeys(("mamba_d_state", "state_size", "mamba_d_head", "mamba_head_dim"), 16),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    "rotary_dim": 4,
     "num_kv_shared_layers": 2,
     "is_decoder": True,
     "use_cache": False,
+}
+
+_HYBRID = {
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+}
+# What single types need besides, as their own defaults are none or do not fit those sizes.
+_OWN: dict[str, dict[str, Any]] = {
+    **{name: {"head_dim": 8} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 1},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+    | {"indexer_compress_ratio": 2, "hc_lowrank": 8, "ple_embed_dim": 16, "ngram_vocab_size_base": 97},
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": _HYBRID | {"mamba_dt_rank": 4},
+    "zamba2": _HYBRID
+    | {"hybrid_layer_ids": [1, 3], "n_mamba_heads": 4, "mamba_headdim": 16, "adapter_rank": 4}
+    | {"num_key_value_heads": 4, "kv_channels": 8},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 Kind = Literal["scored", "per position", "refused", "wrong", "not built"]
@@ -146,9 +181,9 @@ def examine(model: Any) -> Found:
 def small_model(name: str) -> Any:
     """The library's model of a type, small, every parameter moved off its initial value."""
     kind = CONFIG_MAPPING[name]
-    config = kind.from_dict(_shrunk(kind().to_dict()))
+    config = kind.from_dict(_shrunk(kind().to_dict()) | _OWN.get(name, {}))
     torch.manual_seed(0)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[kind](config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for module in model.modules():  # grouped products of experts know no float64
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
@@ -164,18 +199,24 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     layers = next(
         (values[key] for key, size in _SIZES.items() if size == _LAYERS and "layer" in key and values.get(key)), 0
     )
+    # The first two layers and the last two: all that follow one another are of one kind in some models.
+    kept = [0, 1, layers - 2, layers - 1]
     small: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if key == "per_layer_config" and value:
+            small[key] = {str(i): _shrunk(value[str(k)]) for i, k in enumerate(kept) if str(k) in value}
+        elif isinstance(value, dict):
             small[key] = _shrunk(value)
-        elif value is not None and key in _SIZES:
+        elif value and key in _SIZES:
             small[key] = _SIZES[key]
         elif isinstance(value, list) and layers and len(value) == layers:
-            small[key] = value[:_LAYERS]
+            small[key] = [value[k] for k in kept]
         elif isinstance(value, int) and key.endswith(("token_id", "token_index")) and value >= _VOCAB:
             small[key] = _VOCAB - 1
         else:
             small[key] = value
+    if "kv_lora_rank" in small:  # keys and values of each head are made from one vector
+        small["num_key_value_heads"] = small["num_attention_heads"]
     return small
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fisher_ray.head import Head
-from fisher_ray.kernels import linear, uses_onednn
+from fisher_ray.kernels import is_out_of_memory, linear, uses_onednn
 from fisher_ray.streaming import map_rewritten
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -583,6 +583,8 @@ def _load_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(name).exists():
             raise ModelError(

@@ -157,14 +157,14 @@ def attention_mode(
         RuntimeError: another thread is at it, perhaps with another model of the same configuration.
     """
     _register()
+    # Asked for once: a GPU is waited for. Before anything is changed, as waiting may end in an error.
+    ends = [] if positions is None else (positions.amax(0) + 1).tolist()
     with _ENTERING:
         before = [config._attn_implementation for config in configs]
         if IMPLEMENTATION in before:
             raise RuntimeError(_ANOTHER)
         for config in configs:
             config._attn_implementation = IMPLEMENTATION
-    # Asked for once: a GPU is waited for.
-    ends = [] if positions is None else (positions.amax(0) + 1).tolist()
     token = _MODE.set(_Mode(name, context, positions, ends))
     try:
         yield
@@ -290,8 +290,7 @@ def _over_constants(
     bias: Tensor | None,
 ) -> Float[Tensor, "batch queries heads value_dim"]:
     """Ordinary attention of queries, scaled already, over keys and values that no gradient asks for."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    key, value = (_each_head(x, query.shape[1] // key.shape[1]) for x in (key, value))
     scores = query @ key.mT
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

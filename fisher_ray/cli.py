@@ -33,6 +33,7 @@ from fisher_ray.cost import HARDWARE, Hardware
 from fisher_ray.directions import cost, model_of, moved_tokens, project, read_directions, top_directions, typical_norm
 from fisher_ray.dispatch import LocalPool, Pool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
+from fisher_ray.kernels import is_out_of_memory
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, read_settings, reckon
 from fisher_ray.report import direction_table, layer_table, number_table, print_table
 from fisher_ray.report_html import html_report
@@ -166,26 +167,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     sending.set_defaults(act=_submit)
 
     sweeping = commands.add_parser("sweep", help="many runs from one file, with a table of them all")
-    _add_sweep(sweeping)
-    sweeping.set_defaults(act=_sweep)
-
-    given = vars(parser.parse_args(argv))
-    given.pop("command")
-    return _guarded(lambda: given.pop("act")(given))
-
-
-def sweep_main(argv: Sequence[str] | None = None) -> int:
-    """``jobs/sweep.py``; returns the exit code."""
-    parser = _Parser(description="Many runs from one file, with a table of them all.")
-    _add_sweep(parser)
-    given = vars(parser.parse_args(argv))
-    return _guarded(lambda: _sweep(given))
-
-
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    sweeping.add_argument(
         "config", type=Path, metavar="CONFIG.yaml", help="common settings, and a product or a list of points"
     )
+    sweeping.set_defaults(act=_sweep)
+
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:  # of the command, whose help has its flags
+        commands.choices[known.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = vars(known)
+    given.pop("command")
+    return _guarded(lambda: given.pop("act")(given))
 
 
 def reference_main(argv: Sequence[str] | None = None) -> int:
@@ -283,7 +275,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     corpus = parser.add_argument_group("corpus")
     corpus.add_argument("--column", help="text, or lists of token ids, in .jsonl and .parquet (text)")
     corpus.add_argument("--unit", choices=("paragraph", "file"), help="what a document of a text file is (paragraph)")
-    corpus.add_argument("--encoder-column", help="text of the encoder, for encoder-decoders")
+    corpus.add_argument(
+        "--encoder-column", help="text of the encoder, for encoder-decoders: its first --max-seq-len tokens"
+    )
     corpus.add_argument("--columns", nargs="+", help="columns to carry into the table of positions")
     corpus.add_argument(
         "--group-by", help="position, token or a column: a mean for each bucket, frequent token or value as well"
@@ -395,7 +389,7 @@ def _guarded(act: Callable[[], int]) -> int:
     errors = Console(stderr=True, markup=False)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for library in ("ray", "huggingface_hub"):  # their retries and notes would bury the one line that matters
+    for library in ("ray", "huggingface_hub", "gcsfs"):  # their retries and notes would bury the one line that matters
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with _terminable():
@@ -408,7 +402,7 @@ def _guarded(act: Callable[[], int]) -> int:
     except (KeyboardInterrupt, StoppedError) as stopped:
         errors.print(str(stopped) or "stopped.", style="yellow", soft_wrap=True)
         return STOPPED
-    except (RefusedError, StorageError, RunError, MemoryError, ValueError) as error:
+    except (StorageError, RunError, MemoryError, ValueError) as error:
         # ValueError: ConfigError, CorpusError, ModelError, and the estimators' own.
         errors.print(f"error: {error}", style="red", soft_wrap=True)
         if isinstance(error, RefusedError):
@@ -420,6 +414,8 @@ def _guarded(act: Callable[[], int]) -> int:
         said = " ".join(str(error).split()) or type(error).__name__
         if is_transient(error):
             said = f"the storage did not answer: {said} The same command goes on."
+        elif is_out_of_memory(error):
+            said = f"out of memory: {said} Ask for less at once, or free what others hold."
         elif not isinstance(error, OSError):
             raise
         errors.print(f"error: {said}", style="red", soft_wrap=True)

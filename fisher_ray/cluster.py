@@ -412,7 +412,8 @@ def submit(
         RunError: it answers no more.
         StoppedError: following was interrupted; the job goes on.
     """
-    from ray.job_submission import JobSubmissionClient  # here, as workers and most commands do without
+    from aiohttp import ClientError  # here, as workers and most commands do without
+    from ray.job_submission import JobSubmissionClient
 
     try:
         client = JobSubmissionClient(address)
@@ -442,7 +443,7 @@ def submit(
                 asyncio.run(follow())
             except BrokenPipeError:  # whoever read the log has left
                 raise
-            except (RuntimeError, OSError, RayError):
+            except (RuntimeError, OSError, RayError, ClientError):
                 pass
             time.sleep(0.5)
     except KeyboardInterrupt:

@@ -12,10 +12,10 @@ import codecs
 import io
 import json
 import posixpath
+import re
+import sys
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
+from fsspec.utils import glob_translate
 
-from fisher_ray.storage import absolute
+from fisher_ray.storage import absolute, several
 
 Unit = Literal["paragraph", "file"]
 
@@ -38,11 +39,11 @@ _FORMATS = {
     ".parquet": "parquet", ".arrow": "arrow", ".npy": "npy",
 }  # fmt: skip
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_CHOOSE = "Choose of those (--column for the text or the token ids, --columns, --group-by, --encoder-column)."
 
 _SNIFFED = 1 << 16
 _ARROW_FILE = b"ARROW1"
 _FOOTER = 1 << 16  # bytes at a Parquet file's end that hold most footers: one request a file
-_AHEAD = 32  # files whose rows are counted at once
 _SAMPLED = 1 << 20
 _BUFFER = 1 << 20  # decoded bytes of Parquet held at a time, about
 _MAX_BLOCK = 1 << 23
@@ -146,6 +147,14 @@ class Window:
     following: int | None
 
 
+def takes_in(uri: str, path: str) -> bool:
+    """Whether a corpus of that URI, glob or folder has the file at ``path``, or would have it if there were one."""
+    taken, asked = (
+        str(fs.unstrip_protocol(inner)) for fs, inner in map(fsspec.core.url_to_fs, map(absolute, (uri, path)))
+    )
+    return asked.startswith(f"{taken.rstrip('/')}/") or re.match(glob_translate(taken), asked) is not None
+
+
 def find_sources(corpus: Sequence[str]) -> list[Source]:
     """The files of a corpus in a fixed order, each once, by listing alone; empty ones are left out.
 
@@ -184,7 +193,7 @@ def find_ranges(sources: Sequence[Source], layout: Layout, target: int) -> Itera
 
     The first file of each kind is looked into before anything else. Apart from that, text and JSON lines are not opened;
     of Parquet the footer is read and of .npy the header, some files ahead of the caller. Arrow streams have no footer:
-    local ones are mapped and their columns left alone, remote ones are streamed once.
+    local ones are mapped and their columns left alone, remote ones are streamed here, and are one range each.
 
     Args:
         sources: what :func:`find_sources` found.
@@ -201,7 +210,8 @@ def find_ranges(sources: Sequence[Source], layout: Layout, target: int) -> Itera
             looked.add(_format(source.path))
             _look(source, layout)
     empty = True
-    for source, groups in _counted(sources, layout):
+    found = several(lambda source: _groups(source, layout), sources)
+    for source, groups in zip(sources, found, strict=True):
         for part in _cut_bytes(source, layout, target) if groups is None else _cut_rows(source, groups, target):
             empty = False
             yield part
@@ -510,32 +520,14 @@ def _look_at_rows(lines: Sequence[bytes], path: str, layout: Layout) -> None:
                 return
         offset += len(line) + 1
     if row is not None:
-        raise CorpusError(f"{path}: no column {lacking[0]!r}; its last row has {', '.join(row)}. Choose of those.")
+        raise CorpusError(f"{path}: no column {lacking[0]!r}; its last row has {', '.join(row)}. {_CHOOSE}")
 
 
-def _counted(sources: Iterable[Source], layout: Layout) -> Iterator[tuple[Source, list[_Group] | None]]:
-    """Sources and their row groups, which are read some files ahead of the caller; None for text, which is not opened."""
-    pool = ThreadPoolExecutor(_AHEAD)
-    ahead: deque[tuple[Source, Future[list[_Group]] | None]] = deque()
-
-    def first() -> tuple[Source, list[_Group] | None]:
-        source, groups = ahead.popleft()
-        return source, None if groups is None else groups.result()
-
-    try:
-        for source in sources:
-            opened = _format(source.path)[0] not in ("text", "jsonl")
-            ahead.append((source, pool.submit(_groups, source, layout) if opened else None))
-            if len(ahead) > _AHEAD:
-                yield first()
-        while ahead:
-            yield first()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _groups(source: Source, layout: Layout) -> list[_Group]:
+def _groups(source: Source, layout: Layout) -> list[_Group] | None:
+    """The row groups of a file, or batches; None for text, which is not opened."""
     kind, _ = _format(source.path)
+    if kind in ("text", "jsonl"):
+        return None
     if kind == "parquet":
         footer = _footer(source)
         with _decoding(source):
@@ -585,7 +577,12 @@ def _cut_bytes(source: Source, layout: Layout, target: int) -> Iterator[SourceRa
 
 
 def _cut_rows(source: Source, groups: Iterable[_Group], target: int) -> Iterator[SourceRange]:
-    """Whole groups together up to the target, a larger one in even parts, so that a range decodes no group in vain."""
+    """Whole groups together up to the target, a larger one in even parts, so that a range decodes no group in vain.
+
+    Of a remote Arrow file all together: whoever reads rows of it reads those before them too.
+    """
+    if _format(source.path)[0] == "arrow" and not _is_local(source):
+        target = sys.maxsize
 
     def part(start: int, stop: int, weight: int) -> SourceRange:
         return SourceRange(source.path, source.name, start, stop, source.size, source.version, weight)
@@ -624,7 +621,7 @@ def _sample(source: Source, layout: Layout, offsets: list[int]) -> Iterator[Docu
                 seen.add(document.id)
                 yield document
     else:
-        starts = [0, *accumulate(rows for rows, _ in _groups(source, layout))]
+        starts = [0, *accumulate(rows for rows, _ in _groups(source, layout) or ())]
         rows = [starts[-1] * offset // source.size for offset in offsets]
         for group, hits in groupby(bisect_right(starts, row) - 1 for row in rows if row < starts[-1]):
             stop = min(starts[group] + len(list(hits)), starts[group + 1])
@@ -642,7 +639,7 @@ def _check_carried(source: Source, layout: Layout) -> None:
 def _check_columns(schema: pa.Schema, layout: Layout, path: str) -> None:
     for column in layout.columns:
         if column not in schema.names:
-            raise CorpusError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}. Choose of those.")
+            raise CorpusError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}. {_CHOOSE}")
     kind = schema.field(layout.column).type
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and not (
@@ -735,7 +732,7 @@ def _json_row(line: bytes, path: str, offset: int, layout: Layout) -> dict[str, 
         raise CorpusError(f"{path}, byte {offset}: expected a JSON object, got {type(row).__name__}.")
     for column in filter(None, (layout.column, layout.encoder_column)):
         if column not in row:
-            raise CorpusError(f"{path}, byte {offset}: no column {column!r}; it has {', '.join(row)}. Choose of those.")
+            raise CorpusError(f"{path}, byte {offset}: no column {column!r}; it has {', '.join(row)}. {_CHOOSE}")
     return row
 
 
@@ -756,21 +753,26 @@ def _parquet(source: SourceRange, layout: Layout, codec: str | None) -> Iterator
                 return
 
 
+def _is_local(source: Source | SourceRange) -> bool:
+    return isinstance(fsspec.core.url_to_fs(source.path)[0], LocalFileSystem)
+
+
 @contextmanager
 def _batches(source: Source | SourceRange) -> Iterator[pa.RecordBatchReader]:
     """The record batches of an Arrow stream or file; a local one is mapped, so that what is not looked at is not read."""
-    fs, inner = fsspec.core.url_to_fs(source.path)
-    with _opened(source) as file:
-        local = isinstance(fs, LocalFileSystem)
-        with pa.memory_map(inner) if local else io.BufferedReader(file, _MAX_BLOCK) as stream:
-            magic = stream.read(len(_ARROW_FILE))
-            stream.seek(0)
-            if magic == _ARROW_FILE:
-                reader = pa.ipc.open_file(stream)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-                yield pa.RecordBatchReader.from_batches(reader.schema, batches)
-            else:
-                yield pa.ipc.open_stream(stream)
+    _, inner = fsspec.core.url_to_fs(source.path)
+    with (
+        _opened(source) as file,
+        pa.memory_map(inner) if _is_local(source) else io.BufferedReader(file, _MAX_BLOCK) as stream,
+    ):
+        magic = stream.read(len(_ARROW_FILE))
+        stream.seek(0)
+        if magic == _ARROW_FILE:
+            reader = pa.ipc.open_file(stream)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            yield pa.RecordBatchReader.from_batches(reader.schema, batches)
+        else:
+            yield pa.ipc.open_stream(stream)
 
 
 def _arrow(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:

@@ -420,7 +420,8 @@ class Cost:
             if model.gradients == "own_position" and pass_.whole([*range(self._windows)], [scored] * self._windows):
                 tape = model.own_tape(ids, encoded, self.layers, (ids[0], ids[0]))
             else:
-                copies = pass_.copies(queries * self._windows)
+                tokens = seq_len if model.gradients == "per_position" else 1  # of a query
+                copies = pass_.copies(queries * self._windows * tokens)
                 queries *= copies
                 zeros = torch.zeros(queries, dtype=torch.long, device="meta")
                 if model.gradients == "per_position":

@@ -171,11 +171,9 @@ def model_of(run: Run, dtype: str | None = None) -> SplitModel:
     Raises:
         ModelError: it is gone, or its weights are no longer those of the run.
     """
-    config = replace(run.config, dtype=dtype or run.config.dtype)
-    if (
-        weights_digest(config.model, config.revision, config.trust_remote_code)
-        != run.description["result_fields"]["weights"]
-    ):
+    weights = run.description["result_fields"]["weights"]
+    config = replace(run.config.pinned(weights), dtype=dtype or run.config.dtype)
+    if weights_digest(config.model, config.revision, config.trust_remote_code) != weights:
         raise ModelError(
             f"the weights of {config.model} are not those that {run.store.uri} was made with. Put those back, or run again in "
             "another directory."

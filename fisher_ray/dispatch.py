@@ -21,7 +21,7 @@ from fisher_ray.corpus import CorpusError, is_seen
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
 from fisher_ray.reduce import DIRECTIONS, Checkpoint, Node, finish_layers, look_back, read_array, sum_node
 from fisher_ray.shards import Counts, Receipt, RunStore
-from fisher_ray.storage import DamagedError, StorageError, is_transient
+from fisher_ray.storage import DamagedError, StorageError, is_transient, several
 from fisher_ray.worker import InTurn, Worker, at_once
 
 _SHARED = "Corpus, model and output have to be at the same place on every machine."
@@ -153,7 +153,7 @@ class Servant:
     def check(self, folder: str, names: Sequence[str]) -> tuple[Counts, list[str]]:
         """Read back what receipts vouch for: counts of the sound ones, and the names of the others."""
         counts, damaged = Counts(), []
-        found = self.store.several(lambda name: self.store.check(folder, name, self.plan.fingerprint)[0], names, 4)
+        found = several(lambda name: self.store.check(folder, name, self.plan.fingerprint)[0], names, 4)
         for name, receipt in zip(names, found, strict=True):
             if receipt is None:
                 damaged.append(name)
@@ -328,7 +328,6 @@ class Dispatch:
         self._tries: dict[str, _Tries] = {}
         self._running: dict[Any, _Running] = {}
         self._hung: dict[Any, float] = {}  # and the seconds that each had
-        self._late: set[Any] = set()
         left, looked = total, 0.0
         while left:
             self._tick()
@@ -349,8 +348,8 @@ class Dispatch:
                 for ended in self._ended(key, outcome):
                     left -= 1
                     yield ended
-        for key in self._late:
-            self._pool.kill(self._running[key].worker)  # nothing waits for attempts that came second
+        for running in self._running.values():
+            self._pool.kill(running.worker)  # nothing waits for attempts that came second
 
     def _fill(self) -> None:
         """Give every worker that has room a call."""
@@ -409,7 +408,8 @@ class Dispatch:
     def _limits(self, call: Call) -> tuple[float, float]:
         """Seconds after which a call is slow, and after which it counts as hung."""
         if call.weight is None:
-            return _SLOW_OTHERS, _HUNG_OTHERS
+            # Whatever attempt of one writes the matrices writes the same files, where rounding may differ between machines.
+            return math.inf if call.method == "finish" else _SLOW_OTHERS, _HUNG_OTHERS
         slow, hung = math.inf, _HUNG_UNKNOWN
         if len(self._pace) >= 3:
             expected = statistics.median(self._pace) * call.weight
@@ -423,14 +423,13 @@ class Dispatch:
             return
         call = running.call
         tries = self._tries.get(call.name)
-        if tries is None or key not in tries.running:
-            self._late.discard(key)  # another attempt was first
+        if tries is None or key not in tries.running:  # another attempt was first
             return
         tries.running.discard(key)
         if not isinstance(outcome, Failure):
             if call.weight is not None:
                 self._pace.append((time.monotonic() - running.since) / max(call.weight, 1))
-            self._forget(call)
+            del self._tries[call.name]  # what else runs for it goes on unheard
             yield call, outcome
             return
         if key in self._hung:
@@ -444,13 +443,9 @@ class Dispatch:
         final = outcome.kind in ("input", "fatal", "damaged")
         unlucky = any(tries.blameless[kind] >= most for kind, most in _MAX_BLAMELESS.items())
         if final or (not tries.running and (unlucky or tries.failed >= self._max_attempts)):
-            self._forget(call)
+            del self._tries[call.name]
             yield call, outcome
         elif not tries.running:  # else another attempt may yet end well
             self.retried += 1
             pause = min(30.0, 0.25 * 2 ** (tries.failed + tries.blameless.total()))
             heapq.heappush(self._later, (time.monotonic() + pause, self.retried, call))
-
-    def _forget(self, call: Call) -> None:
-        """A call has ended; what else runs for it goes on unheard."""
-        self._late |= self._tries.pop(call.name).running

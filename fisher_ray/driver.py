@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import math
 import os
-import re
 import signal
 import threading
 import time
@@ -20,7 +19,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice, takewhile
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -279,7 +277,7 @@ def _estimand(config: RunConfig) -> str:
 
 
 # Settings by which those who read a run later find what it is of; what that is is told by digests.
-_PLACES = ("corpus", "model")
+_PLACES = ("corpus", "model", "revision")
 
 # Of fields that no flag is named like.
 _MEANING = {
@@ -338,10 +336,7 @@ _FILES = 8
 def _for_workers(plan: Plan) -> Plan:
     """A plan as workers need it: with a few of the corpus's files, and an output that is the same in any current directory."""
     few = plan.sources[:: math.ceil(len(plan.sources) / _FILES) or 1]
-    config = replace(plan.config, output=RunStore(plan.config.output).uri)
-    weights = plan.result_fields["weights"]
-    if not Path(config.model).is_dir() and re.fullmatch("[0-9a-f]{40}", weights):
-        config = replace(config, revision=weights)  # a branch may move while workers are still to come
+    config = replace(plan.config.pinned(plan.result_fields["weights"]), output=RunStore(plan.config.output).uri)
     return replace(plan, config=config, sources=few)
 
 
@@ -377,7 +372,7 @@ class _Run:
                 last = len(self.tasks)
                 self._map(last, check)
             self.state = "reducing"
-            rows, covering = self._sound(last, partial(self._reduce, last))
+            rows, self.counts = self._sound(last, partial(self._reduce, last))
         except BaseException as error:
             self.state = "stopped" if isinstance(error, StoppedError | KeyboardInterrupt) else "failed"
             if not isinstance(self.lease.lost, RefusedError):  # the file is another driver's by now
@@ -386,7 +381,6 @@ class _Run:
             if isinstance(error, KeyboardInterrupt):
                 raise StoppedError(STOPPED) from None
             raise
-        self.counts = covering.counts  # until now of what was read back or computed, some of it twice
         self.quarantined = {task: why for task, why in self.quarantined.items() if task < last}
         self.state = "quarantined" if self.quarantined else "complete"
         self._write_progress()
@@ -394,7 +388,7 @@ class _Run:
             self.plan,
             self.store,
             rows,
-            covering.counts,
+            self.counts,
             len(self.tasks),
             resumed,
             self.computed,
@@ -574,7 +568,8 @@ class _Run:
                 self._map(last, check=False)
                 self.state = state
 
-    def _reduce(self, last: int) -> tuple[list[dict[str, Any]], Receipt]:
+    def _reduce(self, last: int) -> tuple[list[dict[str, Any]], Counts]:
+        """The table of layers and groups, and what the first tasks found."""
         trees = self._trees(last)
         return self._reduced_before(trees) or self._reduce_once(trees)
 
@@ -583,7 +578,7 @@ class _Run:
         missing = [task for task in self.quarantined if task < last and not self.done[task]]
         return roots(self.plan, last, missing)
 
-    def _reduced_before(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Receipt] | None:
+    def _reduced_before(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Counts] | None:
         """The reduction of before, where it is of the same tasks and sound."""
         done = {task_name(i) for i, flag in enumerate(self.done) if flag}
         if any(self.store.verify_reduced(self.plan.fingerprint, done, self.store.names("tree"))):
@@ -592,8 +587,7 @@ class _Run:
         if (made["last"], made["missing"]) != (trees[0].last, list(trees[0].missing)):
             return None
         table = pq.read_table(pa.BufferReader(self.store.read("reduced/summary.parquet")))
-        covering = Receipt("all", self.plan.fingerprint, {}, Counts(**made["counts"]))
-        return table.to_pylist(), covering
+        return table.to_pylist(), Counts(**made["counts"])
 
     def _sum_nodes(self, trees: Sequence[Node], ahead: int = 0) -> None:
         """Everything below the roots that is not there yet."""
@@ -602,7 +596,7 @@ class _Run:
             nodes = [node for chunk in level for node in chunk if node.name not in there]
             self._all((Call(f"sum {node.name}", "sum", (node,)) for node in nodes), ahead=ahead)
 
-    def _reduce_once(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Receipt]:
+    def _reduce_once(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Counts]:
         self._sum_nodes(trees)
         self.store.remove("reduced/manifest.json")  # before its files become others
         rows: list[dict[str, Any]] = []
@@ -628,7 +622,7 @@ class _Run:
         done = self.done[: trees[0].last].count(1)
         made = manifest(self.plan, trees, done, files, self.looked) | {"counts": asdict(counts)}
         self.store.write_sealed("reduced/manifest.json", made)
-        return rows, covering
+        return rows, counts
 
     def _all(self, calls: Iterable[Call], ahead: int = 0) -> list[Any]:
         """Results of calls of the reduction, in the order of the calls; the first failure ends it."""

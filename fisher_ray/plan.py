@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ from fisher_ray.corpus import (
     read_documents,
     sample_documents,
     take,
+    takes_in,
     windows,
 )
 from fisher_ray.cost import Cost, Save, least_task_bytes, outline
@@ -54,7 +56,7 @@ from fisher_ray.estimators import Deflated, Estimator, Exact, Sampled, check_tem
 from fisher_ray.scores import TokenSource
 from fisher_ray.shards import POSITION_FIELDS
 from fisher_ray.split import Gradients
-from fisher_ray.storage import absolute
+from fisher_ray.storage import Storage, absolute
 from fisher_ray.sums import ALL
 
 # Raised whenever the same configuration would give other numbers.
@@ -212,8 +214,8 @@ class RunConfig:
     gradients: Gradients = "own_position"
     revision: str | None = None
     trust_remote_code: bool = False
-    stream_weights: bool | None = None
-    compile: bool | None = None
+    stream_weights: bool = False
+    compile: bool = False
     memory_budget: int | None = None
     device: Device | None = None
     cpus_per_actor: int = 1
@@ -317,8 +319,8 @@ class RunConfig:
         for name, owner, given in (
             ("rank", "deflated", self.rank is not None),
             ("tolerance", "exact", self.tolerance is not None),
-            ("top_p", "sampled", self.top_p != 1.0 and self.estimator == "deflated"),
-            ("temperature", "sampled", self.temperature != 1.0 and self.estimator == "deflated"),
+            ("top_p", "sampled", self.top_p != 1.0),
+            ("temperature", "sampled", self.temperature != 1.0),
         ):
             if given and self.estimator != owner:
                 raise ConfigError(
@@ -410,7 +412,8 @@ class RunConfig:
                 raise ConfigError(f"layers must be all, a range 0-11 or a list 3,6; got {self.layers!r}.") from error
             if high > num_layers:
                 raise ConfigError(
-                    f"layer_idx must be in [0, {num_layers}], got {high}. {self.model} has {num_layers} blocks."
+                    f"layers must be in [0, {num_layers}], got {high}. {self.model} has {num_layers} blocks, and layer "
+                    f"{num_layers} is what leaves the last one."
                 )
             chosen.update(range(low, high + 1))
         if not chosen:
@@ -430,6 +433,11 @@ class RunConfig:
                 f"windows need max_seq_len of at least 2 and a stride in [0, max_seq_len - 1), got {length} and {stride}."
             )
         return length, stride
+
+    def pinned(self, weights: str) -> RunConfig:
+        """The same at the hub's commit, where weights are told by one: a branch may move."""
+        is_commit = not Path(self.model).is_dir() and re.fullmatch("[0-9a-f]{40}", weights)
+        return replace(self, revision=weights) if is_commit else self
 
     def asdict(self) -> dict[str, Any]:
         """Plain values, as written to run.json and read from a config file."""
@@ -631,7 +639,7 @@ class Plan:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             gradients=config.gradients,
-            stream_weights=bool(config.stream_weights),
+            stream_weights=config.stream_weights,
         )
         length, _ = config.window(self.facts)
         chosen = len(Positions(config.positions).choose(length))  # perhaps none in a document's first window
@@ -783,20 +791,23 @@ def make_plan(config: RunConfig) -> Plan:
             f"sketch must be below {facts.d_model / 2:g}, half of d_model, got {config.sketch}: a sketch of so many rows is no "
             "smaller than the matrix. Leave it out (--sketch)."
         )
-    for uri in map(absolute, config.corpus):
-        if f"{absolute(config.output)}/".startswith(f"{uri.rstrip('/')}/"):
-            raise ConfigError(
-                f"output {config.output} is in the folder {uri} of the corpus, and would be part of it. Choose another place."
-            )
     sources = tuple(find_sources(config.corpus))
+    for uri in config.corpus:
+        if takes_in(uri, f"{Storage(config.output).uri}/plan.parquet"):
+            raise ConfigError(
+                f"output {config.output} is in {absolute(uri)}, of the corpus, and would be part of it. Choose another place."
+            )
     sampled = config.group_by not in (None, "position")
     sample = list(sample_documents(sources, config.layout, _SAMPLE)) if sampled else []
     # Whoever reads the run later may be in another directory.
     model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     config = replace(config, model=model, corpus=tuple(map(absolute, config.corpus)))
     listed = [(source.name, source.size, source.version) for source in sources]
-    # What is unset is left out, so that a setting that comes to be later changes no fingerprint of before.
-    settings = {k: v for k, v in config.asdict().items() if k not in _EXECUTION | {"corpus"} and v is not None}
+    # What is unset is left out, so that a setting that comes to be later changes no fingerprint of before. So are places
+    # and a revision, as digests say what is there.
+    settings = {
+        k: v for k, v in config.asdict().items() if k not in _EXECUTION | {"corpus", "revision"} and v is not None
+    }
     if config.estimator == "exact":
         settings.pop("num_samples", None)  # sweeps may set it for all their points
     if config.group_by in (None, "position"):

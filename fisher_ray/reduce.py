@@ -181,16 +181,13 @@ def look_back(plan: Plan, store: RunStore, root: Node, before: Node | None) -> C
     children = [_receipt(store, child) for child in root.children()]
     earlier = [_receipt(store, child) for child in before.children()] if before is not None else []
     positions = sum(child.counts.scored for child in children)
-    errors, changes = [], []
+    parts = [Checkpoint(root.last, positions, None, None)]
     for layer in root.layers if positions else ():
         known = _mean_fisher(_Blocks(store, earlier, layer)) if any(child.counts.scored for child in earlier) else None
         found = convergence(_Blocks(store, children, layer), known)
-        errors.append(found.error)
-        changes.append(found.since)
-    worst_error, worst_change = (
-        max((value for value in values if not math.isnan(value)), default=None) for values in (errors, changes)
-    )
-    return Checkpoint(root.last, positions, worst_error, worst_change)
+        error, change = (None if math.isnan(value) else value for value in (found.error, found.since))
+        parts.append(Checkpoint(root.last, positions, error, change))
+    return worst(parts)
 
 
 def worst(parts: Sequence[Checkpoint]) -> Checkpoint:

@@ -78,17 +78,19 @@ class UpperLayersModel:
         batch = len(hidden)
         vocab_size, d_z = split.head.vocab_size, split.head.d_z
         count = min(vocab_size, d_z)
+        # With own-position gradients a copy is one more query; else a sequence of its own, which pulls them in turn.
+        copies = count if split.gradients == "own_position" else 1
         with full_precision():
-            tape = split.last_tape(hidden, self.layer_idx, encoded, copies=count)
-            prediction = split.head.predict(tape.z[::count])
+            tape = split.last_tape(hidden, self.layer_idx, encoded, copies)
+            prediction = split.head.predict(tape.z[::copies])
             everything = torch.arange(vocab_size, device=split.device).expand(batch, -1)
             scores = prediction.scores(everything)
-            if vocab_size <= d_z:
-                pulled = tape.pull(scores.reshape(batch * count, d_z))[self.layer_idx]
-                return pulled.view(batch, count, -1).to(scores.dtype), prediction.prob
-            identity = torch.eye(d_z).to(scores).repeat(batch, 1)
-            jacobian = tape.pull(identity)[self.layer_idx].view(batch, d_z, -1).to(scores.dtype)
-            return scores @ jacobian, prediction.prob
+            identity = torch.eye(d_z).to(scores).expand(batch, -1, -1)
+            cotangents = scores if vocab_size <= d_z else identity
+            turns = [each.flatten(0, 1) for each in cotangents.split(copies, 1)]
+            pulled = {i: each for _, i, each in tape.pull_each(turns)}
+            rows = torch.cat([pulled[i].view(batch, copies, -1) for i in range(len(turns))], 1).to(scores.dtype)
+            return rows if vocab_size <= d_z else scores @ rows, prediction.prob
 
     def _hidden(self, final_latents: Tensor, context: Tensor) -> Tensor:
         batch, d_model = len(final_latents), self.split.d_model
@@ -160,7 +162,10 @@ def calculate_fisher(
 
 def _encoded(split: SplitModel, encoder_input_ids: Tensor | None) -> dict[str, Tensor]:
     split.check_encoder(encoder_input_ids is not None)
-    return {} if encoder_input_ids is None else split.encode(encoder_input_ids.to(split.device))
+    if encoder_input_ids is None:
+        return {}
+    split.check_ids(encoder_input_ids, encoder_input_ids.shape[1])
+    return split.encode(encoder_input_ids.to(split.device))
 
 
 def _token_batch(

@@ -29,7 +29,7 @@ from fisher_ray.shards import (
     task_name,
 )
 from fisher_ray.statistics import Blocks, Estimate, Spectrum, mean_trace, spectrum
-from fisher_ray.storage import DamagedError, StorageError, StoredFile
+from fisher_ray.storage import DamagedError, StorageError, StoredFile, several
 from fisher_ray.sums import LayerSums
 
 T = TypeVar("T")
@@ -318,7 +318,7 @@ class Run:
                 return partial(_raised, error)
             return lambda: table
 
-        found = self.store.several(read, self.done_tasks, _TABLES)
+        found = several(read, self.done_tasks, _TABLES)
         return ((task, reading(given)) for task, given in zip(self.done_tasks, found, strict=True))
 
     def of_layer(self, table: pa.Table, layer: int) -> pa.Table:
@@ -408,7 +408,7 @@ class Run:
             )
 
     def _shard(self, receipt: Receipt, what: str, layer: int) -> Shard:
-        table = self._table(receipt).filter(pc.field("layer") == layer)
+        table = self.of_layer(self._table(receipt), layer)
         return Shard(table, np.load(io.BytesIO(self.store.load(receipt.files[f"{what}_{layer}"])), allow_pickle=False))
 
     def _table(self, receipt: Receipt, columns: Sequence[str] | None = None) -> pa.Table:

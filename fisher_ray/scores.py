@@ -172,25 +172,12 @@ def _joined(chunks: list[Scores]) -> Scores:
     if len(chunks) == 1:
         return chunks[0]
 
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(chunk, name) for chunk in chunks])
+    def joined(parts: list[Any]) -> Any:
+        if isinstance(parts[0], dict):
+            return {layer: joined([part[layer] for part in parts]) for layer in parts[0]}
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else sum(parts[1:], parts[0])
 
-    return Scores(
-        factors={layer: torch.cat([chunk.factors[layer] for chunk in chunks]) for layer in chunks[0].factors},
-        activations={
-            layer: torch.cat([chunk.activations[layer] for chunk in chunks]) for layer in chunks[0].activations
-        },
-        sequence=joined("sequence"),
-        position=joined("position"),
-        token=joined("token"),
-        fed=joined("fed"),
-        entropy=joined("entropy"),
-        surprisal=joined("surprisal"),
-        kept_mass=joined("kept_mass"),
-        captured_share=joined("captured_share"),
-        invalid=[pair for chunk in chunks for pair in chunk.invalid],
-        halvings=sum(chunk.halvings for chunk in chunks),
-    )
+    return Scores(**{name: joined([getattr(chunk, name) for chunk in chunks]) for name in vars(chunks[0])})
 
 
 def iter_scores(
@@ -301,7 +288,7 @@ def _real_tokens(model: SplitModel, input_ids: Tensor, attention_mask: Tensor | 
 def _check_encoder(model: SplitModel, batch: int, ids: Tensor, mask: Tensor | None) -> None:
     if ids.ndim != 2 or len(ids) != batch or ids.numel() == 0:
         raise ValueError(f"encoder_input_ids must be [{batch}, enc_seq], one row a sequence, got {list(ids.shape)}.")
-    model.check_ids(ids, 1)
+    model.check_ids(ids, ids.shape[1])
     if mask is not None and (mask.shape != ids.shape or not bool(mask.bool().any(1).all())):
         raise ValueError(
             f"encoder_attention_mask must have the shape of encoder_input_ids, {list(ids.shape)}, and a real token in each "
@@ -414,6 +401,8 @@ class Pass:
         scored = sum(map(len, positions))
         queries = scored * draws
         longest = max(len(self.rows[i]) for i in rows)
+        if model.gradients == "per_position":  # whose rows end with the last position
+            longest = 1 + max(wanted[-1] for wanted in positions)
         number = torch.promote_types(model.dtype, torch.float32).itemsize
         stream = model.d_model * model.dtype.itemsize
 
@@ -452,15 +441,14 @@ class Pass:
             token = model.graph_bytes(longest, model.num_layers - 1, replayed)
             token += blocks * model.d_model * model.dtype.itemsize
         if model.gradients == "per_position":
-            tokens = queries * self.copies(queries) * longest
+            tokens = queries * longest * self.copies(queries * longest)
             return tokens, tokens * token, True
         if self.whole(rows, positions):
             tokens = len(rows) * longest
             return tokens, tokens * token, tokens > queries
-        draws = self.num_token_draws if self.draws_tokens else 1
         context = len(rows) * longest * model.recorded_bytes(longest)[0]
         copies = self.copies(queries)
-        tokens = len(rows) * max(map(len, positions)) * draws * copies
+        tokens = len(rows) * max(map(len, positions)) * self.num_token_draws * copies
         return tokens, context + tokens * token, tokens > queries * copies
 
     @cached_property
@@ -478,9 +466,12 @@ class Pass:
         tokens = min(max(longest, 2 * _FULL_PRODUCT), sum(map(len, self.rows)))
         return tokens * self.model.graph_bytes(longest, self.layers[0]) > self.budget
 
-    def copies(self, queries: int) -> int:
-        """Copies of each query, so that one backward pass pulls as many cotangents as fill a matrix product."""
-        return max(1, min(self.num_factors, self._full_product // queries))
+    def copies(self, tokens: int) -> int:
+        """Copies of each query, so that one backward pass pulls as many cotangents as fill a matrix product.
+
+        ``tokens``: of one copy of all, which are more than queries where each has its own sequence.
+        """
+        return max(1, min(self.num_factors, self._full_product // tokens))
 
     @property
     def _full_product(self) -> int:
@@ -527,7 +518,8 @@ class Pass:
         row = torch.tensor([i for i, wanted in enumerate(batch.positions) for _ in wanted], device=device)
         position = torch.tensor([t for wanted in batch.positions for t in wanted], device=device)
         tokens, lengths = self._padded(batch.rows)
-        names = self.keys[torch.tensor(batch.rows, device=device)[row]]
+        sequence = torch.tensor(batch.rows, device=device)[row]
+        names = self.keys[sequence]
         with full_precision():
             tape, fed, copies = self._forward(batch, tokens, row, position, names)
             num_draws = fed.shape[1]
@@ -551,7 +543,6 @@ class Pass:
         for tensors in (factors, activations):
             for tensor in tensors.values():
                 valid &= tensor.flatten(1).sum(1).isfinite()  # one pass; a sum with NaN or infinity is one of them
-        sequence = torch.tensor(batch.rows, device=device)[row]
         good = slice(None) if bool(valid.all()) else valid  # a copy of the factors is made only where it must be
         return Scores(
             factors={layer: tensor[good] for layer, tensor in factors.items()},
@@ -572,11 +563,9 @@ class Pass:
 
         The padding repeats a sequence's first token: another one's activations might not be finite.
         """
-        lengths = [len(self.rows[i]) for i in rows]
-        tokens = torch.stack([self.rows[i][:1].expand(max(lengths)) for i in rows])
-        for i, row in enumerate(rows):
-            tokens[i, : lengths[i]] = self.rows[row]
-        return tokens, torch.tensor(lengths, device=self.model.device)
+        own = [self.rows[i] for i in rows]
+        tokens = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)
+        return tokens.where(tokens >= 0, tokens[:, :1]), torch.tensor([*map(len, own)], device=tokens.device)
 
     def _next(self, rows: list[int], tokens: Tensor, lengths: Tensor) -> Int[Tensor, "batch seq"]:
         """The token after each, -1 where there is none, or none that the head knows: embeddings may have more."""
@@ -607,7 +596,7 @@ class Pass:
             z = model.states(tokens, encoded) if z is None else z
             fed = self._drawn(z[row, position - 1], Draws(names, position, torch.zeros_like(position), "token"))
         del z  # as large as a layer's keys
-        copies = self.copies(fed.numel())
+        copies = self.copies(fed.numel() * (int(position.max()) + 1 if alone else 1))
         repeats = fed.shape[1] * copies
         flat_row, flat_position = row.repeat_interleave(repeats), position.repeat_interleave(repeats)
         flat_fed = fed.flatten().repeat_interleave(copies)

@@ -26,9 +26,7 @@ import os
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -39,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisher_ray.storage import WRITING, DamagedError, Storage, StorageError, StoredFile, seal, unseal
+from fisher_ray.storage import WRITING, DamagedError, Storage, StorageError, StoredFile, seal, several, unseal
 
 T = TypeVar("T")
 
@@ -71,9 +69,6 @@ POSITION_FIELDS: list[tuple[str, pa.DataType]] = [
     ("entropy_rank", pa.float32()),
     ("trace_rank_99", pa.float32()),
 ]
-
-# Files read or checked at once by one process: enough to hide a request's latency, few enough for small machines.
-_THREADS = 16
 
 
 def positions_schema(carried: tuple[str, ...], metadata: dict[str, str]) -> pa.Schema:
@@ -198,7 +193,9 @@ class RunStore(Storage):
         try:
             raw = self.read("run.json")
         except FileNotFoundError:
-            found = self.list()
+            found = [
+                path for path in self.list() if not path.startswith("lease/")
+            ]  # a driver may have removed the rest
             if any(path.startswith("done/") for path in found):
                 raise DamagedError("run.json", f"{self.uri}/run.json is gone.") from None
             if found:
@@ -263,7 +260,7 @@ class RunStore(Storage):
 
     def receipts(self, tasks: Iterable[int]) -> Iterator[Receipt]:
         """Receipts of tasks, in the order asked for, read several at once."""
-        return self.several(lambda task: self.receipt("done", task_name(task)), tasks)
+        return several(lambda task: self.receipt("done", task_name(task)), tasks)
 
     def undo(self, tasks: Sequence[int]) -> None:
         """Make tasks undone, and the sums that they went into; their files stay behind as orphans."""
@@ -274,7 +271,7 @@ class RunStore(Storage):
                 gone.append(f"tree/{name}.json")
         if tasks:
             self.remove("reduced/manifest.json")
-        for _ in self.several(self.remove, [*gone, *(f"done/{task_name(task)}.json" for task in tasks)]):
+        for _ in several(self.remove, [*gone, *(f"done/{task_name(task)}.json" for task in tasks)]):
             pass
 
     # ---- checking ----------------------------------------------------------------------------------------------------
@@ -325,7 +322,7 @@ class RunStore(Storage):
             unfinished = []
         tasks = (("done", name) for name in sorted([*done, *unfinished]))
         checks = chain(tasks, (("tree", name) for name in sorted(nodes)))
-        for _, problems in self.several(lambda item: self.check(item[0], item[1], fingerprint), checks):
+        for _, problems in several(lambda item: self.check(item[0], item[1], fingerprint), checks):
             yield from problems
         yield from self.verify_reduced(fingerprint, done, nodes)
         for path in (*self.list("quarantine"), "progress.json"):
@@ -355,7 +352,7 @@ class RunStore(Storage):
         for name in sorted(set(manifest["nodes"]) - nodes):
             yield Problem(f"tree/{name}.json", "is missing")
         files = (StoredFile(**stored) for stored in manifest["files"].values())
-        yield from filter(None, self.several(self.problem, files, 2))  # whole matrices
+        yield from filter(None, several(self.problem, files, 2))  # whole matrices
 
     def _last(self, planned: int) -> int:
         """How many tasks, the first of the plan, have to be done: fewer than planned where the run ended early."""
@@ -374,7 +371,7 @@ class RunStore(Storage):
         unknown = set()
         found = self.list()
         paths = [(folder, name) for folder in ("done", "tree") for name in self.names(folder)]
-        for (folder, name), receipt in zip(paths, self.several(self._sound_receipt, paths), strict=True):
+        for (folder, name), receipt in zip(paths, several(self._sound_receipt, paths), strict=True):
             if receipt is None:  # what is damaged is for verify; what it named cannot be known
                 unknown.add(name)
             else:
@@ -394,18 +391,6 @@ class RunStore(Storage):
             return self.receipt(*where)
         except DamagedError:
             return None
-
-    @staticmethod
-    def several(function: Callable[[Any], T], items: Iterable[Any], at_once: int = _THREADS) -> Iterator[T]:
-        """Results in the order of the items, a few at once, as many again ahead of the reader."""
-        with ThreadPoolExecutor(at_once) as threads:
-            ahead: deque[Future[T]] = deque()
-            for item in items:
-                ahead.append(threads.submit(function, item))
-                if len(ahead) == 2 * at_once:
-                    yield ahead.popleft().result()
-            for result in ahead:
-                yield result.result()
 
 
 class Lease:

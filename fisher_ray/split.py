@@ -42,6 +42,7 @@ from fisher_ray.architecture import (
 )
 from fisher_ray.attention import Context, attention_configs, attention_mode, held_keys, kept_keys
 from fisher_ray.footprint import Footprint, LiveBytes
+from fisher_ray.kernels import is_out_of_memory
 from fisher_ray.streaming import stream_blocks
 from fisher_ray.tape import Tape, Walk, Where
 
@@ -303,7 +304,6 @@ class SplitModel:
         layers: Sequence[int],
         last: Int[Tensor, " n"],
         hidden: tuple[int, Tensor] | None = None,
-        walk: bool = False,
         twice: bool = False,
     ) -> Tape:
         """One row a query, whose score is taken at position ``last``: ordinary autograd, right for any causal model.
@@ -312,7 +312,7 @@ class SplitModel:
         """
         where = (torch.arange(len(last), device=last.device), last)
         attending = partial(sdpa_kernel, SDPBackend.MATH) if twice else nullcontext
-        return self._taped(walk, attending, input_ids, encoded, layers, where, hidden=hidden)
+        return self._taped(False, attending, input_ids, encoded, layers, where, hidden=hidden)
 
     def _taped(
         self,
@@ -363,8 +363,9 @@ class SplitModel:
             each = {name: value.expand(n, *value.shape[1:]) for name, value in encoded.items()}
             with uncompiled():
                 return self.alone_tape(input_ids.expand(n, -1), each, layers, positions, twice=True)
-        with uncompiled():
-            return self.own_tape(input_ids, encoded, layers, (torch.zeros_like(positions), positions))
+        with uncompiled():  # the positions alone, as a graph that is differentiated twice is large
+            context, _ = self.record(input_ids, encoded)
+            return self.replay_tape(input_ids[:, positions], positions[None], context, encoded, layers, None)
 
     def last_tape(
         self, hidden: Float[Tensor, "batch seq d_model"], layer_idx: int, encoded: Mapping[str, Tensor], copies: int
@@ -403,13 +404,7 @@ class SplitModel:
         encoded = (
             {} if encoder_input_ids is None else self.encode(encoder_input_ids.to(self.device), encoder_attention_mask)
         )
-        if self.gradients == "per_position":
-            tape = self.tape(input_ids, encoded, [layer_idx], positions)
-        else:
-            with uncompiled():  # the positions alone, as a graph that is differentiated twice is large
-                context, _ = self.record(input_ids, encoded)
-                at = positions[None]
-                tape = self.replay_tape(input_ids[:, positions], at, context, encoded, [layer_idx], None)
+        tape = self.tape(input_ids, encoded, [layer_idx], positions)
         with full_precision():
             prediction = self.head.predict(tape.z)
         for some in directions.to(self.device).split(max(1, self.head.rows() // len(positions))):
@@ -687,6 +682,8 @@ def _self_check(split: SplitModel) -> SelfCheck:
                 cotangents.append(split.head.predict(tape.z).scores(unlikely)[:, 0])
                 truths.append(tape.pull(cotangents[-1])[0])
         except _FAILS as error:
+            if is_out_of_memory(error):  # of this machine now, not of the model
+                raise
             raise ModelError(f"{split.label} does not run: {' '.join(str(error).split())}") from error
         cotangent, truth = torch.cat(cotangents), torch.cat(truths)
         causality = _error(z[at], torch.cat(cut), half)
@@ -708,6 +705,8 @@ def _self_check(split: SplitModel) -> SelfCheck:
                     walked = 0.0 if walk is None else _error(walk.pull(cotangent)[0], truth, half)
                 logits_error = _error(split.head.predict(recorded[0]).logits, logits[0], half)
             except _FAILS as error:
+                if is_out_of_memory(error):
+                    raise
                 if scores <= limit:  # else its positions mix, which says more
                     raise ModelError(
                         f"{split.label} does not run on own-position attention ({type(error).__name__}: "
@@ -808,7 +807,8 @@ def deterministic_kernels() -> None:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """No autocast and no TF32: float32 products are float32 products, whichever way the caller asked for less."""
-    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    products = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
     before = [each.fp32_precision for each in products]
     for each in products:
         each.fp32_precision = "ieee"

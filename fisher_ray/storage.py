@@ -14,7 +14,9 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +24,11 @@ from typing import Any, TypeVar
 import fsspec
 import pyarrow.fs as pa_fs
 
+S = TypeVar("S")
 T = TypeVar("T")
 
+# Files read or checked at once by one process: enough to hide a request's latency, few enough for small machines.
+_THREADS = 16
 # Seconds before each further try; with the file system's own retries about half a minute of bad weather.
 _DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 # Packages whose errors are a storage service's, whatever they are derived from.
@@ -92,6 +97,21 @@ def absolute(uri: str) -> str:
     # What is above a link to a folder is not what its name says.
     above = len(parts) - parts[::-1].index("..") if ".." in parts else 0
     return str(Path(*parts[:above]).resolve().joinpath(*parts[above:]) if above else Path(*parts))
+
+
+def several(function: Callable[[S], T], items: Iterable[S], at_once: int = _THREADS) -> Iterator[T]:
+    """Results in the order of the items, a few at once, as many again ahead of the reader."""
+    threads = ThreadPoolExecutor(at_once)
+    ahead: deque[Future[T]] = deque()
+    try:
+        for item in items:
+            ahead.append(threads.submit(function, item))
+            if len(ahead) == 2 * at_once:
+                yield ahead.popleft().result()
+        for result in ahead:
+            yield result.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 class Storage:
@@ -322,9 +342,15 @@ def _unless_gone(error: OSError) -> None:
 
 
 def _explained(what: str, error: BaseException, tried: bool) -> str:
-    advice = "Choose a directory that can be written."
+    advice = "Choose a directory that can be read and written."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = "Make room; the same command goes on."
+    elif (
+        "credential" in type(error).__name__.lower()
+    ):  # tried all the same: a cloud's machines ask a service for theirs
+        advice = (
+            "Set up the storage's credentials, those of S3 by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for example."
+        )
     elif tried:
         advice = f"Tried {len(_DELAYS) + 1} times; the same command goes on once the storage answers."
     return f"{what} failed: {' '.join(str(error).split()) or type(error).__name__}. {advice}"

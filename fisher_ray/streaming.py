@@ -51,7 +51,11 @@ class _Stored:
     absent: nn.Parameter
 
     def fetch(self) -> None:
-        value = self.read().to(self.device, self.absent.dtype)
+        value = self.read()
+        if self.device.type == "cuda":
+            # A copy from pinned memory is queued, and the next is read meanwhile; from other memory each waits for the GPU.
+            value = value.pin_memory()
+        value = value.to(self.device, self.absent.dtype, non_blocking=True)
         setattr(self.module, self.name, nn.Parameter(value, requires_grad=False))
 
     def drop(self) -> None:

@@ -115,7 +115,9 @@ def _name(point: dict[str, Any]) -> str:
 
 
 def run_sweep(sweep: Sweep, console: Console) -> int:
-    """Run every point that is not complete, in processes of their own on one Ray cluster, and write one table of all.
+    """Run every point, in processes of their own on one Ray cluster, and write one table of all.
+
+    A point that is complete is read back.
 
     Returns:
         0, or the exit code of the first point that gave another one; the other points are run all the same.

@@ -70,12 +70,12 @@ def load_model(config: RunConfig) -> SplitModel:
         config.model,
         device=None if several else config.device,
         device_map="auto" if several else None,
-        stream_weights=bool(config.stream_weights),
+        stream_weights=config.stream_weights,
         dtype=config.dtype,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         gradients=config.gradients,
-        compile=bool(config.compile),
+        compile=config.compile,
     )
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from fisher_ray.cli import sweep_main
+from fisher_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(sweep_main())
+    sys.exit(main(["sweep", *sys.argv[1:]]))

@@ -90,7 +90,7 @@ def refused(place: Place, capsys: pytest.CaptureFixture[str], **changed: Any) ->
     ("changed", "message"),
     [
         ({"model": "no-such/model"}, "no-such/model"),
-        ({"layers": "3"}, r"layer_idx must be in [0, 2], got 3"),
+        ({"layers": "3"}, r"layers must be in [0, 2], got 3"),
         ({"layers": "0-7"}, "got 7"),
         ({"layers": "upper"}, "layers must be"),
         ({"num_samples": "0"}, "num_samples must be at least 1, got 0"),

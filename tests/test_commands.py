@@ -22,6 +22,7 @@ import pytest
 import requests
 import torch
 import yaml
+from aiohttp import ServerDisconnectedError
 from flaky import permissions_bind
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
@@ -377,6 +378,14 @@ class _Jobs:
         return SimpleNamespace(status=status, driver_exit_code=0 if ended else None)
 
 
+class _Cut(_Jobs):
+    """What is between goes away, as a proxy or a tunnel does."""
+
+    async def tail_job_logs(self, job: str) -> Any:
+        yield "working\n"
+        raise ServerDisconnectedError
+
+
 class _Gone(_Jobs):
     def get_job_info(self, job: str) -> Any:
         raise requests.ConnectionError("refused")
@@ -397,6 +406,7 @@ class _Closed(_Jobs):
     ("server", "code", "words"),
     [
         (_Jobs, 0, ""),
+        (_Cut, 0, ""),
         (
             _Gone,
             1,
@@ -671,7 +681,7 @@ def rows(path: Path, *some: dict[str, Any]) -> Path:
         (["--task-timeout", "inf"], "task_timeout must be at least 1 and below 2^63, got inf"),
         (["--gpus-per-actor", "inf"], "gpus_per_actor must be a fraction of one GPU or a whole number, got inf"),
         (["--gpus-per-actor", "nan"], "gpus_per_actor must be a fraction of one GPU or a whole number, got nan"),
-        (["--layers", "0-99999999999"], "layer_idx must be in [0, 2], got"),
+        (["--layers", "0-99999999999"], "layers must be in [0, 2], got"),
         (["--corpus", "simplecache::s3://bucket/a.txt"], "s3://bucket/a.txt chains file systems by '::'"),
         (["--corpus", "zip://a.txt::/tmp/a.zip"], "chains file systems by '::'"),
         (["--output", "simplecache::memory://run"], "chains file systems by '::'"),
@@ -707,12 +717,13 @@ def test_an_output_within_the_corpus_is_refused(
     (tmp_path / "texts/docs.txt").write_text("one two\n")
     monkeypatch.chdir(tmp_path)
     there = sorted(tmp_path.rglob("*"))
-    for corpus in ("texts", "texts/", "x/../texts", "~/texts"):
+    for corpus in ("texts", "texts/", "x/../texts", "~/texts", "texts/**", f"file://{tmp_path}/texts"):
         monkeypatch.setenv("HOME", str(tmp_path))
-        for output in ("texts/run", "texts", "texts/below/../run", f"{tmp_path}/texts/new/run"):
+        named = corpus if "://" in corpus else f"{tmp_path}/texts{'/**' if '*' in corpus else ''}"
+        for output in ("texts/run", "texts", "texts/below/../run", f"file://{tmp_path}/texts/new/run"):
             for command in ("run", "plan"):
                 argv = [command, "--model", gpt2, "--corpus", corpus, "--output", output, "--executor", "local"]
-                assert f"output {output} is in the folder {tmp_path}/texts of the corpus" in refused(capsys, *argv)
+                assert f"output {output} is in {named}, of the corpus" in refused(capsys, *argv)
     assert sorted(tmp_path.rglob("*")) == there
     for corpus, output in (("texts", "texts-run"), ("texts/*.txt", "texts/run")):
         said(
@@ -923,7 +934,7 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
     out = said(
         capsys, "sweep", sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=points), code=2
     )
-    assert f"layer_idx must be in [0, {LAYERS}], got 77" in out
+    assert f"layers must be in [0, {LAYERS}], got 77" in out
     rows = {row["point"]: row for row in pq.read_table(tmp_path / "out/summary.parquet").to_pylist()}
     assert {point: row["code"] for point, row in rows.items()} == {
         "layers=1,seed=1": 0, "layers=77,seed=2": 2, "layers=2,seed=3": 0

@@ -485,6 +485,8 @@ def test_another_estimator_is_another_run(
         (("--estimator", "sampled", "--num-samples", "0"), "num_samples must be at least 1, got 0"),
         (("--estimator", "deflated", "--top-p", "0.5"), "top_p is for estimator sampled, got 0.5 with deflated"),
         (("--estimator", "deflated", "--temperature", "2"), "temperature is for estimator sampled, got 2.0 with deflated"),
+        (("--estimator", "exact", "--top-p", "0.5"), "top_p is for estimator sampled, got 0.5 with exact"),
+        (("--estimator", "exact", "--temperature", "2"), "temperature is for estimator sampled, got 2.0 with exact"),
         (("--rank", "4"), "rank is for estimator deflated, got 4 with sampled. Leave it out, or ask for --estimator deflated"),
         (("--tolerance", "0.1"), "tolerance is for estimator exact, got 0.1 with sampled"),
         (("--estimator", "exact", "--tolerance", "1"), "tolerance must be a share in [0, 1), got 1.0"),

@@ -148,13 +148,14 @@ def test_numbers_are_float32_whatever_surrounds_the_call():
     alone = everything()
     with torch.autocast("cpu", torch.bfloat16):
         within = everything()
-    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul
     before = [each.fp32_precision for each in products]
     try:
-        for each, asked in zip(products, ("tf32", "bf16"), strict=True):
+        for each, asked in zip(products, ("tf32", "tf32", "bf16"), strict=True):
             each.fp32_precision = asked
         fast = everything()
-        assert [each.fp32_precision for each in products] == ["tf32", "bf16"]
+        assert [each.fp32_precision for each in products] == ["tf32", "tf32", "bf16"]
     finally:
         for each, own in zip(products, before, strict=True):
             each.fp32_precision = own

@@ -254,7 +254,10 @@ def test_slow_is_by_weight(clock: Clock) -> None:
 
 
 def test_calls_that_no_others_are_like_have_hours(clock: Clock) -> None:
-    """After a thousand quick tasks a sum may take hours; one worker that stands still does not hold it up that long."""
+    """After a thousand quick tasks a sum may take hours; one worker that stands still does not hold it up that long.
+
+    Nor is a mean begun twice: both would write the same files, and one what the other's checksums are not of.
+    """
     ends = clock.now + 5 * 3600
 
     def behave(call: Call, attempt: int) -> Any:
@@ -269,8 +272,12 @@ def test_calls_that_no_others_are_like_have_hours(clock: Clock) -> None:
     assert pool.attempts["mean"] == 1 and not pool.killed
     pool = Pool(clock, 2, lambda call, attempt: HANGS if attempt == 1 else "fine")
     begun = clock.now
-    assert [outcome for _, outcome in made(pool, timeout=5.0).run([finish], 1)] == ["fine"]
+    assert [outcome for _, outcome in made(pool, timeout=5.0).run([Call("sum", "sum", ())], 1)] == ["fine"]
     assert 60 < clock.now - begun < 90
+    pool, ends = Pool(clock, 2, behave), clock.now + 3600
+    with pytest.raises(StoppedError):
+        list(made(pool, stopping=lambda: 0.0 if clock.now > ends else None).run([finish], 1))
+    assert pool.attempts["mean"] == 1
 
 
 def test_reading_back_says_nothing_of_how_long_tasks_take(clock: Clock) -> None:
