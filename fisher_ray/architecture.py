@@ -60,7 +60,7 @@ class ModelFacts:
             num_layers=int(num_layers or text.num_hidden_layers),
             d_model=int(text.hidden_size),
             vocab_size=int(text.vocab_size),
-            max_positions=int(longest) if longest else None,
+            max_positions=int(longest) if longest and longest > 0 else None,  # -1 is XLNet's word for no bound
             is_encoder_decoder=encoder_decoder,
         )
 

@@ -14,7 +14,16 @@ import transformers as tf
 from families import FAMILIES, build, eager_experts
 from safetensors.torch import load_file, save_file
 
-from fisher_ray import Exact, ModelError, Sampled, Scores, SplitModel, calculate_fisher, score_factors
+from fisher_ray import (
+    Exact,
+    LowerLayersModel,
+    ModelError,
+    Sampled,
+    Scores,
+    SplitModel,
+    calculate_fisher,
+    score_factors,
+)
 from fisher_ray.architecture import tokenizer_digest, weights_digest
 from fisher_ray.cost import Cost, outline
 from fisher_ray.split import ModelFacts
@@ -288,6 +297,46 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown kind": (lambda d: config(d, model_type="nonesuch"), "cannot load a causal language model from"),
     "no kind": (lambda d: (d / "config.json").write_text("{}"), "cannot load a causal language model from"),
 }
+
+
+def test_too_little_memory_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A GPU that others fill for a moment ends no run: the error is let through, and tried again."""
+    folder = saved("llama", tmp_path / "model")
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory")):
+
+        def short(*_: Any, error: Exception = error, **__: Any) -> Any:
+            raise error
+
+        for owner, name in (
+            (SplitModel, "own_tape"),
+            (SplitModel, "alone_tape"),
+            (tf.AutoModelForCausalLM, "from_pretrained"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, short)
+                with pytest.raises(type(error)) as caught:
+                    SplitModel.from_pretrained(folder)
+            assert caught.value is error, name
+
+
+@pytest.mark.parametrize("positions", [-1, None])
+def test_a_bound_that_is_none(positions: int | None):
+    config = tf.XLNetConfig() if positions else tf.T5Config()
+    assert ModelFacts.of(config).max_positions is None and getattr(config, "max_position_embeddings", None) == positions
+
+
+def test_an_encoders_length_is_checked():
+    """Positions beyond its embeddings are an error of the library's, and on a GPU one that no process survives."""
+    config = tf.BartConfig(
+        vocab_size=61, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=16,
+    )  # fmt: skip
+    bart = SplitModel(build(lambda: tf.BartForConditionalGeneration(config), torch.float32), gradients="per_position")
+    encoder = torch.arange(40)[None]
+    with pytest.raises(ValueError, match="sequences must have at most 16 tokens, got 40"):
+        score_factors(bart, IDS[:1], layers=[1], estimator=Sampled(1), encoder_input_ids=encoder)
+    with pytest.raises(ValueError, match="sequences must have at most 16 tokens, got 40"):
+        LowerLayersModel(bart, 1)(IDS[:1], encoder)
 
 
 @pytest.mark.parametrize("case", SPOILED)

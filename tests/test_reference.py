@@ -7,6 +7,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+import transformers as tf
 from conftest import Models
 from families import FAMILIES, build
 from tokenizers import Tokenizer
@@ -53,6 +54,22 @@ def padded(side: str) -> dict[str, Tensor]:
 def truths(split: SplitModel, layer: int) -> Tensor:
     """F at the last token of each row, one position at a time."""
     return torch.stack([oracles.one_position(split, row, len(row) - 1, [layer]).matrix(layer) for row in ROWS])
+
+
+@pytest.mark.parametrize("vocab_size", [61, 12])
+def test_the_slow_path_pulls_in_turn(vocab_size: int):
+    """As many cotangents as the final stream is wide, or as there are tokens, from one pass of each sequence."""
+    config = tf.BloomConfig(vocab_size=vocab_size, hidden_size=24, n_layer=3, n_head=4)
+    bloom = SplitModel(build(lambda: tf.BloomForCausalLM(config)), gradients="per_position")
+    ids = torch.tensor([[5, 9, 3, 2, 7], [8, 3, 6, 1, 1]])
+    rows = []
+    hook = bloom.blocks[1].register_forward_hook(lambda block, args, _: rows.append(len(args[0])))
+    hidden, _ = LowerLayersModel(bloom, 1)(ids)
+    grads, probs = UpperLayersModel(bloom, 1).jacobian(hidden[:, -1], hidden[:, :-1])
+    hook.remove()
+    assert max(rows) == 2
+    expected = [oracles.one_position(bloom, row, 4, [1]).matrix(1) for row in ids]
+    assert oracles.error(fim_expected_gradient_outerproduct(grads, probs), torch.stack(expected)) < MATRICES
 
 
 # ---- lower and upper halves ------------------------------------------------------------------------------------------

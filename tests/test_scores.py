@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import oracles
@@ -277,6 +278,19 @@ def test_out_of_memory_halves_and_goes_on(
     assert_same(scores, expected)
 
 
+def test_the_slow_paths_copies_are_by_tokens(models: Models):
+    """A copy of a query is a sequence there: of one with as many tokens as fill a product none is made, for its 61 factors."""
+    split = models("bloom", gradients="per_position")
+    tokens = []
+    hook = split.blocks[1].register_forward_hook(lambda block, args, _: tokens.append(args[0].shape[:2].numel()))
+    ids = torch.arange(240)[None] % VOCAB
+    for position, copies in ((239, 1), (79, 3)):
+        tokens.clear()
+        score_factors(split, ids, layers=[1], estimator=Exact(), positions=[position])
+        assert max(tokens) == (position + 1) * copies
+    hook.remove()
+
+
 def test_a_single_position_out_of_memory(models: Models, monkeypatch: pytest.MonkeyPatch):
     split = models("gpt2")
     batch = oracles.inputs(split, [6])
@@ -444,6 +458,18 @@ def test_scores_are_not_for_inference_mode():
     split = SplitModel(build(FAMILIES["gpt2"], torch.float32))
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"Use torch.no_grad\(\)"):
         score_factors(split, IDS, layers=[1], estimator=Sampled(1))
+
+
+def test_a_wait_that_fails_leaves_the_model_free(monkeypatch: pytest.MonkeyPatch):
+    """A GPU's errors, and Ctrl-C, are raised where its numbers are waited for."""
+    split = SplitModel(build(FAMILIES["gpt2"], torch.float32))
+    before = split.model.config._attn_implementation
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "tolist", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), attention_mode(split._configs, "replay", None, torch.tensor([[1]])):
+            pass
+    assert split.model.config._attn_implementation == before
+    score_factors(split, IDS, layers=[1], estimator=Sampled(1))
 
 
 def test_one_thread_scores_a_model_at_a_time():
