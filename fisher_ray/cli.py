@@ -54,6 +54,7 @@ _POOL = ("executor", "min_actors", "max_actors", "gpus_per_actor", "cpus_per_act
 
 _LOG_EVERY = 15.0
 _SILENT = 60.0  # seconds without a word of a driver, which writes one every 15
+_FAR = 0.03  # of |h|: steps beyond are not priced by F
 _NAMED = 20  # tasks, files or problems that are listed one by one
 
 
@@ -846,9 +847,10 @@ def _project(given: dict[str, Any]) -> int:
     console = _console()
     console.print(f"{run.store.uri}: {run.status}", soft_wrap=True, highlight=False)
     print_table(console, direction_table(rows))
+    far = [str(k) for k in found if any(row["share"] > _FAR for row in rows if row["layer"] == k)]
+    beyond = f" Steps at layer{'s' * (len(far) > 1)} {', '.join(far)} are longer: their costs may be off by ten times."
     console.print(
-        "Costs are of second order. A step of more than a few hundredths of |h| may cost much less or more; fisher-ray "
-        "validate says how far the law holds.",
+        f"Costs are of second order, which holds up to a few hundredths of |h| (fisher-ray validate).{beyond if far else ''}",
         soft_wrap=True,
         highlight=False,
     )

@@ -36,7 +36,7 @@ from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
 from fisher_ray.split import SplitModel, full_precision
 from fisher_ray.statistics import Estimate, jackknife, quadratic_form
 from fisher_ray.tape import Tape
-from fisher_ray.worker import Worker, load_model
+from fisher_ray.worker import WINDOWS, Worker, load_model
 
 # Share of the mean eigenvalue that is added to every one before F is inverted: directions along which F is next to nothing
 # would otherwise take steps far beyond where F describes the output. Fixed before anything was measured with it.
@@ -246,9 +246,10 @@ def _sensitivities(model: SplitModel, tape: Tape, layer: int, directions: Float[
 def moved_tokens(
     run: Run, directions: Mapping[int, Float[np.ndarray, "k d_model"]], model: SplitModel | None = None
 ) -> dict[int, list[tuple[list[str], list[str]]]]:
-    """Tokens that a step along each direction raises and lowers most, through the model's own upper layers.
+    """Tokens that a step along each direction raises and lowers, through the model's own upper layers.
 
-    ``dp(y)/de`` at ``h + e v``, averaged over up to 128 positions of the first task that has one.
+    ``dp(y)/de`` at ``h + e v``, averaged over up to 128 positions of 32 windows that are spread over the tasks done. Listed
+    are tokens whose mean is at least four standard errors from zero: most go up at one position and down at another.
 
     Args:
         run: whose corpus the positions are of.
@@ -256,18 +257,18 @@ def moved_tokens(
         model: the run's.
 
     Returns:
-        per layer and direction: the five tokens raised and the five lowered, most first.
+        per layer and direction: up to five tokens raised and up to five lowered, most first.
 
     Raises:
         ValueError: no task is done that has positions.
     """
     for layer, each in directions.items():
         _check(run, layer, each)
-    corpus = _Corpus(run, model)
-    for task in run.corpus_tasks():
-        if next(corpus.worker.windows(task), None) is not None:
-            return corpus.worker.moved_tokens(task, directions)
-    raise ValueError(f"no position of {run.store.uri} is scored yet.")
+    examples = set(run.store.examples(run.done_tasks, WINDOWS))
+    if not examples:
+        raise ValueError(f"no position of {run.store.uri} is scored yet.")
+    tasks = [task for task in run.corpus_tasks() if task.id in examples]
+    return worker_of(run, model).moved_tokens(tasks, directions)
 
 
 @dataclass(frozen=True)
@@ -530,7 +531,7 @@ def safe_directions(
     Args:
         run: an open run.
         layer: one of its layers.
-        share: in (0, 1).
+        share: in (0, 1), of the trace over this corpus; of other documents such an eigenspace holds somewhat more.
         norm: of the steps that it is verified with; default: a tenth of the standard deviation of h, ``sqrt(tr Sigma) / 10``.
         documents: that it is verified on, the first of the corpus.
         seed: of the steps.

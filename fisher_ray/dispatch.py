@@ -170,11 +170,11 @@ class Servant:
     def finish(self, root: Node) -> tuple[list[dict[str, Any]], Receipt]:
         return self._in_turn(finish_layers, self.plan, self.store, root)
 
-    def moved_tokens(self, task: Task) -> dict[int, list[tuple[list[str], list[str]]]]:
+    def moved_tokens(self, tasks: Sequence[Task]) -> dict[int, list[tuple[list[str], list[str]]]]:
         directions = {
             layer: read_array(self.store, layer, "eigenvectors")[:, :DIRECTIONS].T for layer in self.plan.layers
         }
-        moved: dict[int, list[tuple[list[str], list[str]]]] = self._in_turn(self.load().moved_tokens, task, directions)
+        moved: dict[int, list[tuple[list[str], list[str]]]] = self._in_turn(self.load().moved_tokens, tasks, directions)
         return moved
 
 

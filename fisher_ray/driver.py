@@ -31,6 +31,7 @@ from fisher_ray.reduce import Checkpoint, Node, checkpoints, levels, manifest, r
 from fisher_ray.report import spectra_png
 from fisher_ray.shards import RUN_VERSION, Counts, Lease, Receipt, RefusedError, RunStore, task_name
 from fisher_ray.storage import DamagedError, StorageError, StoredFile
+from fisher_ray.worker import WINDOWS
 
 T = TypeVar("T")
 
@@ -611,7 +612,9 @@ class _Run:
                 f"nothing to score: {counts.documents} documents with {counts.tokens} tokens, {counts.empty} of them empty, "
                 f"{counts.skipped} tokens skipped, {counts.invalid} invalid. Check the corpus and --positions."
             )
-        (moved,) = self._all([Call("tokens that directions move", "moved_tokens", (self._example(),))])
+        done = [task for task in range(trees[0].last) if self.done[task]]
+        examples = [self.tasks[task] for task in self.store.examples(done, WINDOWS)]
+        (moved,) = self._all([Call("tokens that directions move", "moved_tokens", (examples,))])
         for row in rows:
             row["raised"], row["lowered"] = moved[row["layer"]][0] if row["group"] is None else (None, None)
         rows.sort(key=lambda row: (row["layer"], row["group"] is not None, row["group"] or ""))
@@ -619,8 +622,7 @@ class _Run:
         files |= write_summary(self.store, rows, moved, covering, missing)
         picture = spectra_png(self.plan, self.store, [row for row in rows if row["group"] is None])
         files["reduced/spectra.png"] = self.store.store("reduced/spectra.png", picture)
-        done = self.done[: trees[0].last].count(1)
-        made = manifest(self.plan, trees, done, files, self.looked) | {"counts": asdict(counts)}
+        made = manifest(self.plan, trees, len(done), files, self.looked) | {"counts": asdict(counts)}
         self.store.write_sealed("reduced/manifest.json", made)
         return rows, counts
 
@@ -635,13 +637,6 @@ class _Run:
                 raise outcome.to_exception()
             results[call.name] = outcome
         return [results[call.name] for call in listed]
-
-    def _example(self) -> Task:
-        """A task with scored positions, the first that there is."""
-        for i, flag in enumerate(self.done):
-            if flag and self.store.receipt("done", task_name(i)).counts.scored:
-                return self.tasks[i]
-        raise AssertionError("no task has scored positions, and the reduction has counted some")
 
     def _mend(self, path: str) -> str:
         """Make undone what a damaged file belongs to; its receipt."""

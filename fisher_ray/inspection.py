@@ -79,7 +79,7 @@ def one_layer(run: Run, layer: int, group: str | None = None, count: int = TOP) 
     found = {"run": run.store.uri, "status": run.status, "layer": layer, "group": group}
     found |= {} if blocks is None else _resolved(blocks, count)
     largest = [] if group is not None else largest_traces(run, [layer], reading)[layer]
-    return {**found, "largest_traces": largest, "damaged": reading.damaged}
+    return {**found, "largest_traces": largest, "ranking": ranking(run), "damaged": reading.damaged}
 
 
 def _resolved(blocks: Blocks, count: int) -> dict[str, Any]:
@@ -128,6 +128,16 @@ def _pair(estimate: Estimate, at: int | None = None) -> list[float | None]:
 def _or_none(number: Any) -> float | None:
     """A number as JSON can hold it: None for NaN."""
     return None if np.isnan(number) else float(number)
+
+
+def ranking(run: Run) -> str:
+    """What is to be known before single positions are ranked by their traces; empty where nothing is."""
+    if run.config.estimator != "sampled":
+        return ""
+    return (
+        f"Traces of single positions are of {run.config.num_samples * run.config.token_draws} sampled scores here, too few to "
+        "rank by: the largest are mostly too large, and others may belong in their place. Take --estimator deflated or exact."
+    )
 
 
 def largest_traces(
@@ -362,7 +372,7 @@ def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
     if facts["groups"]:
         named = (f"{facts['group_titles'][name]} ({n:,})" for name, n in facts["groups"].items())
         _say(console, "groups:    " + ", ".join(named))
-    table = number_table("layer", "trace", "top eigenvalue", "entropy rank", "whitened", "99 % rank")
+    table = number_table("layer", "trace", "top eigenvalue", "entropy rank", "whitened e. rank", "99 % rank")
     table.add_column("spectrum", no_wrap=True, overflow="fold")
     for row in facts["layers"]:
         names = ("trace", "top_eigenvalue", "entropy_rank", "whitened_entropy_rank", "trace_rank_99")
@@ -403,6 +413,8 @@ def show_layer(console: Console, facts: Mapping[str, Any]) -> None:
             title = Text(document_title(row["document"], row["carried"]))
             table.add_row(title, str(row["position"]), *numbers, Text(" ".join(text.split())))
         print_table(console, table)
+        if facts["ranking"]:
+            _say(console, f"note: {facts['ranking']}", style="yellow")
 
 
 def _show_resolved(console: Console, facts: Mapping[str, Any]) -> None:

@@ -445,7 +445,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """The inverse of :meth:`asdict`, for what people write too; unknown names are refused."""
+        """The inverse of :meth:`asdict`, for what people write too; unknown names are refused, and null is as if left out."""
         values = {str(key).replace("-", "_"): value for key, value in values.items()}
         if isinstance(values.get("layers"), int):
             values["layers"] = str(values["layers"])
@@ -453,6 +453,7 @@ class RunConfig:
         for name in values:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}. Known: {', '.join(sorted(known))}.")
+        values = {name: value for name, value in values.items() if value is not None}
         for name in ("corpus", "columns"):
             if isinstance(values.get(name), str):
                 values = {**values, name: [values[name]]}

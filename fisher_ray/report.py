@@ -80,7 +80,7 @@ def direction_table(rows: list[dict[str, Any]]) -> Table:
 
 def _moved(row: dict[str, Any]) -> Text:
     """Tokens that a direction raises and lowers; they may look like markup."""
-    return Text(" / ".join(" ".join(map(visible, row[name][:3])) for name in ("raised", "lowered")))
+    return Text(" / ".join(" ".join(map(visible, row[name][:3])) or "-" for name in ("raised", "lowered")))
 
 
 def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> bytes:
@@ -113,7 +113,7 @@ def spectra_png(plan: Plan, store: RunStore, rows: list[dict[str, Any]]) -> byte
     figure.colorbar(scale, ax=[spectra, whitened], label="layer", shrink=0.9, aspect=30, ticks=shown)
     for name, label, marker in (("trace", "tr F", "o"), ("whitened_trace", r"tr $\Sigma^{1/2} F\, \Sigma^{1/2}$", "s")):
         traces.plot(layers, [row[name] for row in rows], marker=marker, ms=4, label=label)
-    traces.set(yscale=_scale(traces), title="Trace", xlabel="layer", ylabel="nats²")
+    traces.set(yscale=_scale(traces), title="Trace", xlabel="layer", ylabel="nats²; tr F per squared unit of h")
     for name, label, marker in (
         ("participation_ratio", "participation ratio", "o"),
         ("entropy_rank", "entropy rank", "s"),

@@ -185,7 +185,11 @@ def _summary(run: Run, reading: Reading, counts: Any, workers: Sequence[Mapping[
         ("corpus", ", ".join(config.corpus)),
         ("estimand", run.estimand),
         ("estimator", f"{config.estimator_in_words}; tokens {config.token_source}; seed {config.seed}"),
-        ("layers", f"{', '.join(map(str, run.layers))}; the stream entering each block, and the one after the last"),
+        (
+            "layers",
+            f"{', '.join(map(str, run.layers))}: the streams that enter these blocks; of n blocks, layer n is what leaves "
+            "the last",
+        ),
         ("positions", f"{config.positions} of each document"),
     ]
     if counts is not None:
@@ -431,8 +435,8 @@ def _traces(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     return Section(
         "trace",
         "Trace",
-        "Twice the KL divergence that small steps cost: at the left summed over orthonormal unit steps, which follows the "
-        "scale of h; at the right in the mean over steps that vary as h does, which compares over layers.",
+        "Twice the KL divergence that steps cost to second order: at the left summed over orthonormal unit steps, which "
+        "follows the scale of h; at the right in the mean over steps that vary as h does, which compares over layers.",
         _shown(layers, lost, figure_of(figure, 380)),
     )
 
@@ -447,7 +451,7 @@ def _anisotropies(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> Se
             figure, 1, layers, [getattr(each, of).anisotropy for each in layers], color=colour, symbol=symbol, name=name
         )
     figure.update_xaxes(**_layer_axis(layers))
-    figure.update_yaxes(title="anisotropy", rangemode="tozero")
+    figure.update_yaxes(title="anisotropy", rangemode="tozero", minallowed=0, maxallowed=run.d_model)
     return Section(
         "anisotropy",
         "Anisotropy",
@@ -480,14 +484,13 @@ def _overlaps(run: Run, layers: Sequence[_Layer], lost: Sequence[str]) -> Sectio
         "The share of one layer's first k eigenvectors that lies in the space of another's, |U<sub>i</sub>ᵀ "
         "U<sub>j</sub>|² / k: 1 where both are sensitive to the same directions of the residual stream, about k / d where they "
         "have nothing to do with each other.",
-        _shown(layers, lost, figure_of(figure, 400)),
+        _shown(layers, lost, figure_of(figure, 400) if len(layers) > 1 else missing("One layer: there is no other.")),
     )
 
 
 def _layer_axis(layers: Sequence[_Layer]) -> dict[str, Any]:
-    """Ticks at whole numbers, a dozen at most."""
-    span = layers[-1].layer - layers[0].layer if layers else 0
-    return {"title": "layer", "dtick": max(1, -(-span // 12))}
+    """Ticks at the layers that there are, a dozen at most."""
+    return {"title": "layer", "tickvals": [each.layer for each in layers][:: -(-len(layers) // 12) or 1]}
 
 
 def _resolution(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
@@ -541,10 +544,10 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
     return Section(
         "directions",
         "Top directions",
-        "What a small step along each layer's first eigenvectors makes more and less likely, through the model's own upper "
-        "layers (a sign is arbitrary: the other way round, they swap). They count from 0, as columns of eigenvectors.npy; "
-        "shares are of the trace. Those with eigenvalues that this corpus cannot tell apart mean something together and "
-        "nothing one by one.",
+        "What a small step along each layer's first eigenvectors makes more and less likely on average, through the model's "
+        "own upper layers: up to five tokens each that 32 windows of the corpus agree on. (A sign is arbitrary: the other way "
+        "round, they swap.) Eigenvectors count from 0, as columns of eigenvectors.npy; shares are of the trace. Those with "
+        "eigenvalues that this corpus cannot tell apart span something together, all of them, and mean nothing one by one.",
         _shown(layers, lost, *waiting, table_of([*head, "raises", "lowers"], rows, range(6))),
     )
 
@@ -595,8 +598,9 @@ def _convergence(layers: Sequence[_Layer], lost: Sequence[str]) -> Section:
     return Section(
         "convergence",
         "Convergence",
-        "Left, how far each further block of documents moves the mean: a line that still falls steeply asks for more text. "
-        f"Right, the standard error of the mean as a whole. {_POPULATION}",
+        "Left, how far each further block of documents moves the mean. With documents in random order that falls as one over "
+        "the positions, however many there are; a line that flattens or jumps says that the text drifts, or that few documents "
+        "make up much of the mean. Right, one standard error of the mean as a whole, which says whether there is enough text.",
         _shown(layers, lost, body),
     )
 
@@ -661,6 +665,7 @@ def _validation(found: Mapping[str, Any]) -> Section:
         "Validation",
         f"The run's own model at {len(found['positions'])} of its positions, in {escape(str(found['dtype']))}: the divergence "
         "that a step of the stream really makes, over what F says of it. As steps shrink the deviation falls with their first "
-        "power, down to what rounding hides (grey); the dotted line is at 10 %, up to which the second order is said to hold.",
+        "power, down to what rounding hides (grey); the dotted line is at 10 %, up to which the second order is said to hold: "
+        "nine of ten positions and directions go as far as the table says.",
         figure_of(figure, 430) + table_of(head, rows, range(7)),
     )

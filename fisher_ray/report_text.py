@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fisher_ray.inspection import document_title, stronger
+from fisher_ray.inspection import document_title, ranking, stronger
 from fisher_ray.page import Markup, Section, embedded, missing, table_of
 from fisher_ray.run import Reading, Run
 
@@ -73,7 +73,7 @@ def text_sections(run: Run, reading: Reading, eigenvectors: Mapping[int, np.ndar
             places[layer] = stronger(places[layer], run.of_layer(table, layer), run.config.kept_columns, _PLACES)
     if not documents and not lost:
         lost.append("No position is scored yet: there is nothing to show.")
-    return [_text(run, documents, lost), _places(places, lost)]
+    return [_text(run, documents, lost), _places(run, places, lost)]
 
 
 def _along(run: Run, task: int, layer: int, eigenvectors: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ def _text(run: Run, documents: list[_Document], lost: Sequence[str]) -> Section:
     )
 
 
-def _places(places: Mapping[int, Sequence[Mapping[str, Any]]], lost: Sequence[str]) -> Section:
+def _places(run: Run, places: Mapping[int, Sequence[Mapping[str, Any]]], lost: Sequence[str]) -> Section:
     head = ["document", "position", "trace", "entropy of p", "text"]
     layers = [layer for layer, found in places.items() if found]
     tables = []
@@ -159,7 +159,9 @@ def _places(places: Mapping[int, Sequence[Mapping[str, Any]]], lost: Sequence[st
         "Where a nudge changes the next token most: of each document the position with the largest trace at a layer, the "
         f"{_PLACES} largest of these (where there are fewer documents, more of each), marked in the text around it. Gaps are "
         "positions that were not scored.",
-        "".join(map(missing, lost)) + (chooser + "".join(tables) if layers else ""),
+        (f'<p class="damaged">{escape(ranking(run))}</p>' if ranking(run) else "")
+        + "".join(map(missing, lost))
+        + (chooser + "".join(tables) if layers else ""),
     )
 
 
@@ -177,9 +179,8 @@ def _capped(run: Run) -> str:
             "their traces that no draw decides is the captured share."
         )
     return (
-        f"Ranks of single positions cannot exceed {cap}, the number of sampled scores there, whatever the true rank; the "
-        "traces of single positions are as noisy as so few samples are. For single positions take <code>--estimator "
-        "exact</code>."
+        f"Ranks of single positions cannot exceed {cap}, the number of sampled scores there, whatever the true rank. "
+        f"{ranking(run)}"
     )
 
 

@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -252,6 +252,15 @@ class RunStore(Storage):
         if receipt.name != name:
             raise DamagedError(path, f"{self.uri}/{path} is the receipt of {receipt.name}.")
         return receipt
+
+    def examples(self, done: Sequence[int], count: int) -> list[int]:
+        """Tasks with scored positions, spread evenly over those done: of each of ``count`` parts the first that has any."""
+        number = min(count, len(done))
+        parts = (done[len(done) * i // number : len(done) * (i + 1) // number] for i in range(number))
+        return [task for part in parts for task in islice(filter(self._has_positions, part), 1)]
+
+    def _has_positions(self, task: int) -> bool:
+        return self.receipt("done", task_name(task)).counts.scored > 0
 
     def names(self, folder: str) -> set[str]:
         """Names of all receipts in a folder, from one listing."""

@@ -387,27 +387,16 @@ class SplitModel:
 
     @torch.no_grad()
     def probability_rates(
-        self,
-        input_ids: Int[Tensor, "1 seq"],
-        positions: Int[Tensor, " n"],
-        layer_idx: int,
-        directions: Float[Tensor, "k d_model"],
-        encoder_input_ids: Int[Tensor, "1 enc_seq"] | None = None,
-        encoder_attention_mask: Bool[Tensor, "1 enc_seq"] | None = None,
+        self, tape: Tape, layer_idx: int, directions: Float[Tensor, "k d_model"]
     ) -> Iterator[Float[Tensor, "some n vocab_size"]]:
-        """``dp(y | h_t + e v, x_<t) / de = p(y) g_y . v`` at ``e = 0`` for each direction v, position and token.
+        """``dp(y | h_t + e v, x_<t) / de = p(y) g_y . v`` at ``e = 0`` for each direction v, query of a tape and token.
 
         The context is held constant; ``v`` need not be a unit vector. They come in order, a few at a time: those of all are
-        vocab_size times as many numbers as there are directions and positions.
+        vocab_size times as many numbers as there are directions and queries.
         """
-        input_ids, positions = input_ids.to(self.device), positions.to(self.device)
-        encoded = (
-            {} if encoder_input_ids is None else self.encode(encoder_input_ids.to(self.device), encoder_attention_mask)
-        )
-        tape = self.tape(input_ids, encoded, [layer_idx], positions)
         with full_precision():
             prediction = self.head.predict(tape.z)
-        for some in directions.to(self.device).split(max(1, self.head.rows() // len(positions))):
+        for some in directions.to(self.device).split(max(1, self.head.rows() // len(tape.z))):
             with full_precision(), uncompiled():
                 pushed = tape.push(layer_idx, some)
                 rates = (prediction.prob[:, None] * prediction.rates(pushed)).movedim(1, 0)

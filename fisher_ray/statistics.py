@@ -175,14 +175,16 @@ class Spectrum:
     anisotropy: Estimate
 
     def clusters(self, count: int) -> list[range]:
-        """The first ``count`` indices in runs of eigenvalues that this corpus cannot tell apart.
+        """Runs of eigenvalues that this corpus cannot tell apart, those that begin with one of the first ``count``.
 
-        Neighbours are told apart by a gap of three standard errors of the difference, taken as if independent.
+        Neighbours are told apart by a gap of three standard errors of the difference, taken as if independent, which is the
+        cautious side. The last run goes on as far as it does.
         """
-        values, errors = self.eigenvalues.value[:count], self.eigenvalues.error[:count]
+        values, errors = self.eigenvalues.value, self.eigenvalues.error
         gaps = values[:-1] - values[1:]
         apart = np.flatnonzero(gaps > _SEPARATED * np.hypot(errors[:-1], errors[1:])) + 1
-        return [range(first, last) for first, last in pairwise([0, *apart.tolist(), len(values)])]
+        runs = (range(first, last) for first, last in pairwise([0, *apart.tolist(), len(values)]))
+        return [run for run in runs if run.start < count]
 
 
 def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:

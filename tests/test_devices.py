@@ -140,13 +140,14 @@ def test_other_ways_in(name: str, gradients: Any, unchecked_shapes: None):
         hidden, before = lower(IDS, **encoded)
         at, ids = torch.tensor([3, 9], device=split.device), IDS[1:].to(split.device)
         direction = torch.linspace(-1, 1, split.d_model, dtype=torch.float64)
+        tape = split.tape(ids, oracles.encoded(split, encoder(split, 1)), [1], at)
         return [
             hidden,
             before,
             upper(hidden[:, -1], hidden[:, :-1], **encoded),
             upper.jacobian(hidden[:, -1], hidden[:, :-1], **encoded),
-            *split.probability_rates(IDS[1:], at, 1, direction[None], **encoder(split, 1)),
-            split.tape(ids, oracles.encoded(split, encoder(split, 1)), [1], at).push(1, direction[None]),
+            *split.probability_rates(tape, 1, direction[None]),
+            tape.push(1, direction[None]),
             score_factors(split, IDS, layers=[1], estimator=Sampled(2), positions=[5], **encoder(split)),
         ]
 

@@ -204,19 +204,25 @@ def test_many_directions_are_measured_by_factors_and_the_numbers_are_the_same(ru
 
 
 def test_moved_tokens_of_several_directions(gpt2: str, split: SplitModel, tmp_path: Path):  # noqa: F811
-    """sum_t p(y) g_y . v over all positions of a document short enough that all are taken."""
-    text = "the quick brown fox"
-    (tmp_path / "docs.txt").write_text(text)
-    jobs.run_here(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run"))
-    ids = torch.tensor([0, *jobs.tokenizer()(text)["input_ids"]])
-    assert len(ids) <= 17
+    """Means over documents of p(y) g_y . v at all positions, as these are short, of tokens that the documents agree on."""
+    texts = ["abcd", "dcba", "acbd", "badc", "cdab", "dbca"]
+    (tmp_path / "docs.txt").write_text("\n\n".join(texts))
+    jobs.run_here(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run", task_bytes=12))
+    assert len(open_run(tmp_path / "run").done_tasks) == 3
     directions = some_directions(2)
     ((first, second),) = fd.moved_tokens(open_run(tmp_path / "run"), {LAYER: directions}).values()
     for v, (raised, lowered) in zip(torch.tensor(directions), (first, second), strict=True):
-        truths = [oracles.one_position(split, ids, t, [LAYER]) for t in range(1, len(ids))]
-        ranked = sum(truth.prob * (truth.scores[LAYER] @ v) for truth in truths).argsort().tolist()
-        assert raised == [jobs.tokenizer().decode([i]) for i in ranked[::-1][:5]]
-        assert lowered == [jobs.tokenizer().decode([i]) for i in ranked[:5]]
+        each = []
+        for text in texts:
+            ids = torch.tensor([0, *jobs.tokenizer()(text)["input_ids"]])
+            assert len(ids) <= 5
+            truths = [oracles.one_position(split, ids, t, [LAYER]) for t in range(1, len(ids))]
+            each.append(sum(truth.prob * (truth.scores[LAYER] @ v) for truth in truths) / len(truths))
+        mean, error = np.mean(each, 0), np.std(each, 0, ddof=1) / len(each) ** 0.5
+        agreed = [i for i in mean.argsort() if abs(mean[i]) > 4 * error[i]]
+        assert 0 < len(agreed) < len(mean)
+        assert raised == [jobs.tokenizer().decode([i]) for i in agreed[::-1] if mean[i] > 0][:5]
+        assert lowered == [jobs.tokenizer().decode([i]) for i in agreed if mean[i] < 0][:5]
     assert first != second
 
 

@@ -406,16 +406,15 @@ def test_the_model_is_left_as_it_was(models: Models):
 
 
 def test_probability_rates_are_directional_derivatives(models: Models):
-    """dp(y)/de = p(y) g_y . v, on whichever device the arguments are."""
+    """dp(y)/de = p(y) g_y . v."""
     for name in ("gpt2", "gemma3", "t5", "gptj"):
         split = models(name, gradients="per_position" if name == "gptj" else "own_position")
         batch = oracles.inputs(split, [9])
         v = torch.randn(24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         for layer in (0, 2):
             encoder = batch.encoder_of(0)
-            arguments = [encoder["encoder_input_ids"], encoder["encoder_attention_mask"].bool()] if encoder else []
-            at = torch.tensor([1, 5, 8])
-            rates = next(split.probability_rates(batch.rows[0][None], at, layer, v[None], *arguments))[0]
+            tape = split.tape(batch.rows[0][None], oracles.encoded(split, encoder), [0, layer], torch.tensor([1, 5, 8]))
+            rates = next(split.probability_rates(tape, layer, v[None]))[0]
             for n, position in enumerate((1, 5, 8)):
                 truth = oracles.one_position(split, batch.rows[0], position, [layer], encoder)
                 expected = truth.prob * (truth.scores[layer] @ v)
@@ -428,7 +427,7 @@ def test_probability_rates_of_half_precision(dtype: torch.dtype):
     half = SplitModel(build(FAMILIES["llama"], dtype))
     exact = SplitModel(build(FAMILIES["llama"], dtype).double())
     ids, at, v = torch.arange(1, 13)[None], torch.tensor([3, 7, 11]), torch.eye(24)
-    expected, got = (torch.cat([*split.probability_rates(ids, at, 1, v)]) for split in (exact, half))
+    expected, got = (torch.cat([*s.probability_rates(s.tape(ids, {}, [1], at), 1, v)]) for s in (exact, half))
     errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.median() < 0.03
     assert errors.max() < 0.3

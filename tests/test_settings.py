@@ -245,7 +245,7 @@ def test_token_ids_without_a_tokenizer(ending: str, tmp_path: Path) -> None:
         map(str, ids.flat)
     )
     moved = Worker(outcome.plan, outcome.store).moved_tokens(
-        outcome.plan.make_tasks()[0], {2: np.eye(jobs.D_MODEL)[:1]}
+        [outcome.plan.make_tasks()[0]], {2: np.eye(jobs.D_MODEL)[:1]}
     )
     assert all(0 <= int(token) < VOCAB for tokens in moved[2][0] for token in tokens)
 

@@ -87,6 +87,8 @@ def test_what_changes_none_does_not(name: str, gpt2: str, corpus: Path) -> None:
 
 def test_what_is_off_may_be_left_out(gpt2: str, corpus: Path) -> None:  # noqa: F811
     assert fingerprint(gpt2, corpus) == fingerprint(gpt2, corpus, stream_weights=False, compile=False, stride=None)
+    config = jobs.settings(gpt2, corpus, "run")
+    assert RunConfig.from_dict({**config.asdict(), "stream_weights": None, "num_samples": None}) == config
 
 
 def test_samples_change_nothing_where_none_are_drawn(gpt2: str, corpus: Path) -> None:  # noqa: F811

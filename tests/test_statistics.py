@@ -220,6 +220,7 @@ def test_eigenvalues_that_cannot_be_told_apart_are_one_cluster() -> None:
     many, few = corpus(random, 64, (200, 300), scale=0.1), corpus(random, 4, (3, 5), scale=2.0)
     assert [list(c) for c in spectrum(many).clusters(5)] == [[0], [1], [2], [3, 4]]
     assert [list(c) for c in spectrum(many).clusters(2)] == [[0], [1]]
+    assert [list(c) for c in spectrum(many).clusters(4)] == [[0], [1], [2], [3, 4]]
     assert len(spectrum(few).clusters(5)) < 4
 
 
