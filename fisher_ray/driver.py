@@ -533,10 +533,10 @@ class _Run:
         if failure.kind == "fatal":
             raise failure.to_exception()
         self._first_failure = self._first_failure or failure
-        where = task.ranges[0]
-        span = f"rows or bytes {where.start} to {where.stop}" if where.stop >= 0 else "whole"
-        more = f" and {len(task.ranges) - 1} more ranges" if len(task.ranges) > 1 else ""
-        line = f"task {task.id} ({where.path.removeprefix('file://')}, {span}{more}): {_said(failure)}"
+        where, others = task.ranges[0], len({source.path for source in task.ranges}) - 1
+        span = f", rows or bytes {where.start} to {where.stop}" if where.stop >= 0 else ""
+        more = f", and {others} more file{'s' * (others > 1)}" if others else ""
+        line = f"task {task.id} ({where.path.removeprefix('file://')}{span}{more}): {_said(failure)}"
         if hopeless:
             many = f"the first {_HOPELESS} tasks failed, and none succeeded. The last: {line}"
             raise replace(failure, message=many).to_exception()

@@ -60,7 +60,7 @@ from fisher_ray.storage import Storage, absolute
 from fisher_ray.sums import ALL
 
 # Raised whenever the same configuration would give other numbers.
-RESULT_VERSION = 14
+RESULT_VERSION = 15
 
 Device = Literal["cpu", "cuda"]
 Executor = Literal["ray", "local"]
@@ -884,12 +884,22 @@ def token_ids(document: Document, model: str, tokenizer: Any, vocab_size: int) -
 
 
 def token_text(token: int, tokenizer: Any) -> str:
-    """A token as text; its number without a tokenizer."""
+    """A token as text, bytes of it that are no letter alone as ``<0xE4>``; its number without a tokenizer."""
     if tokenizer is None:
         return str(token)
     # After another one, as tokenizers drop the space that a text begins with.
     once, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
-    return str(twice.removeprefix(once))
+    text = str(twice.removeprefix(once))
+    if "\ufffd" not in text:
+        return text
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # here, as it loads what few need
+
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    if not all(letter in byte_of for letter in piece):
+        return piece  # of tokenizers with a token a byte, which call it so themselves
+    decoded = bytes(byte_of[letter] for letter in piece).decode("utf-8", "surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", decoded)
 
 
 def visible(token: str) -> str:

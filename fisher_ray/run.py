@@ -123,6 +123,9 @@ class Run:
         self._is_done = frozenset(self.done_tasks)
         self._checked: set[str] = set()
 
+    def __repr__(self) -> str:
+        return f"Run({self.store.uri!r}: {self.status}; layers {self.layers}, d_model {self.d_model})"
+
     @cached_property
     def config(self) -> RunConfig:
         """The settings that the run was started with."""

@@ -200,6 +200,8 @@ def iter_scores(
     memory_budget: int | None = None,
 ) -> Iterator[Scores]:
     """The same as :func:`score_factors`, in chunks of bounded memory, in order."""
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"estimator must be Exact(), Sampled(8) or the like, got {estimator!r}.")
     rows = _real_tokens(model, input_ids, attention_mask)
     if token_source not in ("observed", "sampled"):
         raise ValueError(f"token_source must be observed or sampled, got {token_source!r}.")
@@ -264,8 +266,9 @@ def default_memory_budget(model: SplitModel, share: float = 1.0) -> int:
 
 def _real_tokens(model: SplitModel, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     """Each sequence's real tokens. Padding ends here: rows are padded anew, on the right, where no query sees it."""
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids must be [batch, seq] and not empty, got shape {list(input_ids.shape)}.")
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
+        got = f"shape {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids must be a tensor [batch, seq] of token ids, and not empty, got {got}.")
     if attention_mask is None:
         rows = list(input_ids)
     else:

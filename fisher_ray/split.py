@@ -602,8 +602,15 @@ class SplitModel:
 
     # ---- arguments ---------------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        return (
+            f"SplitModel({self.label}: {self.num_layers} blocks, d_model {self.d_model}, {self.dtype}, {self.device})"
+        )
+
     def check_layers(self, layers: Sequence[int]) -> list[int]:
         """The layers, ascending and once each; negative ones and ones above num_layers are refused."""
+        if isinstance(layers, int):
+            raise ValueError(f"layers must be a list of them, got {layers}. Give [{layers}].")
         for layer in layers:
             if not 0 <= layer <= self.num_layers:
                 raise ValueError(

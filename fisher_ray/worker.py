@@ -351,8 +351,15 @@ class Worker:
         return work
 
     def _documents(self, task: Task) -> Iterator[Document]:
+        """A task's documents; where some of its files cannot be read, all that cannot are named."""
+        wrong = []
         for source in task.ranges:
-            yield from read_documents(source, self.config.layout)
+            try:
+                yield from read_documents(source, self.config.layout)
+            except CorpusError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise CorpusError(" ".join(wrong))
 
     @cached_property
     def text(self) -> Callable[[int], str]:

@@ -269,6 +269,17 @@ def test_documents(name: str, content: Any, message: str, place: Place) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_all_files_of_a_task_that_cannot_be_read_are_named(place: Place) -> None:
+    """Each is found when it is corrected, which makes another run; so one run says all."""
+    folder = place.folder / "texts"
+    folder.mkdir()
+    for name, raw in (("a", b"one two"), ("b", b"\xe9t\xe9"), ("c", b"three"), ("d", b"\x00\x00four"), ("e", b"five")):
+        (folder / f"{name}.txt").write_bytes(raw)
+    config = jobs.settings(place.model, folder, place.run, num_samples=1, positions="last", task_bytes=1000)
+    with pytest.raises(CorpusError, match=r"b.txt is not UTF-8: .*d.txt is a binary file"):
+        jobs.run_here(config)
+
+
 def test_half_a_character_in_a_carried_column(place: Place) -> None:
     """Said of the corpus at once, and not tried again as what a storage refused."""
     corpus = place.file("a.jsonl", '{"text": "a", "author": "\\ud83d"}\n')

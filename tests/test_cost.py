@@ -391,7 +391,7 @@ def _arrays(raw: bytes) -> list[np.ndarray]:
 )
 def test_files_of_a_run(save: cost.Save, sketch: int | None, tmp_path: Path) -> None:
     """Against a real task and reduction of the demo: bytes, and how many files."""
-    settings: dict[str, Any] = {"save": save, "sketch": sketch, "layers": "0,3,6", "num_samples": 4, "max_docs": 20}
+    settings: dict[str, Any] = {"save": save, "sketch": sketch, "layers": "0,3,6", "num_samples": 4, "max_docs": 8}
     settings["estimator"] = "sampled"
     corpus = (str(DEMO / "corpus.jsonl"),)
     config = RunConfig(model=str(DEMO / "model"), corpus=corpus, output=str(tmp_path), **settings)

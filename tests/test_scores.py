@@ -527,7 +527,7 @@ def test_rows_are_in_order_whatever_the_budget(estimator: Estimator):
     ids = torch.ones(4, 48, dtype=torch.long)
     mask = torch.arange(48) < torch.tensor(lengths)[:, None]
     whole = sum(lengths)
-    for budget in range(100_000, 4_000_000, 100_000):
+    for budget in range(100_000, 4_000_000, 300_000):
         scores = score_factors(
             split, ids, layers=[0], estimator=estimator, attention_mask=mask, memory_budget=budget
         )  # fmt: skip
@@ -599,7 +599,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "id above": (lambda: {"input_ids": IDS + 60}, r"token ids must be in \[0, 61\), got 72"),
     "id below": (lambda: {"input_ids": IDS - 5}, r"token ids must be in \[0, 61\), got -4"),
-    "no ids": (lambda: {"input_ids": IDS[:0]}, r"must be \[batch, seq\] and not empty"),
+    "no ids": (lambda: {"input_ids": IDS[:0]}, r"must be a tensor \[batch, seq\] of token ids, and not empty"),
     "too long": (lambda: {"input_ids": torch.ones(1, 65).long()}, "at most 64 tokens, got 65"),
     "holes": (lambda: {"attention_mask": HOLES}, "real tokens of sequence 1 must be contiguous"),
     "empty row": (lambda: {"attention_mask": EMPTY}, "sequence 0 has no real tokens"),
@@ -624,7 +624,14 @@ def test_bad_arguments(case: str, models: Models):
 
 UNSHAPED = {
     "token source": (lambda: {"token_source": "model"}, "token_source must be observed or sampled, got 'model'"),
-    "one axis": (lambda: {"input_ids": IDS[0]}, r"input_ids must be \[batch, seq\] and not empty, got shape \[6\]"),
+    "one axis": (
+        lambda: {"input_ids": IDS[0]},
+        r"a tensor \[batch, seq\] of token ids, and not empty, got shape \[6\]",
+    ),
+    "text": (lambda: {"input_ids": "Hello"}, "of token ids, and not empty, got str"),
+    "a list": (lambda: {"input_ids": IDS.tolist()}, "of token ids, and not empty, got list"),
+    "an estimator's name": (lambda: {"estimator": "exact"}, r"estimator must be Exact\(\), .* got 'exact'"),
+    "one layer": (lambda: {"layers": 1}, r"layers must be a list of them, got 1. Give \[1\]"),
     "mask shape": (lambda: {"attention_mask": IDS[:, :5]}, r"shape of input_ids, \[2, 6\], got \[2, 5\]"),
     "mask batch": (lambda: {"attention_mask": IDS[:1]}, r"shape of input_ids, \[2, 6\], got \[1, 6\]"),
     "not integers": (lambda: {"input_ids": IDS.double()}, "input_ids must be integers, got torch.float64"),
