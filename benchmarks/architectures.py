@@ -1,6 +1,6 @@
 """Which causal language models of the installed transformers are scored, which are refused, and whether scores are right.
 
-    python benchmarks/architectures.py                 # all of them, some ten minutes
+    python benchmarks/architectures.py                 # all of them, half an hour
     python benchmarks/architectures.py llama gptj      # some, by model type
 
 Each model type of the library's list is built small, from its own default configuration with sizes cut down, with random
@@ -11,8 +11,8 @@ with respect to a nudge of that one position's stream. What own-position gradien
 
 The table names each type with its largest relative error, or the first sentence of its refusal. *Wrong* are errors beyond 1e-4
 (norms and softmaxes of many models are float32 whatever their weights are) and failures that are no refusal; where there is
-one, the exit code is 1. *Not built* are those whose configuration this script could not make small, nothing of which says
-whether they are scored.
+one, the exit code is 1. *No answer* are those that five minutes were too short for. *Not built* are those whose configuration
+this script could not make small, nothing of which says whether they are scored.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
-Kind = Literal["scored", "per position", "refused", "wrong", "not built"]
+Kind = Literal["scored", "per position", "refused", "wrong", "no answer", "not built"]
 
 
 class Found(NamedTuple):
@@ -144,7 +144,7 @@ def _apart(name: str) -> Found:
             if isinstance(found := here.recv(), Found):
                 return found
             kind = "wrong"
-        return Found(kind, f"no answer in {_SECONDS:.0f} seconds")
+        return Found("no answer" if kind == "wrong" else kind, f"none in {_SECONDS:.0f} seconds")
     except EOFError:
         process.join()
         return Found(kind, f"the process ended with exit code {process.exitcode}")

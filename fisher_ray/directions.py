@@ -248,8 +248,8 @@ def moved_tokens(
 ) -> dict[int, list[tuple[list[str], list[str]]]]:
     """Tokens that a step along each direction raises and lowers, through the model's own upper layers.
 
-    ``dp(y)/de`` at ``h + e v``, averaged over up to 128 positions of 32 windows that are spread over the tasks done. Listed
-    are tokens whose mean is at least four standard errors from zero: most go up at one position and down at another.
+    ``dlog p(y)/de`` at ``h + e v``, averaged over up to 128 positions of 32 windows that are spread over the tasks done. Listed
+    are tokens whose mean is at least four standard errors from zero: a token may go up at one position and down at another.
 
     Args:
         run: whose corpus the positions are of.

@@ -544,7 +544,7 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
     return Section(
         "directions",
         "Top directions",
-        "What a small step along each layer's first eigenvectors makes more and less likely on average, through the model's "
+        "Whose log p a small step along each layer's first eigenvectors raises and lowers most on average, through the model's "
         "own upper layers: up to five tokens each that 32 windows of the corpus agree on. (A sign is arbitrary: the other way "
         "round, they swap.) Eigenvectors count from 0, as columns of eigenvectors.npy; shares are of the trace. Those with "
         "eigenvalues that this corpus cannot tell apart span something together, all of them, and mean nothing one by one.",

@@ -386,10 +386,10 @@ class SplitModel:
         )
 
     @torch.no_grad()
-    def probability_rates(
+    def log_probability_rates(
         self, tape: Tape, layer_idx: int, directions: Float[Tensor, "k d_model"]
     ) -> Iterator[Float[Tensor, "some n vocab_size"]]:
-        """``dp(y | h_t + e v, x_<t) / de = p(y) g_y . v`` at ``e = 0`` for each direction v, query of a tape and token.
+        """``dlog p(y | h_t + e v, x_<t) / de = g_y . v`` at ``e = 0`` for each direction v, query of a tape and token.
 
         The context is held constant; ``v`` need not be a unit vector. They come in order, a few at a time: those of all are
         vocab_size times as many numbers as there are directions and queries.
@@ -399,7 +399,7 @@ class SplitModel:
         for some in directions.to(self.device).split(max(1, self.head.rows() // len(tape.z))):
             with full_precision(), uncompiled():
                 pushed = tape.push(layer_idx, some)
-                rates = (prediction.prob[:, None] * prediction.rates(pushed)).movedim(1, 0)
+                rates = prediction.rates(pushed).movedim(1, 0)
             yield rates
 
     @torch.no_grad()

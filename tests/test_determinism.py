@@ -142,7 +142,7 @@ def test_numbers_are_float32_whatever_surrounds_the_call():
             "fisher": calculate_fisher(split, 1, IDS),
             "streams": split.lower(IDS, {}, [2])[2],
             "rates": torch.cat(
-                [*split.probability_rates(split.tape(IDS[:1], {}, [1], torch.tensor([2, 4])), 1, directions)]
+                [*split.log_probability_rates(split.tape(IDS[:1], {}, [1], torch.tensor([2, 4])), 1, directions)]
             ),
             "expected": fim_expected_gradient_outerproduct(grads, torch.full((1, 5), 0.2)),
         }

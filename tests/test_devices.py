@@ -146,7 +146,7 @@ def test_other_ways_in(name: str, gradients: Any, unchecked_shapes: None):
             before,
             upper(hidden[:, -1], hidden[:, :-1], **encoded),
             upper.jacobian(hidden[:, -1], hidden[:, :-1], **encoded),
-            *split.probability_rates(tape, 1, direction[None]),
+            *split.log_probability_rates(tape, 1, direction[None]),
             tape.push(1, direction[None]),
             score_factors(split, IDS, layers=[1], estimator=Sampled(2), positions=[5], **encoder(split)),
         ]

@@ -27,6 +27,7 @@ from fisher_ray import ModelError, SplitModel, cost, open_run, worker
 from fisher_ray import directions as fd
 from fisher_ray.cli import BAD_INPUT, COMPLETE, STOPPED, main
 from fisher_ray.head import Head
+from fisher_ray.plan import token_text
 from fisher_ray.run import Run
 from fisher_ray.tape import Tape
 from fisher_ray.worker import load_model
@@ -204,7 +205,7 @@ def test_many_directions_are_measured_by_factors_and_the_numbers_are_the_same(ru
 
 
 def test_moved_tokens_of_several_directions(gpt2: str, split: SplitModel, tmp_path: Path):  # noqa: F811
-    """Means over documents of p(y) g_y . v at all positions, as these are short, of tokens that the documents agree on."""
+    """Means over documents of g_y . v at all positions, as these are short, of tokens that the documents agree on."""
     texts = ["abcd", "dcba", "acbd", "badc", "cdab", "dbca"]
     (tmp_path / "docs.txt").write_text("\n\n".join(texts))
     jobs.run_here(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run", task_bytes=12))
@@ -217,12 +218,12 @@ def test_moved_tokens_of_several_directions(gpt2: str, split: SplitModel, tmp_pa
             ids = torch.tensor([0, *jobs.tokenizer()(text)["input_ids"]])
             assert len(ids) <= 5
             truths = [oracles.one_position(split, ids, t, [LAYER]) for t in range(1, len(ids))]
-            each.append(sum(truth.prob * (truth.scores[LAYER] @ v) for truth in truths) / len(truths))
+            each.append(sum(truth.scores[LAYER] @ v for truth in truths) / len(truths))
         mean, error = np.mean(each, 0), np.std(each, 0, ddof=1) / len(each) ** 0.5
         agreed = [i for i in mean.argsort() if abs(mean[i]) > 4 * error[i]]
         assert 0 < len(agreed) < len(mean)
-        assert raised == [jobs.tokenizer().decode([i]) for i in agreed[::-1] if mean[i] > 0][:5]
-        assert lowered == [jobs.tokenizer().decode([i]) for i in agreed if mean[i] < 0][:5]
+        assert raised == [token_text(int(i), jobs.tokenizer()) for i in agreed[::-1] if mean[i] > 0][:5]
+        assert lowered == [token_text(int(i), jobs.tokenizer()) for i in agreed if mean[i] < 0][:5]
     assert first != second
 
 

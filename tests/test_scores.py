@@ -405,8 +405,8 @@ def test_the_model_is_left_as_it_was(models: Models):
     assert not any(p.requires_grad or p.grad is not None for p in split.model.parameters())
 
 
-def test_probability_rates_are_directional_derivatives(models: Models):
-    """dp(y)/de = p(y) g_y . v."""
+def test_log_probability_rates_are_directional_derivatives(models: Models):
+    """dlog p(y)/de = g_y . v."""
     for name in ("gpt2", "gemma3", "t5", "gptj"):
         split = models(name, gradients="per_position" if name == "gptj" else "own_position")
         batch = oracles.inputs(split, [9])
@@ -414,20 +414,20 @@ def test_probability_rates_are_directional_derivatives(models: Models):
         for layer in (0, 2):
             encoder = batch.encoder_of(0)
             tape = split.tape(batch.rows[0][None], oracles.encoded(split, encoder), [0, layer], torch.tensor([1, 5, 8]))
-            rates = next(split.probability_rates(tape, layer, v[None]))[0]
+            rates = next(split.log_probability_rates(tape, layer, v[None]))[0]
             for n, position in enumerate((1, 5, 8)):
                 truth = oracles.one_position(split, batch.rows[0], position, [layer], encoder)
-                expected = truth.prob * (truth.scores[layer] @ v)
+                expected = truth.scores[layer] @ v
                 assert (rates[n] - expected).norm() / expected.norm() < 1e-6  # the library's softmaxes are float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_probability_rates_of_half_precision(dtype: torch.dtype):
+def test_log_probability_rates_of_half_precision(dtype: torch.dtype):
     """To the rounding of the weights, also along directions that change little."""
     half = SplitModel(build(FAMILIES["llama"], dtype))
     exact = SplitModel(build(FAMILIES["llama"], dtype).double())
     ids, at, v = torch.arange(1, 13)[None], torch.tensor([3, 7, 11]), torch.eye(24)
-    expected, got = (torch.cat([*s.probability_rates(s.tape(ids, {}, [1], at), 1, v)]) for s in (exact, half))
+    expected, got = (torch.cat([*s.log_probability_rates(s.tape(ids, {}, [1], at), 1, v)]) for s in (exact, half))
     errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.median() < 0.03
     assert errors.max() < 0.3

@@ -198,7 +198,7 @@ def test_directions_of_any_length_in_float16():
     split = SplitModel(build(FAMILIES["llama"], torch.float16))
     ids, at = torch.arange(1, 13)[None], torch.tensor([3, 7])
     directions = torch.nn.functional.normalize(torch.randn(2, 24, generator=torch.Generator().manual_seed(0)), dim=-1)
-    (unit,) = split.probability_rates(split.tape(ids, {}, [0], at), 0, directions)
+    (unit,) = split.log_probability_rates(split.tape(ids, {}, [0], at), 0, directions)
     for length in (1e-7, 1e5):
-        (rates,) = split.probability_rates(split.tape(ids, {}, [0], at), 0, length * directions)
+        (rates,) = split.log_probability_rates(split.tape(ids, {}, [0], at), 0, length * directions)
         assert oracles.error(rates / length, unit) < 0.02, length
