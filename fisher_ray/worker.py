@@ -51,7 +51,7 @@ _PADDING = 128
 WINDOWS, _SPREAD = 32, 4
 _RATES = 1 << 26
 # Standard errors that a mean rate has to be from zero. Two halves of 64 windows of the demo agree on 4.5 to 10 of the ten
-# tokens that are moved most in log p, whose means are 2 to 46 errors from zero. (In p they agree on 1 to 5, at 0.5 to 8 errors.)
+# tokens that are moved most in log p, whose means are 2 to 46 errors from zero; in p, on 1 to 5, at 0.5 to 8 errors.
 _CONSISTENT = 4.0
 
 

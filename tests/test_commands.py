@@ -682,6 +682,7 @@ def rows(path: Path, *some: dict[str, Any]) -> Path:
         (["--gpus-per-actor", "inf"], "gpus_per_actor must be a fraction of one GPU or a whole number, got inf"),
         (["--gpus-per-actor", "nan"], "gpus_per_actor must be a fraction of one GPU or a whole number, got nan"),
         (["--layers", "0-99999999999"], "layers must be in [0, 2], got"),
+        (["--layer", "1"], "unrecognized arguments: --layer 1. See fisher-ray"),
         (["--corpus", "simplecache::s3://bucket/a.txt"], "s3://bucket/a.txt chains file systems by '::'"),
         (["--corpus", "zip://a.txt::/tmp/a.zip"], "chains file systems by '::'"),
         (["--output", "simplecache::memory://run"], "chains file systems by '::'"),

@@ -466,6 +466,9 @@ def test_one_layer_a_window_of_positions_and_no_text(gpt2: str, tmp_path: Path) 
     assert data["layers"] == [1] and [d["position"] for d in data["documents"]] == [[2, 6, 10]] * 3
     assert [d["text"] for d in data["documents"]] == [[f"{row[t]} " for t in (2, 6, 10)] for row in ids]
     assert "2:11:4 of each document" in made.rows("summary")
+    assert "overlap" not in made.figures and "One layer: there is no other" in made.rows("overlap")
+    assert made.figures["dimension"]["layout"]["xaxis"]["tickvals"] == [1]
+    assert "rank by" not in made.rows("places") and "rank by" not in made.rows("text")
     assert "cannot exceed d" in made.rows("text")
     (slider,) = (attributes for _, attributes in made.tags if attributes.get("type") == "range")
     assert "disabled" in slider and slider["max"] == "0"
@@ -500,6 +503,7 @@ def test_tokens_along_the_first_directions_where_matrices_are_kept(save: Any, gp
 
 def test_ranks_of_single_positions_are_said_to_be_capped(report: Report, made: Path) -> None:
     assert "cannot exceed 2, the number of sampled scores" in Page(report.html).rows("text")
+    assert "are of 2 sampled scores here, too few to rank by" in Page(report.html).rows("places")
     ranks = [r for d in Page(report.html).text["documents"] for layer in d["values"]["trace_rank_99"] for r in layer]
     assert max(ranks) == 2
 
