@@ -682,7 +682,6 @@ def rows(path: Path, *some: dict[str, Any]) -> Path:
         (["--gpus-per-actor", "inf"], "gpus_per_actor must be a fraction of one GPU or a whole number, got inf"),
         (["--gpus-per-actor", "nan"], "gpus_per_actor must be a fraction of one GPU or a whole number, got nan"),
         (["--layers", "0-99999999999"], "layers must be in [0, 2], got"),
-        (["--layer", "1"], "unrecognized arguments: --layer 1. See fisher-ray"),
         (["--corpus", "simplecache::s3://bucket/a.txt"], "s3://bucket/a.txt chains file systems by '::'"),
         (["--corpus", "zip://a.txt::/tmp/a.zip"], "chains file systems by '::'"),
         (["--output", "simplecache::memory://run"], "chains file systems by '::'"),
@@ -701,6 +700,13 @@ def test_what_cannot_be_is_one_line(
     line = refused(capsys, command, "--model", gpt2, "--corpus", corpus, "--output", tmp_path / "run", *more)
     assert words in line and time.monotonic() - begun < 20
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+
+
+def test_an_unknown_flag_is_answered_by_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--model", "m", "--layer", "1"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --layer 1. See fisher-ray run --help.\n"
 
 
 def test_project_refuses_no_documents(finished: Stored, capsys: pytest.CaptureFixture[str]) -> None:
