@@ -148,7 +148,7 @@ def _tiles(run: Run, counts: Any, layers: Sequence[_Layer]) -> list[tuple[str, s
     ]
     errors = [each.convergence.error for each in layers if np.isfinite(each.convergence.error)]
     if errors:
-        tiles.append(("error of F, worst layer", f"{100 * max(errors):.2g} %"))
+        tiles.append(("standard error of F, worst layer", f"{100 * max(errors):.2g} %"))
     return tiles
 
 
@@ -204,7 +204,7 @@ def _summary(run: Run, reading: Reading, counts: Any, workers: Sequence[Mapping[
         ("self-check", _checked([worker["self_check"] for worker in workers if worker["self_check"]])),
         ("device", ", ".join(dict.fromkeys(worker["device"] for worker in workers)) or "unknown"),
         ("versions", "; and ".join(dict.fromkeys(versions)) or "unknown"),
-        ("last heard of", _date(progress["written"]) if "written" in progress else "unknown"),
+        ("last written", _date(progress["written"]) if "written" in progress else "unknown"),
         ("fingerprint", run.description["fingerprint"]),
     ]
     rows = "".join(f'<tr><th scope="row">{name}</th><td>{escape(str(value))}</td></tr>' for name, value in facts)
@@ -297,8 +297,8 @@ def _health(
     return Section(
         "health",
         "Health",
-        "A tick is as it should be, an exclamation mark is to be known before the numbers are used; only what this page shows "
-        "was read, and <code>fisher-ray verify</code> reads everything back.",
+        "A tick: all is well. An exclamation mark: to be known before the numbers are used. Only what this page shows was "
+        "read; <code>fisher-ray verify</code> reads everything back.",
         f'<ul class="health">{items}</ul>',
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jobs
-from fisher_ray import cost, driver, open_run
+from fisher_ray import cost, driver, open_run, reduce
 from fisher_ray.cli import main
 from fisher_ray.cluster import RayPool
 from fisher_ray.corpus import CorpusError
@@ -293,6 +293,7 @@ def test_workers_are_kept_while_the_mean_is_judged(
 ) -> None:
     """At each checkpoint sums are added up, a few calls; tasks may be left for all of them."""
     monkeypatch.setattr(Resized, "kept", [])
+    monkeypatch.setattr(reduce, "FAN_IN", 4)  # so that there are nodes below the roots
     config = replace(whole[1].plan.config, output=str(tmp_path / "run"), until_relative_error=between(whole, 1))
     outcome = run(config, Resized, lambda plan: nullcontext(lambda progress: None))
     judged = Resized.kept[: len(Resized.kept) - LAYERS - 1]
