@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import Models
+from families import FAMILIES, build
 from oracles import inputs
 
-from fisher_ray import Sampled, score_factors
+from fisher_ray import Sampled, SplitModel, score_factors
 from fisher_ray.draws import Draws, drawing_bytes, sequence_key
+from fisher_ray.estimators import tempered
+from fisher_ray.head import Head
 from fisher_ray.kernels import philox
 
 # Standard errors. Under the null a |z| this large comes once in 1.6 million; the tests are fixed by their seeds anyway.
@@ -166,3 +171,30 @@ def test_keys_default_to_the_tokens_themselves(models: Models):
     first, second, third = (scores.factors[0][scores.sequence == i] for i in range(3))
     torch.testing.assert_close(first, third, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(first[:9], second)
+
+
+# ---- in float32, as users have it ------------------------------------------------------------------------------------
+
+
+def test_mean_over_draws_of_small_scores():
+    """Of a token that is all but certain, whose scores have squares that are no float32 numbers."""
+    split = SplitModel(build(FAMILIES["phi"], torch.float32))
+    with torch.no_grad():
+        split.model.lm_head.bias[3] += 60
+    drawn: dict[str, Any] = {"token_source": "sampled", "num_token_draws": 8, "estimator": Sampled(8)}
+    scores = score_factors(split, torch.arange(4, 14)[None], layers=[0], **drawn)
+    single = score_factors(split, torch.arange(4, 14)[None], layers=[0], **{**drawn, "num_token_draws": 1})
+    assert len(scores) == 9 and scores.factors[0].isfinite().all()
+    assert 0 < single.factors[0].abs().max() < 1e-23
+    # Drawn tokens are the certain one: each draw's factors are alike but for their samples, and so is their mean.
+    first, mean = (each.factors[0].double().square().sum((1, 2)) for each in (single, scores))
+    assert ((mean / first).log().abs() < 5).all()
+
+
+def test_the_coldest_temperature_leaves_the_likeliest_token():
+    head = Head(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * 9)
+    prediction = head.predict(torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+    weights, _ = tempered(prediction, 1.0, 1e-30)
+    assert torch.equal(weights, torch.nn.functional.one_hot(prediction.logits.argmax(-1), 50).float())
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        Sampled(1, temperature=1e-39)

@@ -280,30 +280,6 @@ def test_samples_are_independent_across_positions_and_samples(models: Models):
 TEMPERED = [(1.0, 0.5), (1.0, 2.0), (0.7, 1.0), (0.7, 0.5), (0.3, 2.0), (1e-6, 1.0)]
 
 
-def test_mean_over_draws_of_small_scores():
-    """Of a token that is all but certain, whose scores have squares that are no float32 numbers."""
-    split = SplitModel(build(FAMILIES["phi"], torch.float32))
-    with torch.no_grad():
-        split.model.lm_head.bias[3] += 50
-    drawn: dict[str, Any] = {"token_source": "sampled", "num_token_draws": 8, "estimator": Sampled(8)}
-    scores = score_factors(split, torch.arange(4, 14)[None], layers=[0], **drawn)
-    single = score_factors(split, torch.arange(4, 14)[None], layers=[0], **{**drawn, "num_token_draws": 1})
-    assert len(scores) == 9 and scores.factors[0].isfinite().all()
-    assert single.factors[0].abs().max() < 1e-19
-    # Drawn tokens are the certain one: each draw's factors are alike but for their samples, and so is their mean.
-    first, mean = (each.factors[0].double().square().sum((1, 2)) for each in (single, scores))
-    assert ((mean / first).log().abs() < 5).all()
-
-
-def test_the_coldest_temperature_leaves_the_likeliest_token():
-    head = Head(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * 9)
-    prediction = head.predict(torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
-    weights, _ = tempered(prediction, 1.0, 1e-30)
-    assert torch.equal(weights, torch.nn.functional.one_hot(prediction.logits.argmax(-1), 50).float())
-    with pytest.raises(ValueError, match="temperature must be above 0"):
-        Sampled(1, temperature=1e-39)
-
-
 @pytest.mark.parametrize(("top_p", "temperature"), TEMPERED)
 def test_tempering(top_p: float, temperature: float):
     generator = torch.Generator().manual_seed(0)
