@@ -896,8 +896,8 @@ def token_text(token: int, tokenizer: Any) -> str:
 
     piece = str(tokenizer.convert_ids_to_tokens(token))
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    if not all(letter in byte_of for letter in piece):
-        return piece  # of tokenizers with a token a byte, which call it so themselves
+    if not all(letter in byte_of for letter in piece):  # no bytes: the letter that stands for what is none
+        return text
     decoded = bytes(byte_of[letter] for letter in piece).decode("utf-8", "surrogateescape")
     return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", decoded)
 

@@ -21,7 +21,7 @@ from fisher_ray import (
     score_factors,
 )
 from fisher_ray.spectrum import factor_eigenvalues, symmetric_eigh, trace_rank, whitened_eigenvalues
-from fisher_ray.split import deterministic_kernels
+from fisher_ray.split import deterministic_kernels, full_precision
 
 IDS = torch.arange(1, 29).view(2, 14)
 
@@ -156,6 +156,8 @@ def test_numbers_are_float32_whatever_surrounds_the_call():
     try:
         for each, asked in zip(products, ("tf32", "tf32", "bf16"), strict=True):
             each.fp32_precision = asked
+        with full_precision():
+            assert [each.fp32_precision for each in products] == ["ieee"] * 3
         fast = everything()
         assert [each.fp32_precision for each in products] == ["tf32", "tf32", "bf16"]
     finally:

@@ -457,9 +457,9 @@ def test_a_part_of_a_letter_is_shown_as_bytes() -> None:
             return "\ufffd" * len(ids)
 
         def convert_ids_to_tokens(self, token: int) -> str:
-            return f"<0x{token:02X}>"
+            return f"<0x{token:02X}>" if token else "\ufffd"
 
-    assert token_text(228, Bytes()) == "<0xE4>"
+    assert [token_text(token, Bytes()) for token in (228, 0)] == ["<0xE4>", "\ufffd"]
 
 
 def test_settings_of_drawn_tokens_are_for_them() -> None:

@@ -678,6 +678,20 @@ def test_wrong_credentials(method: str, code: str, s3: Flaky, pauses: list[float
     assert pauses == [] and s3.seen["refused"] == 1
 
 
+def test_no_credentials(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for again, as a cloud's machines have theirs from a service; and what is to be done is said."""
+
+    def without(*_: Any, **__: Any) -> Any:
+        raise NoCredentialsError
+
+    store = Storage("memory://run")
+    monkeypatch.setattr(store._fs, "cat_file", without)
+    with pytest.raises(StorageError) as raised:
+        store.read("here")
+    assert "Unable to locate credentials. Set up the storage's credentials" in one_line(raised.value)
+    assert len(pauses) == 6
+
+
 @pytest.mark.parametrize("fault", ["refused", "carried out", "unanswered"])
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in ("opening",)])
 def test_a_service_that_stumbles_a_few_times(

@@ -294,6 +294,9 @@ def test_limit_order_and_reach_of_a_known_law() -> None:
     assert test.order == pytest.approx(1, abs=1e-3)
     # 3 s + 7 s^2 < 0.1 up to s = 0.031...: the last step of the ladder below is 10^-2
     assert test.reach == pytest.approx((1e-2, 1e-4))
+    ratio = test.ratio.copy()
+    ratio.reshape(30, 2, -1)[:6] = 1 + 10 * (ratio.reshape(30, 2, -1)[:6] - 1)  # one in five, up to s = 0.0033
+    assert replace(test, ratio=ratio).reach[0] == pytest.approx(10**-2.5)
     wrong = lawful(limit=1.01)
     assert wrong.failures[0] == "limit is off at 100%" and wrong.failures[1].startswith("order is 0.0")
     np.testing.assert_allclose(wrong.off, 0.01, rtol=1e-6)
