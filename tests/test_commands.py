@@ -702,6 +702,20 @@ def test_what_cannot_be_is_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
+def test_too_little_memory_is_one_line(
+    finished: Stored, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no run gives up a task for it: a command that loads the run's model on a GPU that others fill."""
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(cli, "model_of", full)
+    assert main(["project", str(finished.folder)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: out of memory: CUDA out of memory. Ask for less at once, or free what others hold."
+
+
 def test_an_unknown_flag_is_answered_by_its_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["run", "--model", "m", "--layer", "1"])
