@@ -207,7 +207,7 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
             small[key] = {str(i): _shrunk(value[str(k)]) for i, k in enumerate(kept) if str(k) in value}
         elif isinstance(value, dict):
             small[key] = _shrunk(value)
-        elif value and key in _SIZES:
+        elif key in _SIZES and (value or value is False):  # none of something, as 0 layers, stays none
             small[key] = _SIZES[key]
         elif isinstance(value, list) and layers and len(value) == layers:
             small[key] = [value[k] for k in kept]
