@@ -157,7 +157,7 @@ def test_an_output_that_may_not_be_written(
     (tmp_path / "closed").mkdir(mode=0o555)
     code, err = bound_by_permissions(shared, tmp_path / "closed/run", capsys)
     assert code == BAD_INPUT
-    assert "Permission denied" in one_line(err) and "Choose a directory that can be written" in err
+    assert "Permission denied" in one_line(err) and "Choose a directory that can be read and written" in err
     assert list((tmp_path / "closed").iterdir()) == []
 
 

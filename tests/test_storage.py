@@ -627,7 +627,9 @@ def test_permission_denied(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o555)
     lines = said(alone(ATTEMPT, str(tmp_path / "run"), unprivileged=True)).splitlines()
     assert [line.split(" ")[0] for line in lines] == ["writing", "creating"]
-    assert all("Permission denied" in line and "Choose a directory that can be written" in line for line in lines)
+    assert all(
+        "Permission denied" in line and "Choose a directory that can be read and written" in line for line in lines
+    )
 
 
 @pytest.fixture
