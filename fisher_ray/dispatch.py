@@ -58,12 +58,15 @@ class Call:
         name: for messages, one of a kind within a run.
         method: of :class:`Servant`.
         weight: what its time is in proportion to, beside others of its run; None: nothing is known of it.
+        repeatable: whether a second attempt may run beside a slow one. Not where both would write the same files: rounding
+            may differ between machines, and one's checksums were not of the other's bytes.
     """
 
     name: str
     method: str
     args: tuple[Any, ...]
     weight: int | None = None
+    repeatable: bool = True
 
 
 @dataclass(frozen=True)
@@ -397,6 +400,7 @@ class Dispatch:
                 may_start
                 and taken > slow
                 and not waiting
+                and call.repeatable
                 and tries is not None
                 and len(tries.running) == 1
                 and not tries.failed
@@ -408,8 +412,7 @@ class Dispatch:
     def _limits(self, call: Call) -> tuple[float, float]:
         """Seconds after which a call is slow, and after which it counts as hung."""
         if call.weight is None:
-            # Whatever attempt of one writes the matrices writes the same files, where rounding may differ between machines.
-            return math.inf if call.method == "finish" else _SLOW_OTHERS, _HUNG_OTHERS
+            return _SLOW_OTHERS, _HUNG_OTHERS
         slow, hung = math.inf, _HUNG_UNKNOWN
         if len(self._pace) >= 3:
             expected = statistics.median(self._pace) * call.weight

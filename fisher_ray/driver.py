@@ -602,7 +602,7 @@ class _Run:
         self.store.remove("reduced/manifest.json")  # before its files become others
         rows: list[dict[str, Any]] = []
         files: dict[str, StoredFile] = {}
-        finished = self._all(Call(f"mean {tree.name}", "finish", (tree,)) for tree in trees)
+        finished = self._all(Call(f"mean {tree.name}", "finish", (tree,), repeatable=False) for tree in trees)
         for some, covering in finished:
             rows += some
             files |= covering.files

@@ -793,8 +793,9 @@ def make_plan(config: RunConfig) -> Plan:
             "smaller than the matrix. Leave it out (--sketch)."
         )
     sources = tuple(find_sources(config.corpus))
+    written = f"{Storage(config.output).uri}/plan.parquet"
     for uri in config.corpus:
-        if takes_in(uri, f"{Storage(config.output).uri}/plan.parquet"):
+        if takes_in(uri, written):
             raise ConfigError(
                 f"output {config.output} is in {absolute(uri)}, of the corpus, and would be part of it. Choose another place."
             )

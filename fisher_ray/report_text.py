@@ -159,7 +159,7 @@ def _places(run: Run, places: Mapping[int, Sequence[Mapping[str, Any]]], lost: S
         "Where a nudge changes the next token most: of each document the position with the largest trace at a layer, the "
         f"{_PLACES} largest of these (where there are fewer documents, more of each), marked in the text around it. Gaps are "
         "positions that were not scored.",
-        (f'<p class="note">{escape(ranking(run))}</p>' if ranking(run) else "")
+        (f'<p class="note">{escape(noisy)}</p>' if (noisy := ranking(run)) else "")
         + "".join(map(missing, lost))
         + (chooser + "".join(tables) if layers else ""),
     )

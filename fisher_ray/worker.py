@@ -291,11 +291,10 @@ class Worker:
                 at = torch.tensor(window.scored[:: -(-len(window.scored) // _SPREAD)], device=self.model.device)
                 tape = self.model.tape(ids, self.model.encode(*encoder) if encoder else {}, layers, at)
                 for i, (layer, rows) in enumerate(pieces):
-                    rates = torch.cat(
-                        [some.nan_to_num().mean(1) for some in self.model.log_probability_rates(tape, layer, rows)]
-                    )
-                    totals[i] += rates.double()
-                    squares[i] += rates.double().square()
+                    rates = self.model.log_probability_rates(tape, layer, rows)
+                    mean = torch.cat([some.nan_to_num().mean(1) for some in rates]).double()
+                    totals[i] += mean
+                    squares[i] += mean.square()
             found = []
             for total, square in zip(totals, squares, strict=True):
                 mean, count = total / len(windows), len(windows)

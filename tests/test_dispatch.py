@@ -266,7 +266,7 @@ def test_calls_that_no_others_are_like_have_hours(clock: Clock) -> None:
     pool = Pool(clock, 1, behave)
     dispatching = made(pool, stopping=lambda: 0.0 if clock.now > ends else None)
     assert [outcome for _, outcome in dispatching.run(calls(1000), 1000)] == ["fine"] * 1000
-    finish = Call("mean", "finish", ())
+    finish = Call("mean", "finish", (), repeatable=False)
     with pytest.raises(StoppedError):
         list(dispatching.run([finish], 1))
     assert pool.attempts["mean"] == 1 and not pool.killed
