@@ -69,7 +69,8 @@ class _Actor:
     free_at: float = 0.0
     node: _Node | None = None
     dead: bool = False
-    loading: Future[Any] | None = None
+    placing: Future[Any] = field(default_factory=Future)
+    loading: Future[Any] = field(default_factory=Future)
     calls: dict[Future[Any], tuple[float, float, int]] = field(default_factory=dict)  # start, seconds, task
 
 
@@ -170,7 +171,10 @@ class StandIn:
     def _list_nodes(self) -> list[dict[str, Any]]:
         self.asked_nodes += 1
         has = {"CPU": float(self._weather.actors_per_node)}
-        return [{"NodeID": node.name, "Alive": node.alive, "Resources": has} for node in self._nodes]
+        return [
+            {"NodeID": node.name, "NodeManagerHostname": node.name, "Alive": node.alive, "Resources": has}
+            for node in self._nodes
+        ]
 
     def _kill(self, handle: Any) -> None:
         self._end(handle.actor)
@@ -182,15 +186,19 @@ class StandIn:
         self._waiting.append(actor)
         self._at(self.now, self._seat)
 
-        def ready() -> Any:
-            actor.loading = Future()
-            return SimpleNamespace(future=lambda: actor.loading)
+        def method(begin: Callable[..., Future[Any]]) -> Any:
+            def remote(*args: Any) -> Any:
+                future = begin(*args)
+                return SimpleNamespace(future=lambda: future)
 
-        def answer(call: Call) -> Any:
-            future = self._begin(actor, call)
-            return SimpleNamespace(future=lambda: future)
+            return SimpleNamespace(remote=remote)
 
-        return SimpleNamespace(actor=actor, ready=SimpleNamespace(remote=ready), answer=SimpleNamespace(remote=answer))
+        return SimpleNamespace(
+            actor=actor,
+            node=method(lambda: actor.placing),
+            load=method(lambda: actor.loading),
+            answer=method(lambda call: self._begin(actor, call)),
+        )
 
     def _seat(self) -> None:
         """Put actors that wait on nodes with room, and ask for more nodes where there is none."""
@@ -205,6 +213,7 @@ class StandIn:
             node.free -= 1
             node.actors[actor] = None
             actor.node = node
+            actor.placing.set_result(node.name)
             self._at(self.now + self._weather.load * self._random.uniform(0.8, 1.2), lambda a=actor: self._load(a))
         places = self._weather.actors_per_node
         while self._coming * places < len(self._waiting):
@@ -230,8 +239,7 @@ class StandIn:
         self.loaded += 1
         self.peak = max(self.peak, self.loaded)
         self._at(self.now + self._life(self._weather.actor_lives), lambda: self._die(actor))
-        assert actor.loading is not None and actor.node is not None
-        actor.loading.set_result(actor.node.name)
+        actor.loading.set_result(None)
 
     def _lose(self, node: _Node) -> None:
         node.alive = False
@@ -259,8 +267,8 @@ class StandIn:
             if actor.node.alive:
                 self._places.append(actor.node)
                 self._at(self.now, self._seat)
-        for future in [*actor.calls, actor.loading]:
-            if future is not None and not future.done():
+        for future in [*actor.calls, actor.placing, actor.loading]:
+            if not future.done():
                 future.set_exception(ActorDiedError())
         actor.calls.clear()
 

@@ -48,7 +48,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, config: Any) -> ModelFacts:
-        """The facts in a transformers configuration."""
+        """The facts in a transformers configuration; ModelError where it is no language model's."""
         text = config.get_text_config(decoder=True)
         encoder_decoder = bool(config.is_encoder_decoder)
         num_layers = getattr(text, "num_decoder_layers", None) if encoder_decoder else None
@@ -56,10 +56,16 @@ class ModelFacts:
         rope = getattr(text, "rope_parameters", None) or {}
         if longest and rope.get("rope_type") == "longrope":
             longest = min(longest, rope.get("original_max_position_embeddings", longest))
+        try:
+            num_layers, d_model, vocab_size = num_layers or text.num_hidden_layers, text.hidden_size, text.vocab_size
+        except AttributeError as error:
+            raise ModelError(
+                f"{type(config).__name__} describes no language model: {error}. Expected a causal model or an encoder-decoder."
+            ) from error
         return cls(
-            num_layers=int(num_layers or text.num_hidden_layers),
-            d_model=int(text.hidden_size),
-            vocab_size=int(text.vocab_size),
+            num_layers=int(num_layers),
+            d_model=int(d_model),
+            vocab_size=int(vocab_size),
             max_positions=int(longest) if longest and longest > 0 else None,  # -1 is XLNet's word for no bound
             is_encoder_decoder=encoder_decoder,
         )
@@ -213,7 +219,7 @@ def meta_model(name: str, dtype: str = "float32", revision: str | None = None, t
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A model's tokenizer alone; None where there is none."""
-    if not _may_have_tokenizer(name):
+    if not may_have_tokenizer(name):
         return None
     with _load_errors(name):
         return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -569,7 +575,7 @@ def _queries_keys_values(module: Any, heads: int, config: Any) -> tuple[nn.Modul
     return None
 
 
-def _may_have_tokenizer(name: str) -> bool:
+def may_have_tokenizer(name: str) -> bool:
     """Whether tokenizer files lie beside a local model; a hub model is asked for its own."""
     path = Path(name)
     return (

@@ -161,6 +161,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     sending.add_argument("--address", help="of the job server (RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)")
     sending.add_argument("--working-dir", default=".", help="sent along (.)")
+    sending.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="variable of the job; without =, as it is here",
+    )
     sending.add_argument("--stop-seconds", type=int, default=60, help="given to the job between stop and kill (60)")
     sending.add_argument(
         "job", nargs=argparse.REMAINDER, help="run, sweep ... with their flags, or a script: jobs/sweep.py"
@@ -371,7 +378,7 @@ def _config(given: dict[str, Any]) -> RunConfig:
         values = read_settings(path, "the config file")
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path} must hold settings by name, got {type(values).__name__}.")
-        if "fingerprint" in values:
+        if isinstance(values.get("config"), dict):
             values = values["config"]
     flags = {key: value for key, value in given.items() if value is not None}
     if flags.get("estimator", values.get("estimator")) != values.get("estimator"):
@@ -440,17 +447,21 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, markup=False)  # paths and text may look like it
 
 
-def _lasting(output: str) -> None:
-    """Refuse a path in the copy of a working directory that a job runs in."""
-    if "/working_dir_files/" in absolute(output):
-        raise ConfigError(
-            f"output {output} is in the job's copy of its working directory, which goes with the job. Give a path that begins "
-            "with / and that all nodes share, or a URI."
-        )
+def _lasting(output: str, corpus: Sequence[str] = ()) -> None:
+    """Refuse paths in the copy of a working directory that a job runs in."""
+    for name, path, why in (
+        ("output", output, "goes with the job"),
+        *(("corpus", path, "has other times of change on every node") for path in corpus),
+    ):
+        if "/working_dir_files/" in absolute(path):
+            raise ConfigError(
+                f"{name} {path} is in the job's copy of its working directory, which {why}. Give a path that begins with / and "
+                "that all nodes share, or a URI."
+            )
 
 
 def _run(config: RunConfig) -> int:
-    _lasting(config.output)
+    _lasting(config.output, config.corpus)
     console = _console()
 
     @contextmanager
@@ -502,6 +513,7 @@ def _line(p: Progress) -> str:
         f"{p.actors_pending} pending, {p.retried} retried, {p.quarantined} quarantined"
         + (f"; {p.checkpoint.words}" if p.checkpoint else "")
         + (f"; {p.actors_wait}" if p.actors_wait else "")
+        + (f"; the last one retried: {p.last_failure[:200]}" if p.last_failure and p.state == "computing" else "")
     )
 
 
@@ -957,7 +969,7 @@ def _submit(given: dict[str, Any]) -> int:
     if not job:
         raise ConfigError("submit needs a command: fisher-ray submit -- run --model ... ")
     entry = ["python", *([] if job[0].endswith(".py") else ["-m", "fisher_ray.cli"]), *job]
-    env = {"RAY_JOB_STOP_WAIT_TIME_S": str(given["stop_seconds"])}
+    env = {"RAY_JOB_STOP_WAIT_TIME_S": str(given["stop_seconds"]), **_variables(given["env"])}
 
     def say(piece: str) -> None:
         sys.stdout.write(piece)
@@ -970,11 +982,23 @@ def _submit(given: dict[str, Any]) -> int:
     return STOPPED if status == "STOPPED" else code or FAILED
 
 
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE as given, and NAME from this process's own."""
+    found = {}
+    for each in given:
+        name, has_value, value = each.partition("=")
+        if not name or not (has_value or name in os.environ):
+            raise ConfigError(f"--env {each}: expected NAME=VALUE, or the name of a variable that is set here.")
+        found[name] = value if has_value else os.environ[name]
+    return found
+
+
 def _sweep(given: dict[str, Any]) -> int:
     from fisher_ray.sweep import read_sweep, run_sweep
 
     sweep = read_sweep(given["config"])
-    _lasting(sweep.output)
+    for config in sweep.points.values():
+        _lasting(sweep.output, config.corpus)
     return run_sweep(sweep, _console())
 
 

@@ -7,12 +7,13 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import string
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -29,6 +30,8 @@ from fisher_ray.shards import Receipt
 # Workers that die while they load their model, one after the other, before any has loaded it. Those that die together, as
 # with their node, count once: each has to have been started after the one before was gone.
 _MAX_LOADS = 3
+# Seconds on a machine after which a worker that has not loaded its model is given up: a stuck mount or driver says nothing.
+_LOADS_WITHIN = 3600.0
 _LOOK_EVERY = 1.0
 
 # Set where the Ray that RAY_ADDRESS names was started by a sweep on its own machine, and has no node to come.
@@ -78,16 +81,22 @@ class _Actor:
         for metric in (*self._counters.values(), self._seconds):
             metric.set_default_tags(_tags(plan))
 
-    def ready(self) -> Failure | str:
-        """The node's id, once the model is loaded."""
+    def node(self) -> str:
+        """Its id."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def load(self) -> Failure | None:
+        """Nothing, once the model is loaded."""
         try:
             self._servant.load()
         except Exception as error:
-            return Failure.of(error)
-        return str(ray.get_runtime_context().get_node_id())
+            return replace(Failure.of(error), host=socket.gethostname())
+        return None
 
     def answer(self, call: Call) -> Any:
         result = self._servant.answer(call)
+        if isinstance(result, Failure):
+            return replace(result, host=socket.gethostname())
         if isinstance(result, Receipt):
             for added, counter in self._counters.items():
                 if value := getattr(result.counts, added):
@@ -102,15 +111,19 @@ class _Member:
     """An actor and what it is doing.
 
     Attributes:
+        placed: what tells its node, as soon as it has one.
         loaded: what tells that it has its model.
         started: when, by the monotonic clock.
-        node: where it runs, once it is loaded.
+        node: where it runs, once that is known.
+        since: when that was.
     """
 
     actor: Any
+    placed: Future[Any]
     loaded: Future[Any]
     started: float
     node: str | None = None
+    since: float = math.inf
     calls: set[Future[Any]] = field(default_factory=set)
     alone: bool = False
     dead: bool = False
@@ -131,12 +144,14 @@ class RayPool:
         self._members: set[_Member] = set()
         self._running: dict[Future[Any], _Member] = {}
         self._loading: dict[Future[Any], _Member] = {}
+        self._placing: dict[Future[Any], _Member] = {}
         self._ended: SimpleQueue[Future[Any]] = SimpleQueue()  # filled by threads of Ray's
         # Members in the order in which they are asked next; the values mean nothing.
         self._idle: OrderedDict[_Member, None] = OrderedDict()
         self._busy: OrderedDict[_Member, None] = OrderedDict()
         self._looked = 0.0
         self._failed_loads, self._load_failed, self._load_failure = 0, -math.inf, ""
+        self._refusing: set[str] = set()  # machines on which the model, or the settings, cannot be
         self._spread = True
 
     def __enter__(self) -> RayPool:
@@ -159,6 +174,11 @@ class RayPool:
                     f"{'the cluster' if grows else 'this machine'} has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}. Ask "
                     "for fewer (--cpus-per-actor, --gpus-per-actor), or for --max-actors on a cluster that grows with demand."
                 )
+            if self._config.gpus_per_actor is None and self._config.device is None and not self._room():
+                raise ConfigError(
+                    "no node is there yet that has room for an actor, so nothing says what to compute on. Give "
+                    "--gpus-per-actor 1, or --device cpu."
+                )
         except BaseException:
             self._context.__exit__(None, None, None)
             raise
@@ -176,6 +196,10 @@ class RayPool:
     @property
     def pending(self) -> int:
         return len(self._loading)
+
+    @property
+    def machines(self) -> int:
+        return sum(node["Alive"] and self._on_node(node["Resources"]) > 0 for node in ray.nodes())
 
     @property
     def waits(self) -> str | None:
@@ -211,6 +235,10 @@ class RayPool:
         if time.monotonic() - self._looked < _LOOK_EVERY:
             return
         self._looked = time.monotonic()
+        for member in [m for m in self._loading.values() if self._looked - m.since > _LOADS_WITHIN]:
+            self._drop(member)
+            host = _Nodes().host(member.node or "") or ""
+            self._count(member, Failure("hung", f"it did not load the model within {_LOADS_WITHIN:g} s", host=host))
         most = self._config.max_actors or max(self._config.min_actors, self._room())
         # After one that did not load the next has time: what it died of may pass.
         if self._looked >= self._load_failed + 2.0 ** min(self._failed_loads, 6):
@@ -241,7 +269,11 @@ class RayPool:
         ended: list[tuple[Any, Any]] = []
         alive = _Nodes()
         for future in self._arrived(timeout if self._running or self._loading else min(timeout, 0.2)):
-            if future in self._loading:
+            if future in self._placing:
+                member = self._placing.pop(future)
+                with contextlib.suppress(RayError):  # what loading ends by says more
+                    member.node, member.since = future.result(), time.monotonic()
+            elif future in self._loading:
                 ended += self._loaded(future, alive)
             elif future in self._running:  # else of a member that was dropped while it loaded
                 member = self._running.pop(future)
@@ -293,9 +325,10 @@ class RayPool:
 
     def _start(self) -> None:
         actor = self._class.remote(self._plan)
-        member = _Member(actor, self._announced(actor.ready.remote()), time.monotonic())
+        told = (self._announced(actor.node.remote()), self._announced(actor.load.remote()))
+        member = _Member(actor, *told, time.monotonic())
         self._members.add(member)
-        self._loading[member.loaded] = member
+        self._placing[member.placed] = self._loading[member.loaded] = member
 
     def _loaded(self, future: Future[Any], alive: _Nodes) -> list[tuple[Any, Any]]:
         member = self._loading.pop(future)
@@ -306,20 +339,27 @@ class RayPool:
             if answer.kind == "lost":  # a machine that leaves says nothing of the model
                 return []
             why = "workers die while they load the model; were the machines out of memory?"
-            answer = Failure("fatal", f"{why} Ray says: {answer.message}")
+            answer = replace(answer, kind="error", message=f"{why} Ray says: {answer.message}")
         else:
-            if not isinstance(answer, Failure):
-                member.node, self._failed_loads = answer, 0
+            if answer is None:
+                self._failed_loads = 0
                 self._place(member)
                 return []
             self._drop(member)
-            if answer.kind == "fatal" and not self.alive:  # the model's fault, or the settings'
-                return [(None, answer)]
-        if member.started >= self._load_failed:  # of those that were started together one counts
-            self._failed_loads, self._load_failed = self._failed_loads + 1, time.monotonic()
-            self._load_failure = answer.message
+            if answer.kind == "fatal" and not self.alive:
+                self._refusing.add(answer.host)
+                # The model's fault, or the settings', where two machines say so, or there is no other.
+                if len(self._refusing) > 1 or (self.machines < 2 and not self._placing):
+                    return [(None, answer)]
+        self._count(member, answer)
         # One machine that cannot is not the others' end.
         return [] if self.alive or self._failed_loads < _MAX_LOADS else [(None, answer)]
+
+    def _count(self, member: _Member, failure: Failure) -> None:
+        """Take note of one that did not load its model; of those that were started together one counts."""
+        if member.started >= self._load_failed:
+            self._failed_loads, self._load_failed = self._failed_loads + 1, time.monotonic()
+            self._load_failure = failure.said
 
     def _place(self, member: _Member) -> None:
         """Put a member where it will be found: among the idle, or those that take a second call."""
@@ -333,6 +373,7 @@ class RayPool:
         member.dead = True
         self._members.discard(member)
         self._loading.pop(member.loaded, None)
+        self._placing.pop(member.placed, None)
         self._place(member)
         with contextlib.suppress(RayError):
             ray.kill(member.actor)
@@ -342,8 +383,10 @@ class RayPool:
         # The end of a process is told by its machine. Where nobody tells it within a second the machine is silent too, though
         # it takes Ray up to 19 s to count it as dead.
         silent = isinstance(error, ActorUnavailableError)
-        lost = silent or (member.node is not None and member.node not in alive)
-        return Failure("lost" if lost else "died", _one_line(error))
+        lost = silent or (member.node is not None and alive.host(member.node) is None)
+        return Failure(
+            "lost" if lost else "died", _one_line(error), host=(member.node and alive.host(member.node)) or ""
+        )
 
 
 def _one_line(error: BaseException) -> str:
@@ -351,14 +394,15 @@ def _one_line(error: BaseException) -> str:
 
 
 class _Nodes:
-    """The nodes that are alive, asked for when it first matters and then no more: one that is lost ends many calls at once."""
+    """The nodes that are alive, asked for once, on first use: a lost node ends many calls at the same moment."""
 
     @cached_property
-    def _names(self) -> set[str]:
-        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    def _hosts(self) -> dict[str, str]:
+        return {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
+    def host(self, node: str) -> str | None:
+        """The name of a node's machine; None where the node is gone."""
+        return self._hosts.get(node)
 
 
 @contextlib.contextmanager
@@ -446,6 +490,10 @@ def submit(
             except (RuntimeError, OSError, RayError, ClientError):
                 pass
             time.sleep(0.5)
+        with contextlib.suppress(
+            RuntimeError, OSError, RayError, ClientError
+        ):  # what came after the last connection broke
+            say(client.get_job_logs(job)[said:])
     except KeyboardInterrupt:
         raise StoppedError(f"no longer followed; job {job} goes on. To end it: ray job stop {job}") from None
     return str(info.status.value), info.driver_exit_code

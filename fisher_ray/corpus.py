@@ -102,7 +102,7 @@ class SourceRange:
     Attributes:
         path, name, size, version: of the :class:`Source`.
         start, stop: bytes of plain text and JSON lines, else rows; -1 is the end of a compressed file.
-        weight: bytes that reading and computing are expected to cost by.
+        weight: estimated bytes of it unpacked, the unit in which tasks are sized.
         max_docs: documents to take, or -1 for all.
     """
 
@@ -691,10 +691,10 @@ def _text(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Do
     for offset, line in _lines(source, codec):
         if line.strip():
             if not paragraph:
-                if blank == -1 and not _ended(source, offset):
-                    continue  # the rest of a paragraph that began in an earlier range
-                if blank == -1 or _ended(source, blank):
-                    return
+                if blank == -1:  # the rest of a paragraph that began in an earlier range
+                    if _ended(source, offset):
+                        return
+                    continue
                 begun = offset
             paragraph.append(line)
             continue

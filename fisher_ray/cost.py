@@ -329,6 +329,11 @@ class Cost:
 
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
+    def slowest_seconds_per_byte(self, device: Literal["cpu", "cuda"]) -> float:
+        """Time for a byte of a task's text on the slowest device of a kind that is known."""
+        known = (hardware for name, hardware in HARDWARE.items() if (name == "cpu") == (device == "cpu"))
+        return max(self.seconds(1.0, hardware) for hardware in known) / _TEXT_BYTES_PER_TOKEN
+
     def task_bytes(self, device: Literal["cpu", "cuda"], total_bytes: int) -> int:
         """Bytes of text a task, from nominal speeds.
 

@@ -178,7 +178,7 @@ def model_of(run: Run, dtype: str | None = None) -> SplitModel:
             f"the weights of {config.model} are not those that {run.store.uri} was made with. Put those back, or run again in "
             "another directory."
         )
-    return load_model(replace(config, device=None))
+    return load_model(replace(config, device=None, compile=False))  # tapes do not run compiled
 
 
 def worker_of(run: Run, model: SplitModel | None = None, dtype: str | None = None) -> Worker:
@@ -200,7 +200,7 @@ def worker_of(run: Run, model: SplitModel | None = None, dtype: str | None = Non
             f"the run is of {run.config.model}, width {run.d_model} and layers up to {max(run.layers)}; the model given, "
             f"{model.label}, has width {facts.d_model} and {facts.num_layers} blocks. Give the run's own."
         )
-    plan = make_plan(run.config)
+    plan = make_plan(run.config.pinned(run.description["result_fields"]["weights"]))
     for name, source in (("tokenizer", run.config.model), ("corpus", ", ".join(run.config.corpus))):
         if plan.result_fields[name] != run.description["result_fields"][name]:
             raise ConfigError(f"the {name} of {source} changed since the run. Put back what was there, or run again.")
@@ -423,16 +423,25 @@ def _measured(
     if model.gradients == "own_position" and _PUSH * most < model.d_model:
         with full_precision():
             tape = model.tape(passage.ids, passage.encoded, layers, passage.at)
-            for layer, rows in directions.items():
-                stream = tape.streams[layer]
-                yield layer, passage.at, stream @ rows.mT.to(stream), _sensitivities(model, tape, layer, rows)
+            found = [
+                (
+                    layer,
+                    passage.at,
+                    tape.streams[layer] @ rows.mT.to(tape.streams[layer]),
+                    _sensitivities(model, tape, layer, rows),
+                )
+                for layer, rows in directions.items()
+            ]
+        yield from found
         return
     at = passage.at.tolist()
     for scores in iter_scores(model, passage.ids, layers=layers, estimator=Exact(), positions=at, **passage.encoder):
         for layer, rows in directions.items():
             along = rows.mT.to(scores.factors[layer])
-            sensitivity = torch.stack([(g @ along).square().sum(0) for g in scores.factors[layer]])
-            yield layer, scores.position, scores.activations[layer][:, 0] @ along, sensitivity
+            with full_precision():
+                sensitivity = torch.stack([(g @ along).square().sum(0) for g in scores.factors[layer]])
+                coordinate = scores.activations[layer][:, 0] @ along
+            yield layer, scores.position, coordinate, sensitivity
 
 
 def _coordinates(
@@ -504,7 +513,7 @@ class SafeDirections:
         share: of tr F that it holds.
         norm: of the steps tried.
         kl: ``KL(p(h) || p(h + v))`` of steps of that norm in it, nats; mean over positions, standard error over documents.
-        random_kl: the same in random subspaces of m dimensions, drawn anew for each window.
+        random_kl: the same of steps in any direction.
         predicted, random_predicted: what ``v^T F v / 2`` makes of them.
     """
 
@@ -562,9 +571,9 @@ def safe_directions(
     sums: dict[str, list[float]] = {}
     for passage in corpus.passages(documents):
         at = passage.spread()
-        basis = torch.linalg.qr(torch.randn(run.d_model, m, generator=generator, dtype=torch.float64))[0]
-        coefficients = torch.randn(2, m, len(at), generator=generator, dtype=torch.float64)
-        steps = torch.stack([space @ each for space, each in zip((bottom, basis), coefficients, strict=True)]).mT
+        anywhere = torch.randn(len(at), run.d_model, generator=generator, dtype=torch.float64)
+        within = torch.randn(len(at), m, generator=generator, dtype=torch.float64) @ bottom.mT
+        steps = torch.stack([within, anywhere])
         steps = torch.cat([torch.zeros_like(steps[:1]), norm * steps / steps.norm(dim=-1, keepdim=True)])
         with full_precision():
             h = corpus.model.lower(passage.ids, passage.encoded, [layer])[layer][0, at]
@@ -734,15 +743,15 @@ def steer(
         def moved(length: Tensor) -> Prediction:
             return model.head.predict(model.replaced(input_ids, positions, layer, stepped(length)[None], {})[0])
 
-        def gained(length: Tensor) -> Tensor:
-            return (moved(length).log_prob(targets) - before.log_prob(targets)).double()
+        def gain_of(after: Prediction) -> Tensor:
+            return (after.log_prob(targets) - before.log_prob(targets)).double()
 
-        length = _reach(gained, gain, gain / (direction * gradient).sum(-1))
+        length = _reach(lambda tried: gain_of(moved(tried)), gain, gain / (direction * gradient).sum(-1))
         after = moved(length.nan_to_num())
     reached = length.isfinite()
     return Steering(
         stepped(length).double() - stream.double(),  # as taken: rounded where the model is of half precision
-        gained(length.nan_to_num()).where(reached, torch.nan),
+        gain_of(after).where(reached, torch.nan),
         _kl(before, after, targets).where(reached, torch.nan),
     )
 

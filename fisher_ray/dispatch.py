@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Literal, Protocol
@@ -27,11 +27,14 @@ from fisher_ray.worker import InTurn, Worker, at_once
 _SHARED = "Corpus, model and output have to be at the same place on every machine."
 
 # A task whose node was lost is not to blame for it, yet one that loses every node it is on has to end too. Nor is one whose
-# reading failed as the storage did, for longer than readers wait; so many pauses are a minute and a half.
-_MAX_BLAMELESS = {"lost": 20, "stumbled": 9}
+# reading failed as the storage did, for longer than readers wait, or whose machine reaches no storage; so many pauses are a
+# minute and a half.
+_MAX_BLAMELESS = {"lost": 20, "stumbled": 9, "unwell": 9}
 # Times what tasks of its size take after which one gets a second attempt, and after which one counts as hung.
 _SLOW, _HUNG = 3.0, 30.0
 _SLOW_AT_LEAST, _HUNG_AT_LEAST, _HUNG_UNKNOWN = 5.0, 600.0, 3600.0
+# Times what the slowest device is expected to take after which a task counts as hung, before any has ended.
+_UNKNOWN = 4.0
 # Of calls that no others are like: eigenvectors of many groups of 8,192 dimensions take one thread hours.
 _SLOW_OTHERS, _HUNG_OTHERS = 60.0, 86400.0
 
@@ -42,6 +45,10 @@ class RunError(RuntimeError):
 
 class StoppedError(RuntimeError):
     """A run that was asked to stop; what is done stays done."""
+
+
+class MachineError(RunError):
+    """This machine does not reach what a run needs; another may."""
 
 
 STOPPED = "stopped; what is done is kept, and the same command goes on."
@@ -59,7 +66,7 @@ class Call:
         method: of :class:`Servant`.
         weight: what its time is in proportion to, beside others of its run; None: nothing is known of it.
         repeatable: whether a second attempt may run beside a slow one. Not where both would write the same files: rounding
-            may differ between machines, and one's checksums were not of the other's bytes.
+            may differ between machines, and a manifest could hold one attempt's checksum of a file that the other wrote last.
     """
 
     name: str
@@ -76,14 +83,16 @@ class Failure:
     Attributes:
         kind: ``input``: the corpus, and no other attempt would end otherwise; ``fatal``: the whole run cannot go on;
             ``damaged``: a stored file, whose path is ``path``; ``error``: perhaps not the next time; ``stumbled``: a storage
-            or a network did; ``sticky``: nor by the same process; ``died``: the process ended; ``lost``: its machine is gone;
-            ``hung``: it took too long.
+            or a network did; ``sticky``: nor by the same process; ``unwell``: nor by the same machine, unless others say so
+            too; ``died``: the process ended; ``lost``: its machine is gone; ``hung``: it took too long.
+        host: the machine, where it is another than the driver's may be.
     """
 
-    kind: Literal["input", "fatal", "damaged", "error", "stumbled", "sticky", "died", "lost", "hung"]
+    kind: Literal["input", "fatal", "damaged", "error", "stumbled", "sticky", "unwell", "died", "lost", "hung"]
     message: str
     error: str = ""
     path: str = ""
+    host: str = ""
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -94,8 +103,10 @@ class Failure:
             return cls("damaged", message, name, error.path)
         if isinstance(error, CorpusError):
             return cls("input", message, name)
-        if isinstance(error, ModelError | ConfigError | StorageError):
+        if isinstance(error, ModelError | ConfigError):
             return cls("fatal", message, name)
+        if isinstance(error, StorageError | MachineError):
+            return cls("unwell", message, name)
         if isinstance(error, RunError):
             return cls("error", message, name)
         if is_transient(error):
@@ -109,7 +120,12 @@ class Failure:
         kinds: dict[str, type[Exception]] = {
             kind.__name__: kind for kind in (ModelError, ConfigError, CorpusError, StorageError)
         }
-        return kinds.get(self.error, RunError)(self.message)
+        return kinds.get(self.error, RunError)(self.said)
+
+    @property
+    def said(self) -> str:
+        """The message, and on which machine."""
+        return f"{self.message} (on {self.host})" if self.host else self.message
 
 
 class Servant:
@@ -129,26 +145,33 @@ class Servant:
         """The worker, made where there is none.
 
         Raises:
-            RunError: this machine sees another directory where the run is, or nothing of the corpus: what it would write were
-                lost, and what it would not find not gone.
+            MachineError: this machine sees another directory where the run is, or nothing of the corpus. Its shards would be
+                lost, and it would report files as gone that are there.
         """
         with self._loading:
             if self._worker is None:
                 run = self.store.read_run()
                 if run is None or run["fingerprint"] != self.plan.fingerprint:
-                    raise RunError(f"{socket.gethostname()} does not see the run at {self.store.uri}. {_SHARED}")
-                if not is_seen(self.plan.sources):
-                    some = self.plan.sources[0].path
-                    raise RunError(f"{socket.gethostname()} does not see the corpus: {some} is not there. {_SHARED}")
+                    raise MachineError(f"{socket.gethostname()} does not see the run at {self.store.uri}. {_SHARED}")
+                self._look_for_corpus()
                 self._worker = self._in_turn(Worker, self.plan, self.store)
             return self._worker
 
     def answer(self, call: Call) -> Any:
         """The result of a call, or the Failure."""
         try:
-            return getattr(self, call.method)(*call.args)
+            try:
+                return getattr(self, call.method)(*call.args)
+            except CorpusError:
+                self._look_for_corpus()  # a disk that is no longer mounted has lost no file
+                raise
         except Exception as error:
             return Failure.of(error)
+
+    def _look_for_corpus(self) -> None:
+        if not is_seen(self.plan.sources):
+            some = self.plan.sources[0].path
+            raise MachineError(f"{socket.gethostname()} does not see the corpus: {some} is not there. {_SHARED}")
 
     def compute(self, task: Task) -> Receipt:
         return self.load().compute(task, self._in_turn)
@@ -197,6 +220,10 @@ class Pool(Protocol):
         """Workers that wait for a machine, or load their model."""
 
     @property
+    def machines(self) -> int:
+        """How many machines workers can be on now."""
+
+    @property
     def waits(self) -> str | None:
         """Why there are no more workers, where that is known."""
 
@@ -225,7 +252,7 @@ class Pool(Protocol):
 class LocalPool:
     """One worker in this process, for debugging and for machines without Ray."""
 
-    alive, pending, waits = 1, 0, None
+    alive, pending, machines, waits = 1, 0, 1, None
 
     def __init__(self, config: RunConfig):
         self.device: Device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -282,6 +309,7 @@ class _Tries:
 
     failed: int = 0
     blameless: Counter[str] = field(default_factory=Counter)
+    unwell: set[str] = field(default_factory=set)  # machines
     running: set[Any] = field(default_factory=set)
 
 
@@ -290,15 +318,15 @@ class Dispatch:
 
     A call that fails is tried again after a pause, ``max_attempts`` times, with nothing else on its worker: it cannot take an
     innocent one along twice, and is given up for what it did itself. One whose machine was lost, or whose storage failed, is
-    tried again as often as that can be bad luck.
+    tried again as often as that can be bad luck; what two machines do not reach, or the only one, is not there.
 
-    When nothing waits, slow ones get a second attempt on another worker; of two the first
-    to commit counts.
+    When nothing waits, slow ones get a second attempt on another worker; of two the first to commit counts.
 
     Args:
         pool: where to.
         max_attempts: failures of one call before it is given up.
         timeout: seconds after which a call that has a weight counts as hung; None: by what others of its weight took.
+        expected: seconds a unit of weight, at most, for as long as no call has told.
         tick: called about once a second; may raise to end everything.
         stopping: seconds left once a stop was asked for, else None.
     """
@@ -310,17 +338,19 @@ class Dispatch:
         timeout: float | None,
         tick: Callable[[], None],
         stopping: Callable[[], float | None],
+        expected: float = 0.0,
     ):
         self._pool, self._max_attempts, self._timeout = pool, max_attempts, timeout
-        self._tick, self._stopping = tick, stopping
+        self._tick, self._stopping, self._expected = tick, stopping, expected
         self.retried = 0
+        self.last_failure: str | None = None  # of a call that is tried again
         self._pace: deque[float] = deque(maxlen=101)
 
-    def run(self, calls: Iterable[Call], total: int, width: int = 1, ahead: int = 0) -> Iterator[tuple[Call, Any]]:
+    def run(self, calls: Iterable[Call], total: int, width: int = 1, ahead: int = 0) -> Generator[tuple[Call, Any]]:
         """Yield (call, result or Failure) as they end.
 
         Args:
-            calls: taken one by one as workers have room.
+            calls: taken one by one as workers have room. Close the generator where not all of them are waited for.
             total: how many there are.
             width: calls for which one more worker is worth having.
             ahead: calls that may come after these: idle workers are kept for them.
@@ -332,27 +362,31 @@ class Dispatch:
         self._running: dict[Any, _Running] = {}
         self._hung: dict[Any, float] = {}  # and the seconds that each had
         left, looked = total, 0.0
-        while left:
-            self._tick()
-            seconds = self._stopping()
-            if seconds is not None and (seconds <= 0 or not self._running):
-                raise StoppedError(STOPPED)
-            if seconds is None:
-                wanted = -(-left // width)
-                # As many again for second attempts, if they are there.
-                self._pool.resize(wanted, 2 * wanted + ahead)
-                self._fill()
-            if time.monotonic() - looked > 1.0:
-                looked = time.monotonic()
-                self._look(looked, seconds is None)
-            for key, outcome in self._pool.wait(min(1.0, seconds or 1.0)):
-                if key is None:
-                    raise outcome.to_exception()
-                for ended in self._ended(key, outcome):
-                    left -= 1
-                    yield ended
-        for running in self._running.values():
-            self._pool.kill(running.worker)  # nothing waits for attempts that came second
+        try:
+            while left:
+                self._tick()
+                seconds = self._stopping()
+                if seconds is not None and (seconds <= 0 or not self._running):
+                    raise StoppedError(STOPPED)
+                if seconds is None:
+                    wanted = -(-left // width)
+                    # As many again for second attempts, if they are there.
+                    self._pool.resize(wanted, 2 * wanted + ahead)
+                    self._fill()
+                if time.monotonic() - looked > 1.0:
+                    looked = time.monotonic()
+                    self._look(looked, seconds is None)
+                for key, outcome in self._pool.wait(min(1.0, seconds or 1.0)):
+                    if key is None:
+                        raise outcome.to_exception()
+                    for ended in self._ended(key, outcome):
+                        left -= 1
+                        yield ended
+        finally:
+            for running in self._running.values():
+                # Nothing waits for attempts that came second; and what is not repeatable would write into the next round.
+                if not left or not running.call.repeatable:
+                    self._pool.kill(running.worker)
 
     def _fill(self) -> None:
         """Give every worker that has room a call."""
@@ -413,7 +447,7 @@ class Dispatch:
         """Seconds after which a call is slow, and after which it counts as hung."""
         if call.weight is None:
             return _SLOW_OTHERS, _HUNG_OTHERS
-        slow, hung = math.inf, _HUNG_UNKNOWN
+        slow, hung = math.inf, max(_HUNG_UNKNOWN, _UNKNOWN * self._expected * call.weight)
         if len(self._pace) >= 3:
             expected = statistics.median(self._pace) * call.weight
             slow, hung = max(_SLOW_AT_LEAST, _SLOW * expected), max(_HUNG_AT_LEAST, _HUNG * expected)
@@ -437,18 +471,22 @@ class Dispatch:
             return
         if key in self._hung:
             outcome = replace(outcome, kind="hung", message=f"took more than {self._hung[key]:g} s")
-        if outcome.kind == "sticky":
+        if outcome.kind in ("sticky", "unwell"):
             self._pool.kill(running.worker)
         if outcome.kind in _MAX_BLAMELESS:
             tries.blameless[outcome.kind] += 1
         else:
             tries.failed += 1
         final = outcome.kind in ("input", "fatal", "damaged")
+        if outcome.kind == "unwell":
+            tries.unwell.add(outcome.host)
+            final = len(tries.unwell) > 1 or self._pool.machines < 2
         unlucky = any(tries.blameless[kind] >= most for kind, most in _MAX_BLAMELESS.items())
         if final or (not tries.running and (unlucky or tries.failed >= self._max_attempts)):
             del self._tries[call.name]
             yield call, outcome
         elif not tries.running:  # else another attempt may yet end well
             self.retried += 1
+            self.last_failure = f"{call.name}: {outcome.said}"
             pause = min(30.0, 0.25 * 2 ** (tries.failed + tries.blameless.total()))
             heapq.heappush(self._later, (time.monotonic() + pause, self.retried, call))

@@ -29,7 +29,7 @@ from fisher_ray.dispatch import STOPPED, Call, Dispatch, Failure, Pool, RunError
 from fisher_ray.plan import ConfigError, Plan, RunConfig, Task, Tasks, make_plan
 from fisher_ray.reduce import Checkpoint, Node, checkpoints, levels, manifest, roots, worst, write_summary
 from fisher_ray.report import spectra_png
-from fisher_ray.shards import RUN_VERSION, Counts, Lease, Receipt, RefusedError, RunStore, task_name
+from fisher_ray.shards import RUN_VERSION, Counts, Lease, Receipt, RefusedError, RunStore, receipt_of, task_name
 from fisher_ray.storage import DamagedError, StorageError, StoredFile
 from fisher_ray.worker import WINDOWS
 
@@ -57,6 +57,7 @@ class Progress:
         seconds_left: None where it cannot be said.
         checkpoint: the last one looked back from, of a run that may end early.
         actors_wait: why there are no more actors, where that is known.
+        last_failure: why the last call that was tried again had failed, and where.
     """
 
     state: str
@@ -73,6 +74,7 @@ class Progress:
     quarantined: int
     checkpoint: Checkpoint | None = None
     actors_wait: str | None = None
+    last_failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -350,7 +352,8 @@ class _Run:
         self.plan, self.tasks, self.store, self.pool, self.lease = plan, tasks, store, pool, lease
         self._stop, self._tell = stop, tell
         config = plan.config
-        self.dispatch = Dispatch(pool, config.max_attempts, config.task_timeout, self._tick, stop.seconds)
+        expected = plan.cost.slowest_seconds_per_byte(config.device or "cpu")
+        self.dispatch = Dispatch(pool, config.max_attempts, config.task_timeout, self._tick, stop.seconds, expected)
         self.state = "computing"
         self.done = bytearray(len(tasks))  # a flag a task: a million tasks weigh a megabyte
         self.counts = Counts()
@@ -530,7 +533,7 @@ class _Run:
 
     def _give_up(self, task: Task, failure: Failure, hopeless: bool) -> None:
         """Quarantine a task, or end the run where the fault is not the task's."""
-        if failure.kind == "fatal":
+        if failure.kind in ("fatal", "unwell"):
             raise failure.to_exception()
         self._first_failure = self._first_failure or failure
         where, others = task.ranges[0], len({source.path for source in task.ranges}) - 1
@@ -558,7 +561,7 @@ class _Run:
             try:
                 return add_up()
             except DamagedError as error:
-                of = self._mend(error.path)
+                of = self._mend(error)
                 times[of] += 1
                 if times[of] > _MENDED:
                     raise RunError(
@@ -630,24 +633,27 @@ class _Run:
         """Results of calls of the reduction, in the order of the calls; the first failure ends it."""
         listed = list(calls)
         results: dict[str, Any] = {}
-        for call, outcome in self.dispatch.run(listed, len(listed), width=16, ahead=ahead):
-            if isinstance(outcome, Failure):
-                if outcome.kind == "damaged":
-                    raise DamagedError(outcome.path, outcome.message)
-                raise outcome.to_exception()
-            results[call.name] = outcome
+        with contextlib.closing(self.dispatch.run(listed, len(listed), width=16, ahead=ahead)) as ended:
+            for call, outcome in ended:
+                if isinstance(outcome, Failure):
+                    if outcome.kind == "damaged":
+                        raise DamagedError(outcome.path, outcome.message)
+                    raise outcome.to_exception()
+                results[call.name] = outcome
         return [results[call.name] for call in listed]
 
-    def _mend(self, path: str) -> str:
+    def _mend(self, error: DamagedError) -> str:
         """Make undone what a damaged file belongs to; its receipt."""
-        folder, name = path.split("/")[:2]
-        if folder in ("done", "sums"):
+        receipt = receipt_of(error.path)
+        if receipt is None:
+            raise error
+        folder, name = receipt
+        if folder == "done":
             self.damaged += 1
-            self._undo([int(name[:8])])
-            return f"done/{name[:8]}.json"
-        node = name.removesuffix(".json") if name.endswith(".json") else name.rsplit("-", 1)[0]
-        self.store.remove(f"tree/{node}.json")
-        return f"tree/{node}.json"
+            self._undo([int(name)])
+        else:
+            self.store.remove(f"{folder}/{name}.json")
+        return f"{folder}/{name}.json"
 
     # ---- progress ----------------------------------------------------------------------------------------------------
 
@@ -685,6 +691,7 @@ class _Run:
             len(self.quarantined),
             self.looked[-1] if self.looked else None,
             self.pool.waits,
+            self.dispatch.last_failure,
         )
 
     def _write_progress(self) -> None:
@@ -708,4 +715,4 @@ def _said(failure: Failure) -> str:
         "lost": "the machine it ran on was lost each time.",
         "hung": f"it did not end: {failure.message}; --task-timeout sets how long to wait.",
     }
-    return told.get(failure.kind, failure.message)
+    return replace(failure, message=told.get(failure.kind, failure.message)).said

@@ -17,7 +17,7 @@ from rich.text import Text
 from fisher_ray.report import number_table, print_table
 from fisher_ray.run import Reading, Run
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
-from fisher_ray.statistics import Blocks, Estimate, convergence, half_angles, spectrum
+from fisher_ray.statistics import Blocks, Estimate, Spectrum, convergence, half_angles, spectrum
 
 # Eigenvectors of a layer that are looked at one by one, and that span the subspace two runs are compared by.
 TOP = 8
@@ -42,7 +42,7 @@ def overview(run: Run) -> dict[str, Any]:
         except ValueError as error:
             problems.append(str(error))
         else:
-            layers += [] if blocks is None else [{"layer": layer, **_spectral(blocks)}]
+            layers += [] if blocks is None else [{"layer": layer, **_spectral(blocks, spectrum(blocks))}]
     notes = [reading(partial(run.store.read_sealed, path)) for path in run.store.list("quarantine")]
     if counts and counts.invalid:
         problems.append(f"{counts.invalid} positions had activations or scores that were not finite, and are left out")
@@ -69,7 +69,7 @@ def overview(run: Run) -> dict[str, Any]:
     }
 
 
-def one_layer(run: Run, layer: int, group: str | None = None, count: int = TOP) -> dict[str, Any]:
+def one_layer(run: Run, layer: int, group: str | None = None) -> dict[str, Any]:
     """A layer's eigenvalues and directions, how well they are resolved, and the positions with the largest traces.
 
     What cannot be read is left out and named in ``damaged``.
@@ -77,19 +77,18 @@ def one_layer(run: Run, layer: int, group: str | None = None, count: int = TOP) 
     reading = Reading()
     blocks = reading(lambda: run.blocks(layer, group))
     found = {"run": run.store.uri, "status": run.status, "layer": layer, "group": group}
-    found |= {} if blocks is None else _resolved(blocks, count)
+    found |= {} if blocks is None else _resolved(blocks)
     largest = [] if group is not None else largest_traces(run, [layer], reading)[layer]
     return {**found, "largest_traces": largest, "ranking": ranking(run), "damaged": reading.damaged}
 
 
-def _resolved(blocks: Blocks, count: int) -> dict[str, Any]:
-    read, settled, angles = spectrum(blocks), convergence(blocks), half_angles(blocks, count)
-    runs = read.clusters(count) if len(blocks) > 1 else []
-    cluster = {i: f"{c.start}-{c.stop - 1}" for c in runs if len(c) > 1 for i in c}
+def _resolved(blocks: Blocks) -> dict[str, Any]:
+    read, settled, angles = spectrum(blocks), convergence(blocks), half_angles(blocks, TOP)
+    together = {i: f"{c[0]}-{c[-1]}" for c in read.clusters(TOP) if len(c) > 1 for i in c}
     values, errors = read.eigenvalues.value, read.eigenvalues.error
     shares = values.cumsum() / read.trace.value
     return {
-        **_spectral(blocks),
+        **_spectral(blocks, read),
         "relative_error": _or_none(settled.error),
         "convergence": {"positions": settled.positions.tolist(), "relative_change": settled.change[1:].tolist()},
         "directions": [
@@ -99,19 +98,19 @@ def _resolved(blocks: Blocks, count: int) -> dict[str, Any]:
                 "error": _or_none(errors[i]),
                 "cumulative_share": float(shares[i]),
                 "half_angle": float(np.median(angles[:, i])) if len(angles) else None,
-                "not_told_apart": cluster.get(i),
+                "not_told_apart": together.get(i),
             }
-            for i in range(min(count, len(values)))
+            for i in range(min(TOP, len(values)))
         ],
     }
 
 
-def _spectral(blocks: Blocks) -> dict[str, Any]:
+def _spectral(blocks: Blocks, plain: Spectrum) -> dict[str, Any]:
     """Everything that is read off a layer's spectrum, with errors, beside its value after whitening."""
-    plain, whitened = spectrum(blocks), spectrum(blocks, whitened=True)
+    whitened = spectrum(blocks, whitened=True)
     names = ("trace", *RANKS, "anisotropy")
     found: dict[str, Any] = {"positions": blocks.total.count, "blocks": len(blocks)}
-    found["sketch_error"] = blocks.total.fisher.shrunk / blocks.total.count
+    found["sketch_error"] = blocks.total.sketch_error
     found["top_eigenvalue"] = _pair(plain.eigenvalues, 0)
     found |= {name: _pair(getattr(plain, name)) for name in names}
     found["whitened_top_eigenvalue"] = _pair(whitened.eigenvalues, 0)
@@ -140,15 +139,13 @@ def ranking(run: Run) -> str:
     )
 
 
-def largest_traces(
-    run: Run, layers: Sequence[int], reading: Reading, count: int = 5
-) -> dict[int, list[dict[str, Any]]]:
-    """The strongest places at each layer, see :func:`stronger`, with the text around them; a task's table at a time."""
+def largest_traces(run: Run, layers: Sequence[int], reading: Reading) -> dict[int, list[dict[str, Any]]]:
+    """The five strongest places at each layer, see :func:`stronger`, with the text around them; a task's table at a time."""
     best: dict[int, list[dict[str, Any]]] = {layer: [] for layer in layers}
     columns = run.config.kept_columns
     for _, table in run.tables(reading, [*_PLACE, *columns]):
         for layer in layers if table is not None else ():
-            best[layer] = stronger(best[layer], run.of_layer(table, layer), columns, count)
+            best[layer] = stronger(best[layer], run.of_layer(table, layer), columns, 5)
     return best
 
 
@@ -247,7 +244,6 @@ def difference(
     other: Run,
     layers: tuple[int, int] | None = None,
     groups: tuple[str | None, str | None] = (None, None),
-    count: int = TOP,
 ) -> dict[str, Any]:
     """How two mean Fisher matrices differ: of two runs, as of two corpora or checkpoints, of two groups, or at two layers.
 
@@ -261,7 +257,6 @@ def difference(
         other: another, or the same.
         layers: one of each run; None: every layer that both have, each beside itself.
         groups: of each run; None: the mean over all of its positions.
-        count: directions that subspaces are compared by.
 
     Raises:
         ValueError: models of different width, no layer in common, or a layer or group that a run does not have.
@@ -275,10 +270,8 @@ def difference(
     if not pairs:
         raise ValueError(f"the runs have no layer in common: {one.layers} and {other.layers}.")
     reading = Reading()
-    rows = [
-        reading(partial(_differing, (one, k, groups[0]), (other, other_k, groups[1]), count)) for k, other_k in pairs
-    ]
-    k = min(count, one.d_model)
+    rows = [reading(partial(_differing, (one, k, groups[0]), (other, other_k, groups[1]))) for k, other_k in pairs]
+    k = min(TOP, one.d_model)
     kinds = [run.config.estimated for run in (one, other)]
     return {
         "runs": [one.store.uri, other.store.uri],
@@ -297,7 +290,7 @@ def difference(
 _Mean = tuple[Run, int, str | None]
 
 
-def _differing(first: _Mean, second: _Mean, count: int) -> dict[str, Any]:
+def _differing(first: _Mean, second: _Mean) -> dict[str, Any]:
     """A row of :func:`difference`, of two means: of a run at a layer, of a group."""
     (one, layer, group), (other, other_layer, other_group) = first, second
     blocks = [one.blocks(layer, group), other.blocks(other_layer, other_group)]
@@ -307,11 +300,11 @@ def _differing(first: _Mean, second: _Mean, count: int) -> dict[str, Any]:
     stored = one.fisher(layer, group), other.fisher(other_layer, other_group)
     fishers = [torch.from_numpy(np.array(fisher)) for fisher in stored]
     moved, _ = symmetric_eigh(fishers[1] - fishers[0])
-    top = torch.from_numpy(np.stack([s.eigenvectors[:, :count] for s in spectra]))
+    top = torch.from_numpy(np.stack([s.eigenvectors[:, :TOP] for s in spectra]))
     row: dict[str, Any] = {"layer": layer, "other_layer": other_layer, "paired": paired}
     row["positions"] = [each.total.count for each in blocks]
     row["blocks"] = [len(each) for each in blocks]
-    row["sketch_errors"] = [each.total.fisher.shrunk / each.total.count for each in blocks]
+    row["sketch_errors"] = [each.total.sketch_error for each in blocks]
     for prefix, both in (("", spectra), ("whitened_", whitened)):
         for name in ("trace", *RANKS):
             before, after = (getattr(s, name) for s in both)
@@ -549,11 +542,11 @@ _ROUGH = " (few, so the errors are rough)"
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def _sparkline(eigenvalues: Sequence[float], width: int = 16) -> str:
+def _sparkline(eigenvalues: Sequence[float]) -> str:
     """A spectrum over three decades, indices on a logarithmic axis."""
     values = np.asarray(eigenvalues)
     if values[0] <= 0:
         return ""
-    at = np.unique(np.geomspace(1, len(values), width).round().astype(int)) - 1
+    at = np.unique(np.geomspace(1, len(values), 16).round().astype(int)) - 1
     heights = 1 + np.log10((values[at] / values[0]).clip(1e-3)) / 3
     return "".join(_BLOCKS[round(float(h) * (len(_BLOCKS) - 1))] for h in heights)

@@ -37,7 +37,8 @@ from torch.utils.flop_counter import register_flop_formula
 # Numbers of the blocks of rows in which a CPU takes a softmax, 8 MiB in float32: 0.095 ms a row of GPT-2's vocabulary, twice as
 # long in blocks of a fourth, which wait for threads, and of all of 170 rows, which leave the cache.
 SOFTMAX_BLOCK = 2**21
-# On a CPU, neither is faster: measured for attention, and of its bfloat16 products torch gives no float32 sums.
+# Where kernels other than torch's plain ones are tried. On a CPU none is faster for attention, and torch gives no float32 sums
+# of its bfloat16 products.
 _DEVICES = ("cuda",)
 # Numbers of a weight from which on oneDNN multiplies by it. A call takes 50 us, and 0.5 to 1 ms for a shape that is new.
 # Measured on 1 to 1,024 rows: 0.1 to 0.9 of torch.mm's speed at 96 x 384, 0.4 to 1.04 at 512 x 512, 0.5 to 1.05 at 768 x 768,
@@ -190,16 +191,20 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.save_for_forward(*inputs[:2])
+        ctx.set_materialize_grads(False)  # weights that do not move would cost a product with zeros
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
         (weight,) = ctx.saved_tensors
-        return linear(grad, weight.T), None, None
+        return None if grad is None else linear(grad, weight.T), None, None
 
     @staticmethod
-    def jvp(ctx: Any, x_rate: Tensor, weight_rate: Tensor, bias_rate: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, x_rate: Tensor | None, weight_rate: Tensor | None, bias_rate: Tensor | None) -> Any:
         x, weight = ctx.saved_tensors
-        return linear(x_rate, weight) + torch.nn.functional.linear(x, weight_rate, bias_rate)
+        rates = [] if x_rate is None else [linear(x_rate, weight)]
+        rates += [] if weight_rate is None else [torch.nn.functional.linear(x, weight_rate)]
+        rates += [] if bias_rate is None else [bias_rate]
+        return sum(rates[1:], rates[0]) if rates else None
 
     @staticmethod
     def vmap(

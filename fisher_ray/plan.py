@@ -31,6 +31,7 @@ from fisher_ray.architecture import (
     ModelError,
     ModelFacts,
     load_tokenizer,
+    may_have_tokenizer,
     sink_token,
     tokenizer_digest,
     weights_digest,
@@ -462,8 +463,7 @@ class RunConfig:
             raise ConfigError(f"{', '.join(missing)} must be given (--{missing[0]}).")
         for name, hint in get_type_hints(cls).items():
             if name in values and not _fits(values[name], hint):
-                expected = getattr(hint, "__name__", str(hint).replace("typing.", ""))
-                raise ConfigError(f"{name} must be {expected}, got {values[name]!r}.")
+                raise ConfigError(f"{name} must be {_in_words(hint)}, got {values[name]!r}.")
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**settings)
 
@@ -482,6 +482,15 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _in_words(hint: Any) -> str:
+    """What :func:`_fits` takes, as YAML has it."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of texts"}
+    options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+    # What is None is left out, and a literal is a text.
+    named = (words.get(get_origin(option) or option, "a text") for option in options if option is not type(None))
+    return " or ".join(dict.fromkeys(named))
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """The unit of work and of retry."""
@@ -491,7 +500,7 @@ class Task:
 
     @property
     def weight(self) -> int:
-        """Bytes that reading and computing are expected to cost by."""
+        """Estimated bytes of it unpacked."""
         return sum(source.weight for source in self.ranges)
 
 
@@ -799,6 +808,13 @@ def make_plan(config: RunConfig) -> Plan:
             raise ConfigError(
                 f"output {config.output} is in {absolute(uri)}, of the corpus, and would be part of it. Choose another place."
             )
+    if not may_have_tokenizer(config.model):
+        if config.encoder_column is not None:
+            raise ConfigError(
+                f"{config.model} has no tokenizer, which the encoder's text needs. Put tokenizer files beside the model."
+            )
+        for document in sample_documents(sources, config.layout, 1):
+            token_ids(document, config.model, None, facts.vocab_size)
     sampled = config.group_by not in (None, "position")
     sample = list(sample_documents(sources, config.layout, _SAMPLE)) if sampled else []
     # Whoever reads the run later may be in another directory.

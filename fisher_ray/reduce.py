@@ -324,10 +324,7 @@ def _write_means(store: RunStore, folder: str, arrays: Mapping[str, np.ndarray],
 
 def _means(sums: GroupSums) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A row of the summary, and the arrays of one mean."""
-    counts = (sums.count, max(sums.traced, 1), sums.count)
-    fisher, normalised, second_moment = (
-        torch.from_numpy(getattr(sums, name).mean(count)) for name, count in zip(MATRICES, counts, strict=True)
-    )
+    fisher, normalised, second_moment = (torch.from_numpy(sums.mean(name)) for name in MATRICES)
     mean = torch.from_numpy(np.asarray(sums.activation, np.float64) / sums.count)
     if isinstance(sums.fisher, Sketch):
         values, vectors = factor_eigh(fisher)
@@ -357,7 +354,7 @@ def _means(sums: GroupSums) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "whitened_trace": float(whitened.sum()),
         "whitened_top_eigenvalue": float(whitened[0]),
         "whitened_entropy_rank": float(entropy_rank(whitened)),
-        "sketch_error": sums.fisher.shrunk / sums.count,
+        "sketch_error": sums.sketch_error,
         "captured_share": float(values.sum()) / trace if suffix and trace > 0 else 1.0,
         "mean_captured_share": sums.captured / sums.count,
     }

@@ -525,8 +525,7 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
     rows = []
     for each in layers:
         values = each.spectrum.eigenvalues
-        runs = each.spectrum.clusters(min(_TOP, run.d_model)) if values.blocks > 1 else []
-        beside = {i: f"{c[0]}–{c[-1]}" for c in runs if len(c) > 1 for i in c}
+        together = {i: f"{c[0]}–{c[-1]}" for c in each.spectrum.clusters(DIRECTIONS) if len(c) > 1 for i in c}
         for i in range(min(DIRECTIONS, len(values.value))):
             row = moved.get((each.layer, i), {})
             rows.append(
@@ -536,7 +535,7 @@ def _directions(run: Run, reading: Reading, layers: Sequence[_Layer], lost: Sequ
                     _pm(Estimate(values.value[i], values.error[i], values.blocks)),
                     f"{100 * values.value[i] / each.spectrum.trace.value:.1f} %",
                     f"{np.median(each.angles[:, i]):.0f}°" if len(each.angles) else "–",
-                    beside.get(i, ""),
+                    together.get(i, ""),
                     token_marks(row.get("raised")),
                     token_marks(row.get("lowered")),
                 )

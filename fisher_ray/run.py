@@ -221,8 +221,7 @@ class Run:
             return factors.T @ factors
         if self.complete:
             return self._array(layer, group, "normalised_fisher" if normalised else "fisher")
-        sums = self.blocks(layer, group).total
-        return sums.normalised.mean(max(1, sums.traced)) if normalised else sums.fisher.mean(sums.count)
+        return self.blocks(layer, group).total.mean("normalised" if normalised else "fisher")
 
     def fisher_factors(self, layer: int, group: str | None = None, normalised: bool = False) -> np.ndarray:
         """Rows G of the sketch of a mean, [at most sketch, d_model], float64: ``F = G^T G + E``; of runs with ``sketch``.
@@ -244,14 +243,13 @@ class Run:
             sums = LayerSums.from_bytes(self.store.load(stored)).groups[str(group)]
         else:
             sums = self.blocks(layer, group).total
-        return sums.normalised.mean(max(1, sums.traced)) if normalised else sums.fisher.mean(sums.count)
+        return sums.mean("normalised" if normalised else "fisher")
 
     def sketch_error(self, layer: int, group: str | None = None) -> float:
         """The most that a sketch can have lost of any eigenvalue of the mean F; 0 where sums are kept in full."""
         if self.complete:
             return float(self._row(layer, group)["sketch_error"])
-        total = self.blocks(layer, group).total
-        return total.fisher.shrunk / total.count
+        return self.blocks(layer, group).total.sketch_error
 
     def activation(self, layer: int, group: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Mean [d_model] and covariance [d_model, d_model] of the residual stream.

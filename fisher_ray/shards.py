@@ -151,10 +151,13 @@ def reduced_folder(layer: int, group: str | None = None) -> str:
     return f"{folder}/group_{name}"
 
 
-def _owner(path: str) -> str:
-    """The task or node that a receipt, or a file of an attempt at it, is of."""
-    _, _, name = path.partition("/")
-    return name.removesuffix(".json") if name.endswith(".json") else name.split("/")[0].rsplit("-", 1)[0]
+def receipt_of(path: str) -> tuple[str, str] | None:
+    """Folder and name of the receipt that a file of an attempt at a task or node belongs to, or is; None of other files."""
+    folder, _, below = path.partition("/")
+    if folder not in ("done", "tree", "positions", "sums", "factors", "matrices"):
+        return None
+    name = below.removesuffix(".json") if below.endswith(".json") else below.split("/")[0].rsplit("-", 1)[0]
+    return ("tree" if folder == "tree" else "done", name)
 
 
 def _of_a_run(path: str) -> bool:
@@ -166,6 +169,12 @@ def _of_a_run(path: str) -> bool:
 def task_name(task: int) -> str:
     """Of a task's receipt and files."""
     return f"{task:08d}"
+
+
+def places(length: int, count: int, part: int, parts: int) -> list[int]:
+    """Of ``count`` places spread evenly over so many parts those in one of them, spread evenly over its length."""
+    wanted = min(length, count * (part + 1) // parts - count * part // parts)
+    return [length * (2 * i + 1) // (2 * wanted) for i in range(wanted)]
 
 
 @dataclass(frozen=True)
@@ -373,16 +382,16 @@ class RunStore(Storage):
     def orphans(self) -> list[str]:
         """Files that no receipt names: of attempts that were killed, came second, or turned out damaged.
 
-        What may be a damaged receipt's is not among them. Files of attempts that are still running are: only for runs that
-        nobody works on.
+        Files that a damaged receipt may name are left out. Only for runs that no driver works on: files of attempts that are
+        still running would be among them.
         """
         named = {"run.json", "plan.parquet", "progress.json", "reduced/manifest.json"}
-        unknown = set()
+        unknown: set[tuple[str, str] | None] = set()
         found = self.list()
         paths = [(folder, name) for folder in ("done", "tree") for name in self.names(folder)]
         for (folder, name), receipt in zip(paths, several(self._sound_receipt, paths), strict=True):
             if receipt is None:  # what is damaged is for verify; what it named cannot be known
-                unknown.add(name)
+                unknown.add((folder, name))
             else:
                 named |= {f"{folder}/{name}.json", *(stored.path for stored in receipt.files.values())}
         if "reduced/manifest.json" in found:
@@ -391,7 +400,7 @@ class RunStore(Storage):
         left = [
             path
             for path in found
-            if path not in named and _of_a_run(path) and not path.startswith(kept) and _owner(path) not in unknown
+            if path not in named and _of_a_run(path) and not path.startswith(kept) and receipt_of(path) not in unknown
         ]
         return sorted(left + self.unfinished())
 

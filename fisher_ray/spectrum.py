@@ -48,8 +48,8 @@ def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> In
     """How many of the largest (descending) eigenvalues hold ``share`` of the trace."""
     # A product and no cumsum: CUDA's prefix sums of floats add in an order of their own.
     largest = eigenvalues @ eigenvalues.new_ones(eigenvalues.shape[-1:] * 2).triu()
-    reached = largest < share * eigenvalues.sum(-1, keepdim=True)
-    return reached.sum(-1) + 1
+    short = largest < share * eigenvalues.sum(-1, keepdim=True)
+    return short.sum(-1) + 1
 
 
 def symmetric_eigh(matrix: Float[Tensor, "*n d d"]) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d d"]]:
@@ -86,7 +86,7 @@ def _orthogonal_iteration(matrix: Float[Tensor, "n d d"], rank: int) -> Float[Te
 
 
 def factor_eigh(factors: Float[Tensor, "R d"]) -> tuple[Float[Tensor, " rank"], Float[Tensor, "d rank"]]:
-    """The same of ``G^T G``, of whose eigenvalues min(R, d) are not zero for certain."""
+    """The first min(R, d) of ``G^T G``, as :func:`symmetric_eigh` gives them; its other eigenvalues are zero."""
     _, singular, vectors = torch.linalg.svd(factors, full_matrices=False)
     return singular.square(), _oriented(vectors.mT)
 

@@ -64,8 +64,8 @@ class SelfCheck:
         scores: own-position scores at layer 0 against one-position autograd through the model's own attention, with one block's
             graph at a time where weights are streamed.
         replayed: the same for chosen positions replayed against recorded keys and values.
-        walked: the same with one block's graph at a time, which is refused where it is above the limit; 0 where blocks cannot
-            be run so, or cannot otherwise.
+        walked: the same with blocks re-run one at a time; above the limit that way is refused, and the model is not. 0 where
+            it was not compared: blocks that cannot be re-run alone, or streamed weights, whose ``scores`` were computed so.
         logits: our logits against the model's own.
         head: the head's pull-back against autograd through the model's own head.
         causality: final hidden states against those of the sequence cut off behind each position.

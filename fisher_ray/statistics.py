@@ -26,6 +26,8 @@ from fisher_ray.sums import GroupSums, Matrix, Triangle
 
 # Neighbouring eigenvalues closer than this many of their standard errors are told apart by no sample of this size.
 _SEPARATED = 3.0
+# Ways to halve a corpus at random.
+_SPLITS = 8
 # Share of its trace that a sketch with room for all that there is may yet have lost.
 _ROUNDING = 1e-9
 
@@ -56,8 +58,8 @@ class Estimate:
 
         Args:
             other: of a quantity of the same shape.
-            numbers: which blocks of the same documents those of this estimate are, and those of the other. One that is left out
-                where an estimate has nothing of it leaves that as it is. None: the estimates are of independent samples.
+            numbers: which blocks of the same documents those of this estimate are, and those of the other. A block in which
+                only one of them has positions leaves the other's value as it is. None: the samples are independent.
         """
         if numbers is None or self.without is None or other.without is None:
             return Estimate(self.value - other.value, np.hypot(self.error, other.error), min(self.blocks, other.blocks))
@@ -178,8 +180,10 @@ class Spectrum:
         """Runs of eigenvalues that this corpus cannot tell apart, those that begin with one of the first ``count``.
 
         Neighbours are told apart by a gap of three standard errors of the difference, taken as if independent, which is the
-        cautious side. The last run goes on as far as it does.
+        cautious side. The last run goes on as far as it does. Without errors there are none.
         """
+        if self.eigenvalues.blocks < 2:
+            return []
         values, errors = self.eigenvalues.value, self.eigenvalues.error
         gaps = values[:-1] - values[1:]
         apart = np.flatnonzero(gaps > _SEPARATED * np.hypot(errors[:-1], errors[1:])) + 1
@@ -234,15 +238,15 @@ def quadratic_form(blocks: Blocks, directions: Tensor) -> Estimate:
     return jackknife(*blocks.quadratic("fisher", directions.mT))
 
 
-def half_angles(blocks: Blocks, count: int, splits: int = 8, seed: int = 0) -> np.ndarray:
-    """Angles in degrees between each of the first ``count`` eigenvectors of random halves of the corpus; [splits, count].
+def half_angles(blocks: Blocks, count: int) -> np.ndarray:
+    """Angles in degrees between each of the first ``count`` eigenvectors of random halves of the corpus; [8, count].
 
     Small where the corpus resolves a direction. Two random directions of d dimensions are at nearly 90 degrees; so is each of
     a pair of eigenvectors whose eigenvalues are too close to tell them apart.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     angles = []
-    for _ in range(splits if len(blocks) > 1 else 0):
+    for _ in range(_SPLITS if len(blocks) > 1 else 0):
         order = random.permutation(len(blocks))
         one, other = (_leading([blocks.sums[i].fisher for i in half], count) for half in np.array_split(order, 2))
         angles.append(np.rad2deg(np.arccos(np.abs((one * other).sum(0)).clip(max=1))))

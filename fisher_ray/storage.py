@@ -193,7 +193,7 @@ class Storage:
     def list(self, folder: str = "") -> dict[str, int]:
         """Bytes of all files in a folder and below, by path below the run, without hidden ones.
 
-        Those are being written, or NFS keeps them under names of its own, as someone has them open.
+        Hidden files are writes in progress, or files that NFS keeps because a process still has them open.
         """
 
         found = self._patiently(f"listing {folder or self.uri}", lambda: self._find(folder))
@@ -217,7 +217,7 @@ class Storage:
         return self._patiently(f"opening {self.uri}", lambda: bool(self._fs.isfile(self._root)))
 
     def missing_folders(self) -> list[Path]:
-        """Folders that writing here would create, the directory's own first; none where folders are no things."""
+        """Folders that writing here would create, the directory's own first; none on object stores, which have no folders."""
         if not self._local:
             return []
         root = Path(self._root)

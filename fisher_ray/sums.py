@@ -233,6 +233,17 @@ class GroupSums:
         matrix: np.ndarray = getattr(self, name).square()
         return matrix
 
+    def mean(self, name: str) -> np.ndarray:
+        """The mean of one of the matrices, [d, d], or the rows of its sketch; of ``normalised`` over what has a trace."""
+        count = max(1, self.traced) if name == "normalised" else self.count
+        matrix: np.ndarray = getattr(self, name).mean(count)
+        return matrix
+
+    @property
+    def sketch_error(self) -> float:
+        """The most that a sketch can have lost of any eigenvalue of the mean F; 0 of sums in full."""
+        return self.fisher.shrunk / self.count
+
 
 @dataclass
 class LayerSums:

@@ -95,13 +95,17 @@ def read_sweep(path: Path) -> Sweep:
 def _points(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     if "points" in values:
         points = values["points"]
-        if not isinstance(points, list) or not points or not all(isinstance(point, dict) and point for point in points):
+        if not isinstance(points, list) or not points or not all(map(_by_name, points)):
             raise ConfigError(f"points in the sweep {path} must be a list of settings by name.")
         return points
     product = values["product"]
-    if not isinstance(product, dict) or not product or not all(isinstance(v, list) and v for v in product.values()):
+    if not _by_name(product) or not all(isinstance(values, list) and values for values in product.values()):
         raise ConfigError(f"product in the sweep {path} must hold settings, each with a list of values.")
     return [dict(zip(product, chosen, strict=True)) for chosen in itertools.product(*product.values())]
+
+
+def _by_name(settings: Any) -> bool:
+    return isinstance(settings, dict) and bool(settings) and all(isinstance(name, str) for name in settings)
 
 
 def _name(point: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ from fisher_ray.plan import ConfigError, Task, Tasks
 from fisher_ray.report import number_table
 from fisher_ray.run import Run
 from fisher_ray.scores import score_factors
+from fisher_ray.shards import places
 from fisher_ray.split import SplitModel, full_precision
 from fisher_ray.storage import StoredFile
 from fisher_ray.worker import Worker
@@ -377,8 +378,7 @@ def _spread(run: Run, count: int) -> Iterator[tuple[int, pa.Table, list[int]]]:
     found = run.store.examples(run.done_tasks, count)
     for i, task in enumerate(found):
         table = run.table(task).filter(pc.field("layer") == run.layers[0])
-        wanted = min(len(table), count * (i + 1) // len(found) - count * i // len(found))
-        yield task, table, [len(table) * (2 * j + 1) // (2 * wanted) for j in range(wanted)]
+        yield task, table, places(len(table), count, i, len(found))
 
 
 def _places(worker: Worker, task: Task, table: pa.Table, chosen: list[int]) -> Iterator[_Place]:

@@ -32,6 +32,7 @@ from fisher_ray.shards import (
     RunStore,
     npy_bytes,
     parquet_bytes,
+    places,
     positions_schema,
     task_name,
 )
@@ -277,8 +278,7 @@ class Worker:
         windows = []
         for i, task in enumerate(tasks):
             there = list(self.windows(task))
-            wanted = min(len(there), WINDOWS * (i + 1) // len(tasks) - WINDOWS * i // len(tasks))
-            windows += [there[len(there) * (2 * j + 1) // (2 * wanted)] for j in range(wanted)]
+            windows += [there[j] for j in places(len(there), WINDOWS, i, len(tasks))]
 
         def means(pieces: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
             """Of some layers' directions, [k, vocab_size] each; 0 where windows differ in sign."""

@@ -195,7 +195,10 @@ def test_a_folder_without_a_corpus(place: Place, capsys: pytest.CaptureFixture[s
         ("num_samples: '8'", "num_samples"), ("num_samples: 2.5", "num_samples"), ("top_p: high", "top_p"),
         ("max_seq_len: '20'", "max_seq_len"), ("trust_remote_code: 'no'", "trust_remote_code"),
         ("batch_tokens: []", "batch_tokens"), ("columns: 3", "columns"), ("layers: {a: 1}", "layers"),
-        ("positions: [1]", "positions"), ("stride: x", "stride"), ("max-actors: many", "actors"),
+        ("positions: [1]", "positions"), ("stride: x", "stride must be a whole number, got 'x'"),
+        ("max-actors: many", "actors"),
+        ("columns: 3", "columns must be a list of texts, got 3"), ("compile: 1", "compile must be true or false, got 1"),
+        ("unit: 3", "unit must be a text, got 3"), ('{"fingerprint": "of a receipt"}', "unknown setting 'fingerprint'"),
     ],
 )  # fmt: skip
 def test_config_files(
@@ -203,6 +206,27 @@ def test_config_files(
 ) -> None:
     actors = {"max_actors": None} if message == "actors" else {}
     assert message in refused(place, capsys, config=place.file("run.yaml", content), **actors)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "blt"])
+def test_a_model_of_something_else(kind: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.file("other/config.json", json.dumps({"model_type": kind}))
+    assert "describes no language model" in refused(place, capsys, model=place.folder / "other")
+
+
+def test_an_encoder_without_a_tokenizer(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the decoder's tokens are ready, too."""
+    model = jobs.save_model(place.folder / "model", "t5", with_tokenizer=False)
+    corpus = place.file("a.jsonl", '{"text": [5, 6], "source": "one two"}\n')
+    message = refused(place, capsys, model=model, corpus=corpus, encoder_column="source")
+    assert "model has no tokenizer, which the encoder's text needs. Put tokenizer files beside the model." in message
+
+
+def test_text_without_a_tokenizer(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before a worker has loaded any model."""
+    model = jobs.save_model(place.folder / "model", with_tokenizer=False)
+    code = main(["plan", *place.argv(model=model)[1:]])
+    assert "has no tokenizer and good.jsonl:52 holds text" in the_error(code, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("flags", [["--estimator", "guessed"], ["--nonsense"], ["--seed", "one"]])
@@ -331,10 +355,6 @@ def corrupt_weights(place: Place) -> dict[str, Any]:
     return {"model": model}
 
 
-def no_tokenizer(place: Place) -> dict[str, Any]:
-    return {"model": jobs.save_model(place.folder / "model", with_tokenizer=False)}
-
-
 def latin_beyond_the_first_mebibyte(place: Place) -> dict[str, Any]:
     return {"corpus": place.file("a.txt", b"\n" * MIB + b"good\n\ncaf\xe9\n")}
 
@@ -364,7 +384,7 @@ def a_damaged_page(place: Place) -> dict[str, Any]:
 
 
 CASES: list[tuple[Callable[[Place], dict[str, Any]], str]] = [
-    (corrupt_weights, "model"), (no_tokenizer, "has no tokenizer"),
+    (corrupt_weights, "model"),
     (latin_beyond_the_first_mebibyte, "not UTF-8: byte 1048585 is 0xe9"),
     (ids_beyond_the_vocabulary, f"a.npy:1: token ids must be in [0, {VOCAB}), got {VOCAB}"),
     (an_output_in_new_folders, "token ids"), (all_documents_empty, "nothing to score: 3 documents"),

@@ -439,6 +439,29 @@ def test_a_host_cut_off_and_back(
     same(output, undisturbed)
 
 
+@pytest.mark.parametrize("what", ["corpus", "output"])
+def test_a_host_that_loses_a_mount(
+    what: str, hosts: tuple[Host, Host], flags: list[Any], corpus: Path, output: Path, undisturbed: Stored
+) -> None:
+    """Its corpus is gone, or what it writes is refused: the others do its tasks, and none is given up for it."""
+    with ray_on(hosts) as (head, node):
+        run = hosts[0].run(
+            sys.executable, "-m", "fisher_ray.cli", "run", *flags, "--max-actors", 2, *ONE_GPU, "--max-attempts", 1,
+            RAY_ADDRESS=f"{hosts[0].ip}:6379", **INSTALLED,
+        )  # fmt: skip
+        together(2, lambda: head.actors() + node.actors(), run)
+        when_done(output, 1, run)
+        if what == "corpus":
+            mounted = hosts[1].run("mount", "-t", "tmpfs", "none", corpus.parent)
+        else:
+            mounted = hosts[1].run("sh", "-c", f"mount --bind {output} {output} && mount -o remount,ro,bind {output}")
+        assert mounted.code(20) == 0, mounted.said
+        assert run.code() == 0, run.said
+    assert done(output) == len(undisturbed.receipts)
+    assert re.search(r"complete: .*, [1-9]\d* retried, 0 quarantined", run.said), run.said
+    same(output, undisturbed)
+
+
 @contextmanager
 def ray_on(hosts: tuple[Host, Host]) -> Iterator[tuple[Tree, Tree]]:
     """A head and a node, each with a logical GPU."""

@@ -369,6 +369,9 @@ class _Jobs:
         yield "working\n"
         raise RuntimeError("the connection was closed")
 
+    def get_job_logs(self, job: str) -> str:
+        return "working\nthe table of results\n"
+
     def get_job_info(self, job: str) -> Any:
         self.asked += 1
         if self.asked % 2:
@@ -424,7 +427,27 @@ def test_following_a_job(
     assert main(["submit", "--", "run"]) == code
     shown = capsys.readouterr()
     assert shown.err.count("\n") == (code > 0) and words in shown.err
-    assert code or shown.out.count("working") == 1
+    assert code or (shown.out.count("working") == 1 and shown.out.endswith("\nthe table of results\n"))
+
+
+def test_variables_of_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given: dict[str, Any] = {}
+
+    class Noting(_Jobs):
+        def submit_job(self, runtime_env: dict[str, Any], **_: Any) -> str:
+            given.update(runtime_env["env_vars"])
+            return "raysubmit_1"
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Noting)
+    monkeypatch.setattr(cluster_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert main(["submit", "--env", "HF_TOKEN", "--env", "A=b=c", "--env", "EMPTY=", "--", "run"]) == 0
+    assert given == {"RAY_JOB_STOP_WAIT_TIME_S": "60", "HF_TOKEN": "secret", "A": "b=c", "EMPTY": ""}
+    assert "secret" not in capsys.readouterr().out
+    for wrong in ("NOT_SET_HERE", "=x"):
+        assert main(["submit", "--env", wrong, "--", "run"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: --env {wrong}: expected NAME=VALUE, or the name of a variable that is set here."
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "clean"])
@@ -807,27 +830,24 @@ def test_a_sweep_is_a_run_for_each_point(
     monkeypatch.setenv("RAY_ADDRESS", jobs.address())
     (tmp_path / "docs.txt").write_text(jobs.some_text(2_000))
     common = {"model": gpt2, "corpus": str(tmp_path / "docs.txt"), "layers": "0,2", "max_docs": 5, "max-actors": 1}
-    product = {"estimator": ["exact", "sampled"], "seed": [0, 1]}
+    product = {"estimator": ["sampled"], "seed": [0, 1]}
     path = sweep_file(tmp_path, output=str(tmp_path / "out"), side_by_side=2, common=common, product=product)
     out = said(capsys, "sweep", path)
-    names = [f"estimator={e},seed={s}" for e in ("exact", "sampled") for s in (0, 1)]
+    names = [f"estimator=sampled,seed={seed}" for seed in (0, 1)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*names, "summary.parquet"])
     rows = pq.read_table(tmp_path / "out/summary.parquet").to_pylist()
     assert [(row["point"], row["layer"]) for row in rows] == [(name, layer) for name in names for layer in (0, 2)]
     for row in rows:
         fisher = np.load(tmp_path / "out" / row["point"] / f"reduced/layer_{row['layer']:03d}/fisher.npy")
         assert row["trace"] == pytest.approx(fisher.trace()) and row["code"] == 0
-        assert (row["setting_estimator"], row["setting_seed"]) == tuple(
-            part.split("=")[1] for part in row["point"].split(",")
-        )
-    exact = [row["trace"] for row in rows if "exact" in row["point"]]
-    assert exact[:2] == exact[2:] and exact[0] != rows[4]["trace"]  # the seed changes only what is sampled
+        assert row["setting_seed"] == row["point"].rpartition("=")[2]
+    assert rows[0]["trace"] != rows[2]["trace"]  # of another seed
     table = out[out.rindex("99 % rank") :]
     assert all(table.count(name) == 2 for name in names)
     # One point is lost, and the same command brings it back.
-    shutil.rmtree(tmp_path / "out" / names[2])
+    shutil.rmtree(tmp_path / "out" / names[1])
     again = said(capsys, "sweep", path)
-    assert again.count("tasks were done before") == 3
+    assert again.count("tasks were done before") == 1
     assert pq.read_table(tmp_path / "out/summary.parquet").to_pylist() == rows
 
 
@@ -845,7 +865,17 @@ def test_a_job_does_not_write_into_its_copy_of_the_working_directory(
     assert main([command, *(flags if command == "run" else ["sweep.yaml"])]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "output out is in the job's copy of its working directory, which goes with the job" in line
-    assert not Path("out").exists()
+    # Its files have new times of change on every node and in every job: another corpus each time.
+    flags[5] = str(tmp_path / "out")
+    sweep_file(copied, output=str(tmp_path / "out"), common=common, points=[{"seed": 1}])
+    assert main([command, *(flags if command == "run" else ["sweep.yaml"])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "docs.txt is in the job's copy of its working directory, which has other times of change on every node" in line
+    )
+    assert not Path("out").exists() and not (tmp_path / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    Path("docs.txt").write_text("one two\n")
     assert main(["run", *flags[:4], "--output", str(tmp_path / "out"), "--executor", "local"]) == 0
 
 
@@ -950,7 +980,7 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
     gpt2: str, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
     (tmp_path / "docs.txt").write_text("one two\n\nthree four\n")
-    points = [{"layers": "1", "seed": 1}, {"layers": "77", "seed": 2}, {"layers": 2, "seed": 3}]
+    points = [{"layers": "77", "seed": 2}, {"layers": "1", "seed": 1}, {"layers": 2, "seed": 3}]
     common = {"model": gpt2, "corpus": [str(tmp_path / "docs.txt")], "executor": "local"}
     out = said(
         capsys, "sweep", sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=points), code=2
@@ -958,33 +988,24 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
     assert f"layers must be in [0, {LAYERS}], got 77" in out
     rows = {row["point"]: row for row in pq.read_table(tmp_path / "out/summary.parquet").to_pylist()}
     assert {point: row["code"] for point, row in rows.items()} == {
-        "layers=1,seed=1": 0, "layers=77,seed=2": 2, "layers=2,seed=3": 0
+        "layers=77,seed=2": 2, "layers=1,seed=1": 0, "layers=2,seed=3": 0
     }  # fmt: skip
-    names = pq.read_schema(tmp_path / "out/summary.parquet").names
     # A point without a run comes first and leaves the table its columns; without any there is no table.
-    failing, *others = [points[1], points[0], points[2]]
-    assert "all points" in said(
-        capsys,
-        "sweep",
-        sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=[failing, *others]),
-        code=2,
-    )
-    assert set(pq.read_schema(tmp_path / "out/summary.parquet").names) == set(names) > {"participation_ratio"}
-    none = sweep_file(tmp_path, output=str(tmp_path / "none"), common=common, points=[failing])
+    assert "all points" in out and "participation_ratio" in pq.read_schema(tmp_path / "out/summary.parquet").names
+    none = sweep_file(tmp_path, output=str(tmp_path / "none"), common=common, points=points[:1])
     assert "all points" not in said(capsys, "sweep", none, code=2) and not (tmp_path / "none/summary.parquet").exists()
-    sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=points)
     # A point that is refused has no numbers of what is in its place.
     others = {**common, "max_docs": 1}
-    changed = sweep_file(tmp_path, output=str(tmp_path / "out"), common=others, points=points)
+    changed = sweep_file(tmp_path, output=str(tmp_path / "out"), common=others, points=points[1:2])
     assert "holds another run: max_docs was None, is 1" in said(capsys, "sweep", changed, code=3)
-    rows = sweep_module._rows(sweep_module.read_sweep(changed), [3, 2, 3])
-    assert [row["trace"] for row in rows] == [None] * 3
+    rows = sweep_module._rows(sweep_module.read_sweep(changed), [3])
+    assert [row["trace"] for row in rows] == [None]
     sweep_file(tmp_path, output=str(tmp_path / "out"), common=common, points=points)
     # What is damaged or not reduced is no row of numbers, and costs the others nothing.
     (tmp_path / "out/layers=1,seed=1/reduced/summary.parquet").write_bytes(b"damaged")
     (tmp_path / "out/layers=2,seed=3/reduced/manifest.json").unlink()
-    found = sweep_module._rows(sweep_module.read_sweep(tmp_path / "sweep.yaml"), [0, 2, 4])
-    assert [(row["code"], row["trace"]) for row in found] == [(0, None), (2, None), (4, None)]
+    found = sweep_module._rows(sweep_module.read_sweep(tmp_path / "sweep.yaml"), [2, 0, 4])
+    assert [(row["code"], row["trace"]) for row in found] == [(2, None), (0, None), (4, None)]
 
 
 @pytest.mark.parametrize(
@@ -1000,6 +1021,8 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
         ({"output": "o", "points": [{"sead": 1}], "common": {"model": "m", "corpus": "c"}}, "unknown setting 'sead'"),
         ({"output": "o", "points": [{"top_p": 3.0}], "common": {"model": "m", "corpus": "c"}}, "point top_p=3.0: "),
         ({"output": "o", "points": [{"seed": 1}], "common": {"corpus": "c"}}, "model must be given"),
+        ({"output": "o", "points": [{1: 2, "seed": 3}]}, "must be a list of settings by name"),
+        ({"output": "o", "product": {1: [2], "seed": [3]}}, "must hold settings, each with a list of values"),
     ],
 )
 def test_a_sweeps_file_is_checked_before_anything_runs(values: dict[str, Any], message: str, tmp_path: Path) -> None:

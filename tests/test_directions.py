@@ -27,7 +27,7 @@ from fisher_ray import ModelError, SplitModel, cost, open_run, worker
 from fisher_ray import directions as fd
 from fisher_ray.cli import BAD_INPUT, COMPLETE, STOPPED, main
 from fisher_ray.head import Head
-from fisher_ray.plan import token_text
+from fisher_ray.plan import make_plan, token_text
 from fisher_ray.run import Run
 from fisher_ray.tape import Tape
 from fisher_ray.worker import load_model
@@ -318,6 +318,31 @@ def test_opening_the_model_of_a_run_leaves_the_process_as_it_is(run: Run, gpt2: 
         torch.set_num_threads(before[0])
 
 
+def test_a_model_that_ran_compiled_is_not_compiled_to_be_read(run: Run, monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+    monkeypatch.setattr(fd, "load_model", asked.append)
+    vars(run)["config"] = replace(run.config, compile=True)
+    fd.model_of(run)
+    assert [config.compile for config in asked] == [False]
+
+
+def test_a_hub_models_tokenizer_is_that_of_its_commit(run: Run, split: SplitModel, monkeypatch: pytest.MonkeyPatch):
+    """A branch may have moved since the run."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    digests = {**run.description["result_fields"], "weights": commit, "tokenizer": commit}
+    run.description["result_fields"] = digests
+    vars(run)["config"] = replace(run.config, model="some/model")
+    plan = make_plan(open_run(run.store.uri).config)
+
+    def planned(config: Any) -> Any:
+        assert config.model == "some/model"
+        now = config.revision or "f" * 40
+        return replace(plan, result_fields={**digests, "weights": now, "tokenizer": now})
+
+    monkeypatch.setattr(fd, "make_plan", planned)
+    assert fd.worker_of(run, split).plan.config.model == plan.config.model
+
+
 @pytest.mark.parametrize(("gpus", "placed"), [(None, None), (1.0, None), (2.0, "auto")])
 def test_a_model_that_took_several_gpus_takes_them_again(
     gpus: float | None, placed: str | None, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -485,6 +510,21 @@ def test_steps_gain_what_was_asked_along_the_direction_of_the_formula(run: Run, 
         p, q = truth.log_prob[others].exp(), after[others].exp()
         p, q = p / p.sum(), q / q.sum()
         assert float(got.kl_others[n]) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+
+
+def test_what_the_caller_asks_of_products_changes_no_number(run: Run, gpt2: str, tmp_path: Path):  # noqa: F811
+    model = SplitModel.from_pretrained(gpt2)
+    ids, at, targets = torch.arange(2, 22)[None], torch.tensor([2, 7, 19]), torch.tensor([5, 250, 31])
+    many = {LAYER: some_directions(20, 7)}
+    found = []
+    for asked in (False, True):
+        with torch.autocast("cpu", enabled=asked):
+            fd.project(run, many, tmp_path / "table", documents=1, model=model)
+            found.append((fd.steer(model, run, LAYER, ids, at, targets), pq.read_table(tmp_path / "table")))
+    (steered, table), (other, other_table) = found
+    assert torch.equal(steered.gain, other.gain) and torch.equal(steered.steps, other.steps)
+    torch.testing.assert_close(steered.gain, torch.full((3,), 0.1, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert table.equals(other_table)
 
 
 def test_the_metric_of_a_position_changes_the_other_tokens_least(run: Run, split: SplitModel):

@@ -13,7 +13,7 @@ import jobs
 from fisher_ray import dispatch
 from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import CorpusError
-from fisher_ray.dispatch import Call, Dispatch, Failure, RunError, Servant, StoppedError
+from fisher_ray.dispatch import Call, Dispatch, Failure, MachineError, RunError, Servant, StoppedError
 from fisher_ray.driver import _for_workers
 from fisher_ray.plan import make_plan
 from fisher_ray.storage import DamagedError, StorageError
@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Pool:
     """Workers that answer what ``behave(call, attempt)`` says after a tenth of a second, two calls at a time each."""
 
-    device, alive, pending, waits = "cpu", 0, 0, None
+    device, alive, pending, machines, waits = "cpu", 0, 0, 2, None
 
     def __init__(self, clock: Clock, workers: int, behave: Callable[[Call, int], Any]):
         self.clock, self.behave = clock, behave
@@ -253,6 +253,16 @@ def test_slow_is_by_weight(clock: Clock) -> None:
     assert pool.attempts["task 7"] == 1
 
 
+@pytest.mark.parametrize(("expected", "limit"), [(0.0, 3600.0), (1.0, 3600.0), (20.0, 8000.0)])
+def test_how_long_the_first_may_take_is_what_slow_devices_would(clock: Clock, expected: float, limit: float) -> None:
+    pool = Pool(clock, 1, lambda call, attempt: HANGS if attempt == 1 else "fine")
+    begun = clock.now
+    (ended,) = Dispatch(pool, 3, None, lambda: None, lambda: None, expected).run(
+        [Call("task", "compute", (0,), 100)], 1
+    )
+    assert ended[1] == "fine" and limit < clock.now - begun < limit + 30
+
+
 def test_calls_that_no_others_are_like_have_hours(clock: Clock) -> None:
     """After a thousand quick tasks a sum may take hours; one worker that stands still does not hold it up that long.
 
@@ -269,7 +279,7 @@ def test_calls_that_no_others_are_like_have_hours(clock: Clock) -> None:
     finish = Call("mean", "finish", (), repeatable=False)
     with pytest.raises(StoppedError):
         list(dispatching.run([finish], 1))
-    assert pool.attempts["mean"] == 1 and not pool.killed
+    assert pool.attempts["mean"] == 1 and clock.now > ends and len(pool.killed) == 1  # by the stop
     pool = Pool(clock, 2, lambda call, attempt: HANGS if attempt == 1 else "fine")
     begun = clock.now
     assert [outcome for _, outcome in made(pool, timeout=5.0).run([Call("sum", "sum", ())], 1)] == ["fine"]
@@ -278,6 +288,17 @@ def test_calls_that_no_others_are_like_have_hours(clock: Clock) -> None:
     with pytest.raises(StoppedError):
         list(made(pool, stopping=lambda: 0.0 if clock.now > ends else None).run([finish], 1))
     assert pool.attempts["mean"] == 1
+
+
+def test_a_mean_does_not_outlive_the_round_that_is_broken_off(clock: Clock) -> None:
+    """The next round begins it anew, and both would write the same files; a sum's files are an attempt's own."""
+    pool = Pool(clock, 3, lambda call, attempt: "fine" if call.name == "sum 0" else HANGS)
+    mean = Call("mean", "finish", (), repeatable=False)
+    round = made(pool).run([Call("sum 0", "sum", ()), mean, Call("sum 1", "sum", ())], 3)
+    assert next(round)[0].name == "sum 0"
+    (at_work,) = [worker for worker, keys in pool.on.items() if any(pool.calls[key][0] is mean for key in keys)]
+    round.close()
+    assert pool.killed == [at_work]
 
 
 def test_reading_back_says_nothing_of_how_long_tasks_take(clock: Clock) -> None:
@@ -328,6 +349,28 @@ def test_a_call_is_not_given_up_while_another_attempt_runs(clock: Clock) -> None
     assert pool.attempts["task 3"] == 2
 
 
+def unwell(host: str) -> Failure:
+    return Failure("unwell", "writing failed", "StorageError", host=host)
+
+
+def test_what_one_machine_does_not_reach_others_do(clock: Clock) -> None:
+    """Its worker is replaced each time, and with one attempt a call nothing is given up."""
+    pool = Pool(clock, 3, lambda call, attempt: unwell("b") if attempt <= call.args[0] % 4 else "fine")
+    dispatching = made(pool, max_attempts=1)
+    assert [outcome for _, outcome in dispatching.run(calls(8), 8)] == ["fine"] * 8
+    assert len(pool.killed) >= 6 and dispatching.last_failure is not None
+    assert dispatching.last_failure.endswith("writing failed (on b)")
+
+
+@pytest.mark.parametrize(("machines", "hosts", "attempts"), [(2, "ab", 2), (2, "a", 9), (1, "a", 1)])
+def test_what_no_machine_reaches_is_not_there(clock: Clock, machines: int, hosts: str, attempts: int) -> None:
+    pool = Pool(clock, 1, lambda call, attempt: unwell(hosts[attempt % len(hosts)]))
+    pool.machines = machines
+    ((_, failure),) = made(pool).run(calls(1), 1)
+    assert failure.kind == "unwell" and pool.attempts == {"task 0": attempts}
+    assert isinstance(failure.to_exception(), StorageError)
+
+
 def test_the_pools_own_failure_ends_everything(clock: Clock) -> None:
     class Broken(Pool):
         def wait(self, timeout: float) -> list[tuple[Any, Any]]:
@@ -342,7 +385,8 @@ def test_the_pools_own_failure_ends_everything(clock: Clock) -> None:
     [
         (CorpusError("x"), "input"),
         (ModelError("x"), "fatal"),
-        (StorageError("x"), "fatal"),
+        (StorageError("x"), "unwell"),
+        (MachineError("x"), "unwell"),
         (DamagedError("sums/a", "x"), "damaged"),
         (RuntimeError("x"), "error"),
         (MemoryError("x"), "error"),
@@ -354,7 +398,7 @@ def test_the_pools_own_failure_ends_everything(clock: Clock) -> None:
 def test_sorting(error: Exception, kind: str) -> None:
     failure = Failure.of(error)
     assert failure.kind == kind and "x" in failure.message + "x"
-    if kind in ("input", "fatal"):
+    if kind in ("input", "fatal", "unwell") and not isinstance(error, MachineError):
         assert type(failure.to_exception()) is type(error)
     assert failure.path == ("sums/a" if kind == "damaged" else "")
 
@@ -376,7 +420,7 @@ def test_a_machine_without_the_run_or_the_corpus_computes_nothing(gpt2: str, tmp
 
     def refusal(config: Any, sources: Any) -> str:
         failure = Servant(replace(seen, config=config, sources=sources)).answer(Call("x", "compute", (task,)))
-        assert isinstance(failure, Failure) and failure.kind == "error", failure
+        assert isinstance(failure, Failure) and failure.kind == "unwell", failure
         return failure.message
 
     elsewhere = tmp_path / "elsewhere"
@@ -386,6 +430,21 @@ def test_a_machine_without_the_run_or_the_corpus_computes_nothing(gpt2: str, tmp
     assert f"does not see the corpus: {gone[0].path} is not there" in refusal(seen.config, gone)
     Servant(replace(seen, sources=(*gone, seen.sources[0]))).load()  # a file that is gone is its task's affair
     assert isinstance(Failure.of(RunError("x")).to_exception(), RunError)
+
+
+def test_a_machine_that_has_lost_the_corpus_has_lost_no_file(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "corpus").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"corpus/{name}.txt").write_text("one two")
+    _, outcome = jobs.run_here(jobs.settings(gpt2, tmp_path / "corpus", tmp_path / "run"))
+    servant = Servant(_for_workers(outcome.plan))
+    compute = Call("x", "compute", (outcome.plan.make_tasks()[0],))
+    assert not isinstance(servant.answer(compute), Failure)
+    (tmp_path / "corpus/a.txt").unlink()
+    assert servant.answer(compute).kind == "input"
+    (tmp_path / "corpus/b.txt").unlink()
+    failure = servant.answer(compute)
+    assert failure.kind == "unwell" and "does not see the corpus" in failure.message
 
 
 def test_workers_load_the_commit_that_was_fingerprinted(gpt2: str, tmp_path: Path) -> None:  # noqa: F811

@@ -160,6 +160,10 @@ def test_flop_are_counted():
     with FlopCounterMode(display=False) as counter:
         linear(randn(2, 3, 6), randn(5, 6), randn(5))
     assert counter.get_total_flops() == 2 * 2 * 3 * 6 * 5
+    weight = randn(5, 6)
+    with FlopCounterMode(display=False) as counter:
+        torch.func.jvp(lambda x: linear(x, weight), (randn(2, 6),), (randn(2, 6),))
+    assert counter.get_total_flops() == 2 * (2 * 2 * 6 * 5)  # of x and of its rate; the weight has none
 
 
 @pytest.mark.parametrize("off", [1e-3, None])

@@ -22,7 +22,7 @@ import jobs
 from fisher_ray import cli, shards
 from fisher_ray.corpus import SourceRange
 from fisher_ray.plan import ConfigError, RunConfig, Task, Tasks, make_plan
-from fisher_ray.shards import Counts, Lease, Problem, Receipt, RefusedError, RunStore, reduced_folder
+from fisher_ray.shards import Counts, Lease, Problem, Receipt, RefusedError, RunStore, receipt_of, reduced_folder
 from fisher_ray.storage import DamagedError, StorageError, StoredFile, seal
 from fisher_ray.sums import LayerSums, Sums
 from jobs import gpt2  # noqa: F401
@@ -677,3 +677,20 @@ def test_a_driver_whose_number_was_given_to_another_notices(store: RunStore) -> 
         time.sleep(0.05)
     assert lease.lost is not None
     lease.release()
+
+
+@pytest.mark.parametrize(
+    ("path", "receipt"),
+    [
+        ("done/00000002.json", ("done", "00000002")),
+        ("sums/00000002-0a1b2c3d/layer_001.npz", ("done", "00000002")),
+        ("positions/00000002-0a1b2c3d.parquet", ("done", "00000002")),
+        ("factors/00000002-0a1b2c3d/layer_001.npy", ("done", "00000002")),
+        ("tree/00000000-00000008-000-003.json", ("tree", "00000000-00000008-000-003")),
+        ("tree/00000000-00000008-000-003-without-0a1b2c3d-4e5f6071/layer_002.npz",
+         ("tree", "00000000-00000008-000-003-without-0a1b2c3d")),
+        ("run.json", None), ("reduced/layer_003/fisher.npy", None), ("quarantine/00000002.json", None),
+    ],
+)  # fmt: skip
+def test_what_a_file_belongs_to(path: str, receipt: tuple[str, str] | None):
+    assert receipt_of(path) == receipt
