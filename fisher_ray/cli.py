@@ -40,7 +40,7 @@ from fisher_ray.report_html import html_report
 from fisher_ray.run import Reading, open_run, read_description
 from fisher_ray.shards import Lease, RefusedError, RunStore
 from fisher_ray.statistics import Estimate
-from fisher_ray.storage import DamagedError, Storage, StorageError, absolute, is_transient
+from fisher_ray.storage import DamagedError, OutageError, Storage, StorageError, absolute, is_transient
 from fisher_ray.validate import validate
 
 # What is imported stays, and no collection need look at it: the last one, at the interpreter's end, took a second.
@@ -82,20 +82,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_run(planning)
     planning.add_argument("--gpu", default=None, help="hardware to reckon with: h100, h200, a100, a10g, l4, cpu (all)")
     planning.add_argument("--tflops", type=float, help="a measured rate in place of the assumed one, per actor")
-    planning.add_argument("--json", action="store_true", help="for machines")
+    planning.add_argument("--json", action="store_true", help="print JSON")
     planning.set_defaults(act=_plan)
 
     status = commands.add_parser("status", help="how far a run is, from its directory alone")
-    status.add_argument("run")
-    status.add_argument("--json", action="store_true", help="for machines")
+    status.add_argument("run", metavar="RUN", help="run directory or URI")
+    status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(act=_status)
 
     verify = commands.add_parser("verify", help="read everything back and name what is not as it was written")
-    verify.add_argument("run")
+    verify.add_argument("run", metavar="RUN", help="run directory or URI")
     verify.set_defaults(act=_verify)
 
     reporting = commands.add_parser("report", help="a run as one HTML page that opens offline")
-    reporting.add_argument("run")
+    reporting.add_argument("run", metavar="RUN", help="run directory or URI")
     reporting.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (report.html)")
     reporting.add_argument("--validation", type=Path, metavar="LAW.json", help="what validate --json has printed")
     reporting.set_defaults(act=_report)
@@ -103,22 +103,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     validating = commands.add_parser(
         "validate", help="compare KL divergences of the run's own model with v^T F v / 2, at positions of its own"
     )
-    validating.add_argument("run")
+    validating.add_argument("run", metavar="RUN", help="run directory or URI")
     validating.add_argument("--layer", type=int, nargs="+", help="of the run's (first, middle and last)")
     validating.add_argument("--positions", type=int, default=32, help="spread over the run (32)")
     validating.add_argument(
         "--dtype", choices=("float64", "float32"), default="float64", help="to compute in (float64)"
     )
     validating.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="picture of deviation against step")
-    validating.add_argument("--json", action="store_true", help="for machines")
+    validating.add_argument("--json", action="store_true", help="print JSON")
     validating.set_defaults(act=_validate)
 
     projecting = commands.add_parser(
         "project", help="what directions move and cost; with -o where in the corpus they are"
     )
-    projecting.add_argument("run")
+    projecting.add_argument("run", metavar="RUN", help="run directory or URI")
     projecting.add_argument(
-        "--directions", type=Path, metavar="FILE", help=".npy or .safetensors, one a row (eigenvectors of the mean F)"
+        "--directions",
+        type=Path,
+        metavar="FILE",
+        help=".npy, .npz or .safetensors, one a row (eigenvectors of the mean F)",
     )
     projecting.add_argument("--top", type=int, default=4, help="eigenvectors to take, where no file is given (4)")
     projecting.add_argument("--layers", help="3,6 or 0-3 (all of the run's)")
@@ -126,20 +129,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "-o", "--output", type=Path, metavar="FILE.parquet", help="coordinate and v^T F v of every position"
     )
     projecting.add_argument("--max-docs", type=int, help="documents in that table (all)")
-    projecting.add_argument("--json", action="store_true", help="for machines")
+    projecting.add_argument("--json", action="store_true", help="print JSON")
     projecting.set_defaults(act=_project)
 
     clean = commands.add_parser("clean", help="list what killed attempts left behind, or remove it")
-    clean.add_argument("run")
+    clean.add_argument("run", metavar="RUN", help="run directory or URI")
     clean.add_argument("--remove", action="store_true", help="remove it; without, only list")
     clean.set_defaults(act=_clean)
 
     inspecting = commands.add_parser("inspect", help="what a run has found: overview, a layer, or a position")
-    inspecting.add_argument("run")
+    inspecting.add_argument("run", metavar="RUN", help="run directory or URI")
     inspecting.add_argument("--layer", type=int, help="one layer: eigenvalues, directions, largest traces")
     inspecting.add_argument("--group", help="one group's mean at that layer")
     inspecting.add_argument("--position", metavar="DOCUMENT:POSITION", help="one position at every layer")
-    inspecting.add_argument("--json", action="store_true", help="for machines")
+    inspecting.add_argument("--json", action="store_true", help="print JSON")
     inspecting.set_defaults(act=_inspect)
 
     differing = commands.add_parser(
@@ -148,12 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     differing.add_argument("runs", nargs="+", metavar="RUN", help="two, or one to compare groups or layers of")
     differing.add_argument("--layer", type=int, nargs="+", help="at one layer, or at one of each (all that both have)")
     differing.add_argument("--group", nargs="+", help="of one group, or of one of each (all positions)")
-    differing.add_argument("--json", action="store_true", help="for machines")
+    differing.add_argument("--json", action="store_true", help="print JSON")
     differing.set_defaults(act=_diff)
 
     exporting = commands.add_parser("export", help="means and spectra in one file, .safetensors or .npz")
-    exporting.add_argument("run")
-    exporting.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    exporting.add_argument("run", metavar="RUN", help="run directory or URI")
+    exporting.add_argument("-o", "--output", type=Path, required=True, help="file to write, .safetensors or .npz")
     exporting.set_defaults(act=_export)
 
     sending = commands.add_parser(
@@ -261,7 +264,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--output", help="run directory, any fsspec URI; new, empty, or a run to go on with")
     what.add_argument("--layers", help="all, 0-11 or 3,6; k is the stream entering block k (all)")
-    what.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings by name; flags override them")
+    what.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.yaml",
+        help="settings by name, or the run.json of another run; flags override them",
+    )
     how = parser.add_argument_group("estimator")
     how.add_argument(
         "--estimator",
@@ -270,7 +278,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--num-samples", type=int, help="scores a position; with deflated 0 gives a lower bound (8)")
     how.add_argument("--rank", type=int, help="of the part of F that deflated takes without drawing (24)")
-    how.add_argument("--tolerance", type=float, metavar="EPS", help="share of the trace that exact may leave out (0)")
+    how.add_argument("--tolerance", type=float, metavar="EPS", help="share of tr M that exact may drop (0)")
     how.add_argument("--top-p", type=float, help="nucleus of the sampled scores; below 1 is no longer F (1)")
     how.add_argument("--temperature", type=float, help="of the sampled scores; other than 1 is no longer F (1)")
     how.add_argument(
@@ -291,7 +299,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--group-by", help="position, token or a column: a mean for each bucket, frequent token or value as well"
     )
     corpus.add_argument(
-        "--num-groups", type=int, help="frequent tokens; or at most, values of a column in 64 documents (32)"
+        "--num-groups",
+        type=int,
+        help="most groups: frequent tokens and the others, or values of a column in 64 documents (32)",
     )
     corpus.add_argument(
         "--sketch", type=int, metavar="ROWS", help="keep sketches of so many rows in place of d x d sums (sums in full)"
@@ -301,7 +311,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument("--stride", type=int, help="tokens that windows overlap by (a quarter of the window)")
     corpus.add_argument(
         "--positions",
-        help="all, last, start:stop:step or 0,5,-1, in each document; what begins with - as --positions=-5: (all)",
+        help="of each document: all, last, start:stop:step or 0,5,-1; with a leading minus as --positions=-5: (all)",
     )
     out = parser.add_argument_group("results and resources")
     out.add_argument(
@@ -321,18 +331,23 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     out.add_argument("--cpus-per-actor", type=int, help="cores and threads of a worker (1)")
     out.add_argument(
-        "--until-relative-error", type=float, metavar="EPS", help="end early, once the mean F is known so well (never)"
+        "--until-relative-error",
+        type=float,
+        metavar="EPS",
+        help="end early, once the relative standard error of the mean F is at most EPS (never)",
     )
     out.add_argument(
         "--until-relative-change",
         type=float,
         metavar="EPS",
-        help="end early, once twice the tasks change it so little (never)",
+        help="end early, once twice the tasks changed the mean F by at most EPS (never)",
     )
     out.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where a worker has a GPU)")
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="of the weights (float32)")
     out.add_argument(
-        "--gradients", choices=("own_position", "per_position"), help="per_position: any causal model, slower"
+        "--gradients",
+        choices=("own_position", "per_position"),
+        help="per_position: any causal model, slower (own_position)",
     )
     out.add_argument(
         "--stream-weights",
@@ -349,7 +364,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--batch-tokens", type=int, help="tokens that go through the model together (4096, on a GPU 32768)"
     )
-    out.add_argument("--task-bytes", type=int, help="of the corpus that one task takes (planned from nominal speeds)")
+    out.add_argument("--task-bytes", type=int, help="bytes of the corpus a task (planned from nominal speeds)")
     out.add_argument("--memory-budget", type=int, help="bytes of a micro-batch (2 GiB, or half of the GPU)")
     out.add_argument("--revision", help="of the model on the hub")
     again = parser.add_argument_group("failures")
@@ -417,7 +432,7 @@ def _guarded(act: Callable[[], int]) -> int:
             return REFUSED
         if isinstance(error, DamagedError):
             return DAMAGED
-        return FAILED if isinstance(error, RunError | MemoryError) else BAD_INPUT
+        return FAILED if isinstance(error, RunError | MemoryError | OutageError) else BAD_INPUT
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         if is_transient(error):

@@ -490,9 +490,8 @@ def submit(
             except (RuntimeError, OSError, RayError, ClientError):
                 pass
             time.sleep(0.5)
-        with contextlib.suppress(
-            RuntimeError, OSError, RayError, ClientError
-        ):  # what came after the last connection broke
+        # What came after the last connection broke.
+        with contextlib.suppress(RuntimeError, OSError, RayError, ClientError):
             say(client.get_job_logs(job)[said:])
     except KeyboardInterrupt:
         raise StoppedError(f"no longer followed; job {job} goes on. To end it: ray job stop {job}") from None

@@ -21,7 +21,7 @@ from fisher_ray.corpus import CorpusError, is_seen
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
 from fisher_ray.reduce import DIRECTIONS, Checkpoint, Node, finish_layers, look_back, read_array, sum_node
 from fisher_ray.shards import Counts, Receipt, RunStore
-from fisher_ray.storage import DamagedError, StorageError, is_transient, several
+from fisher_ray.storage import DamagedError, OutageError, StorageError, is_transient, several
 from fisher_ray.worker import InTurn, Worker, at_once
 
 _SHARED = "Corpus, model and output have to be at the same place on every machine."
@@ -118,7 +118,7 @@ class Failure:
     def to_exception(self) -> Exception:
         """The error as the driver raises it."""
         kinds: dict[str, type[Exception]] = {
-            kind.__name__: kind for kind in (ModelError, ConfigError, CorpusError, StorageError)
+            kind.__name__: kind for kind in (ModelError, ConfigError, CorpusError, StorageError, OutageError)
         }
         return kinds.get(self.error, RunError)(self.said)
 

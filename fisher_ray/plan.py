@@ -163,8 +163,8 @@ class RunConfig:
         batch_tokens: tokens that go through the model together, before the memory budget cuts them further; None:
             ``BATCH_TOKENS`` of the device.
         task_bytes: of the corpus that one task takes; None: :meth:`fisher_ray.cost.Cost.task_bytes`, by nominal speeds.
-        group_by: ``position`` (buckets 0, 1, 2-3, 4-7, ...), ``token`` (the ``num_groups`` most frequent ones) or a column
-            of the corpus; each group has a mean and a count of its own.
+        group_by: ``position`` (buckets 0, 1, 2-3, 4-7, ...), ``token`` (the most frequent ones of a sample, and the others) or
+            a column of the corpus; each group has a mean and a count of its own.
         sketch: rows of the sketch (:mod:`fisher_ray.sketch`) that is kept of every sum of matrices; None: the sums in full.
         stream_weights: read the weights of one block at a time from disk, for models larger than an actor's memory; part of
             the result, since micro-batches are others.

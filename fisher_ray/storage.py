@@ -46,6 +46,10 @@ class StorageError(RuntimeError):
     """Storage that cannot be used, or a directory that is not what it should be; ends the run."""
 
 
+class OutageError(StorageError):
+    """Storage that did not answer, or has no room: the same command goes on once it does, or has."""
+
+
 class DamagedError(StorageError):
     """A file with other bytes than were written, or none.
 
@@ -328,7 +332,9 @@ class Storage:
                 if not is_transient(error) and not isinstance(error, OSError):
                     raise
                 if delay is None or not is_transient(error):
-                    raise StorageError(_explained(f"{what} in {self.uri}", error, delay is None)) from error
+                    passes = _is_full(error) or (delay is None and not _lacks_credentials(error))
+                    kind = OutageError if passes else StorageError
+                    raise kind(_explained(f"{what} in {self.uri}", error, delay is None)) from error
             time.sleep(delay * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")
 
@@ -341,13 +347,20 @@ def _unless_gone(error: OSError) -> None:
         raise error
 
 
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _lacks_credentials(error: BaseException) -> bool:
+    """Tried all the same: a cloud's machines ask a service for theirs."""
+    return "credential" in type(error).__name__.lower()
+
+
 def _explained(what: str, error: BaseException, tried: bool) -> str:
     advice = "Choose a directory that can be read and written."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _is_full(error):
         advice = "Make room; the same command goes on."
-    elif (
-        "credential" in type(error).__name__.lower()
-    ):  # tried all the same: a cloud's machines ask a service for theirs
+    elif _lacks_credentials(error):
         advice = (
             "Set up the storage's credentials, those of S3 by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for example."
         )

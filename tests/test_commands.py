@@ -307,14 +307,17 @@ def test_a_job_that_nobody_takes_is_one_line(capsys: pytest.CaptureFixture[str])
     ("asked", "here", "gpus"),
     [
         ({"device": "cuda", "max_actors": 2}, "", 1.0),  # whose nodes with GPUs are still to come
-        ({"min_actors": 4}, "", 0.0),
-        ({"max_actors": 2}, "", 0.0),
-        ({}, "", None),
-        ({"max_actors": 2}, "1", None),  # a sweep's own Ray, to which no node comes
+        ({"gpus_per_actor": 0.5, "max_actors": 2}, "", 0.5),
+        ({"device": "cpu", "min_actors": 4}, "", 0.0),
+        # What the first node would have decides nothing: a later one, or the next command, may find another.
+        ({"min_actors": 4}, "", "nothing says what to compute on. Give --gpus-per-actor 1, or --device cpu"),
+        ({"max_actors": 2}, "", "nothing says what to compute on. Give --gpus-per-actor 1, or --device cpu"),
+        ({}, "", "no node has the"),
+        ({"max_actors": 2}, "1", "no node has the"),  # a sweep's own Ray, to which no node comes
     ],
 )
 def test_what_workers_ask_for_where_no_node_is_yet(
-    asked: dict[str, Any], here: str, gpus: float | None, monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, Any], here: str, gpus: float | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(cluster_module.STARTED_HERE, here)
     monkeypatch.setattr(cluster_module, "joined", nullcontext)
@@ -322,8 +325,8 @@ def test_what_workers_ask_for_where_no_node_is_yet(
     monkeypatch.setattr(cluster_module.ray, "cluster_resources", dict)
     monkeypatch.setattr(cluster_module.ray, "nodes", list)
     pool = RayPool(RunConfig(model="m", corpus=("c",), output="o", **asked))
-    if gpus is None:
-        with pytest.raises(ConfigError, match="no node has the"):
+    if isinstance(gpus, str):
+        with pytest.raises(ConfigError, match=gpus):
             pool.__enter__()
     else:
         assert pool.__enter__()._gpus == gpus

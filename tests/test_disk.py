@@ -16,7 +16,7 @@ from flaky import permissions_bind
 
 import jobs
 from fisher_ray import cost, dispatch, driver
-from fisher_ray.cli import BAD_INPUT, COMPLETE, REFUSED, main
+from fisher_ray.cli import BAD_INPUT, COMPLETE, FAILED, REFUSED, main
 from fisher_ray.shards import RefusedError, RunStore
 from jobs import Stored
 
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up(
         "reduction": used - kilobytes(truth.folder / "reduced") // 2,
     }
     output = disk(room[place]) / "run"
-    assert main(["run", *flags(shared, output)]) == BAD_INPUT
+    assert main(["run", *flags(shared, output)]) == FAILED  # and the same command goes on
     line = one_line(capsys.readouterr().err)
     assert "No space left on device" in line and "Make room; the same command goes on." in line
     done = len(list(output.glob("done/*.json")))

@@ -26,7 +26,7 @@ from gcs import gs  # noqa: F401
 
 from fisher_ray import storage
 from fisher_ray.shards import RunStore
-from fisher_ray.storage import DamagedError, Storage, StorageError, absolute, seal, unseal
+from fisher_ray.storage import DamagedError, OutageError, Storage, StorageError, absolute, seal, unseal
 
 
 def place(kind: str, tmp_path: Path) -> str:
@@ -60,7 +60,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def one_line(error: BaseException) -> str:
-    assert type(error) is StorageError
+    assert type(error) in (StorageError, OutageError)
     assert "\n" not in str(error) and "Traceback" not in str(error)
     return str(error)
 
@@ -244,6 +244,7 @@ def test_what_does_not_pass_ends_in_one_line(method: str, stumbling: Storage, mo
         METHODS[method](stumbling)
     line = one_line(raised.value)
     assert line.startswith(method) and "reduce your request rate" in line and "Tried 3 times" in line
+    assert isinstance(raised.value, OutageError)
     assert stumbling.uri in line and "the same command goes on" in line
     assert not Stumbling.faults  # three tries, not four
 
@@ -256,7 +257,7 @@ def test_what_lasts_is_said_at_once(method: str, error: Exception, stumbling: St
         METHODS[method](stumbling)
     line = one_line(raised.value)
     assert line.startswith(method) and "Tried" not in line
-    assert ("Make room" in line) == (named(error) in ("ENOSPC", "EDQUOT"))
+    assert ("Make room" in line) == (named(error) in ("ENOSPC", "EDQUOT")) == isinstance(raised.value, OutageError)
     assert pauses == [] and len(Stumbling.calls) == 1
 
 
