@@ -459,6 +459,7 @@ def submit(
     from aiohttp import ClientError  # here, as workers and most commands do without
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)  # it announces each end of a connection
     try:
         client = JobSubmissionClient(address)
     except (OSError, RuntimeError, RayError) as error:

@@ -361,6 +361,7 @@ class Dispatch:
         self._tries: dict[str, _Tries] = {}
         self._running: dict[Any, _Running] = {}
         self._hung: dict[Any, float] = {}  # and the seconds that each had
+        self._bystanders: set[Any] = set()  # what else was on a worker that was killed
         left, looked = total, 0.0
         try:
             while left:
@@ -428,7 +429,7 @@ class Dispatch:
             slow, limit = self._limits(call)
             if taken > limit and key not in self._hung:
                 self._hung[key] = limit
-                self._pool.kill(running.worker)
+                self._kill(key, running.worker)
             tries = self._tries.get(call.name)
             if (
                 may_start
@@ -442,6 +443,13 @@ class Dispatch:
                 worker = self._pool.room(True, [running.worker])
                 if worker is not None:
                     self._submit(worker, call, alone=False)
+
+    def _kill(self, key: Any, worker: Any) -> None:
+        """End a worker for what one call on it did."""
+        self._bystanders |= {
+            other for other, running in self._running.items() if running.worker is worker and other != key
+        }
+        self._pool.kill(worker)
 
     def _limits(self, call: Call) -> tuple[float, float]:
         """Seconds after which a call is slow, and after which it counts as hung."""
@@ -471,8 +479,10 @@ class Dispatch:
             return
         if key in self._hung:
             outcome = replace(outcome, kind="hung", message=f"took more than {self._hung[key]:g} s")
+        elif key in self._bystanders and outcome.kind == "died":
+            outcome = replace(outcome, kind="lost")
         if outcome.kind in ("sticky", "unwell"):
-            self._pool.kill(running.worker)
+            self._kill(key, running.worker)
         if outcome.kind in _MAX_BLAMELESS:
             tries.blameless[outcome.kind] += 1
         else:

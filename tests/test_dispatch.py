@@ -353,6 +353,21 @@ def unwell(host: str) -> Failure:
     return Failure("unwell", "writing failed", "StorageError", host=host)
 
 
+@pytest.mark.parametrize("kind", ["sticky", "unwell"])
+def test_what_shared_a_worker_that_is_ended_is_not_blamed(kind: str, clock: Clock) -> None:
+    """With a single attempt a call."""
+
+    def behave(call: Call, attempt: int) -> Any:
+        if call.args[0] == 0 and attempt == 1:
+            return Failure(kind, "broken", host="a")  # type: ignore[arg-type]
+        return HANGS if call.args[0] == 1 and attempt == 1 else "fine"
+
+    pool = Pool(clock, 1, behave)
+    found = {call.name: outcome for call, outcome in made(pool, max_attempts=1).run(calls(2), 2)}
+    assert found["task 1"] == "fine" and (found["task 0"] == "fine") == (kind == "unwell")
+    assert pool.attempts["task 1"] == 2 and pool.companions["task 1"] >= {"task 0"}
+
+
 def test_what_one_machine_does_not_reach_others_do(clock: Clock) -> None:
     """Its worker is replaced each time, and with one attempt a call nothing is given up."""
     pool = Pool(clock, 3, lambda call, attempt: unwell("b") if attempt <= call.args[0] % 4 else "fine")

@@ -219,7 +219,7 @@ def test_the_memory_monitor(place: Place, undisturbed: Stored) -> None:
 # ---- killed and slow workers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_actors", "kills"), [(1, 2), (2, 4), (3, 4)])
+@pytest.mark.parametrize(("num_actors", "kills"), [(1, 2), (3, 4)])
 def test_actors_killed(
     num_actors: int, kills: int, place: Place, undisturbed: Stored, cluster: None  # noqa: F811
 ) -> None:  # fmt: skip
