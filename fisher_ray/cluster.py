@@ -30,8 +30,9 @@ from fisher_ray.shards import Receipt
 # Workers that die while they load their model, one after the other, before any has loaded it. Those that die together, as
 # with their node, count once: each has to have been started after the one before was gone.
 _MAX_LOADS = 3
-# Seconds on a machine after which a worker that has not loaded its model is given up: a stuck mount or driver says nothing.
-_LOADS_WITHIN = 3600.0
+# Seconds on a machine after which a worker that has not loaded its model is given up, as a stuck mount or driver says nothing;
+# 140 GB come over 10 MB/s in that time. And after which it is told that the model is still being loaded.
+_LOADS_WITHIN, _LOADS_LONG = 14_400.0, 300.0
 _LOOK_EVERY = 1.0
 
 # Set where the Ray that RAY_ADDRESS names was started by a sweep on its own machine, and has no node to come.
@@ -205,7 +206,13 @@ class RayPool:
     def waits(self) -> str | None:
         if self._failed_loads:
             return f"{self._failed_loads} actors in a row did not load the model, the last: {self._load_failure}"
-        return None if self.alive or not self.pending or self._room() else f"no node has the {self._needs}"
+        if self.alive or not self.pending:
+            return None
+        since = [member.since for member in self._loading.values() if member.since < math.inf]
+        longest = time.monotonic() - min(since, default=math.inf)
+        if longest > _LOADS_LONG:
+            return f"{len(since)} load the model, the first since {longest / 60:.0f} minutes"
+        return None if self._room() else f"no node has the {self._needs}"
 
     @property
     def _needs(self) -> str:

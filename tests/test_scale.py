@@ -343,19 +343,20 @@ def test_what_is_wrong_with_the_model_is_said_where_two_machines_say_it(
 
 
 def test_one_that_does_not_load_is_replaced(pool: cluster.RayPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An hour after it was placed; how long it waited for a machine does not count."""
+    """Four hours after it was placed; how long it waited for a machine does not count."""
     started: list[int] = []
     monkeypatch.setattr(pool, "_start", lambda: started.append(1))
     now = time.monotonic()
-    for since in (now - 3700, now - 3500, math.inf):
-        member = cluster._Member(SimpleNamespace(), Future(), Future(), now - 7200, "a", since)
+    for since in (now - 14_500, now - 14_310, math.inf):
+        member = cluster._Member(SimpleNamespace(), Future(), Future(), now - 20_000, "a", since)
         pool._members.add(member)
         pool._loading[member.loaded] = member
+    assert pool.waits == "2 load the model, the first since 242 minutes"
     pool.resize(3, 6)
     assert len(pool._members) == 2
     assert (
         pool.waits
-        == "1 actors in a row did not load the model, the last: it did not load the model within 3600 s (on a)"
+        == "1 actors in a row did not load the model, the last: it did not load the model within 14400 s (on a)"
     )
 
 
