@@ -83,7 +83,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Sampled:
-    """``c_y / sqrt(S)`` for ``S`` tokens ``y ~ p``: unbiased, with relative error of order 1 / sqrt(S).
+    """``c_y / sqrt(S)`` for ``S`` tokens ``y ~ p``: unbiased; relative error ``sqrt((E|g|^4 / |F|^2 - 1) / S)``.
 
     ``temperature`` and ``top_p`` draw the tokens from another distribution (the temperature first, then the smallest set
     of tokens whose mass reaches ``top_p``) and leave the scores those of p. The expectation is then no longer the Fisher
