@@ -203,7 +203,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rates = [] if x_rate is None else [linear(x_rate, weight)]
         rates += [] if weight_rate is None else [torch.nn.functional.linear(x, weight_rate)]
-        rates += [] if bias_rate is None else [bias_rate]
+        rates += [] if bias_rate is None else [bias_rate.expand(*x.shape[:-1], -1)]
         return sum(rates[1:], rates[0]) if rates else None
 
     @staticmethod

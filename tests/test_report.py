@@ -23,7 +23,7 @@ import pytest
 
 import jobs
 from fisher_ray import cost, open_run, storage
-from fisher_ray.cli import BAD_INPUT, COMPLETE, DAMAGED, main
+from fisher_ray.cli import BAD_INPUT, COMPLETE, DAMAGED, FAILED, main
 from fisher_ray.report_html import _TOP, Report, _pm, html_report
 from fisher_ray.report_text import _cut
 from fisher_ray.statistics import Estimate
@@ -615,7 +615,7 @@ def test_what_cannot_be_written_leaves_the_one_before(
     Path("out").write_text("made before")
     with monkeypatch.context() as patch:
         patch.setattr(storage.os, "fsync", full)
-        assert main([argv[0], str(made), *argv[1:]]) == BAD_INPUT
+        assert main([argv[0], str(made), *argv[1:]]) == FAILED
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line and "Make room" in line
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out", "made before")]
