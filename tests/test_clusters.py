@@ -462,6 +462,16 @@ def test_a_host_that_loses_a_mount(
     same(output, undisturbed)
 
 
+TWO_NODES = """
+import ray, sys, time
+ray.init(sys.argv[1], log_to_driver=False)
+end = time.monotonic() + 60
+while (alive := sum(node["Alive"] for node in ray.nodes())) < 2 and time.monotonic() < end:
+    time.sleep(0.5)
+sys.exit(alive < 2)
+"""
+
+
 @contextmanager
 def ray_on(hosts: tuple[Host, Host]) -> Iterator[tuple[Tree, Tree]]:
     """A head and a node, each with a logical GPU."""
@@ -474,7 +484,11 @@ def ray_on(hosts: tuple[Host, Host]) -> Iterator[tuple[Tree, Tree]]:
         )
         until(lambda: "Ray runtime started" in head.said, 60, f"the head has started: {head.said}")
         joining = ("--address", f"{hosts[0].ip}:6379", "--node-ip-address", hosts[1].ip, "--temp-dir", folder / "b")
-        node = hosts[1].run(RAY, "start", *joining, *common, **WATCHFUL, **INSTALLED)
+        for _ in range(3):  # on a busy machine Ray may give a node up that its own agents come to late
+            node = hosts[1].run(RAY, "start", *joining, *common, **WATCHFUL, **INSTALLED)
+            if hosts[0].run(sys.executable, "-c", TWO_NODES, f"{hosts[0].ip}:6379", **INSTALLED).code(120) == 0:
+                break
+            node.end()
         yield head, node
     finally:
         for tree in (*hosts[0].trees, *hosts[1].trees):
