@@ -326,7 +326,7 @@ class Dispatch:
         pool: where to.
         max_attempts: failures of one call before it is given up.
         timeout: seconds after which a call that has a weight counts as hung; None: by what others of its weight took.
-        expected: seconds a unit of weight, at most, for as long as no call has told.
+        expected: seconds a unit of weight, at most, for as long as no call has told; asked where one takes long.
         tick: called about once a second; may raise to end everything.
         stopping: seconds left once a stop was asked for, else None.
     """
@@ -338,7 +338,7 @@ class Dispatch:
         timeout: float | None,
         tick: Callable[[], None],
         stopping: Callable[[], float | None],
-        expected: float = 0.0,
+        expected: Callable[[], float] = lambda: 0.0,
     ):
         self._pool, self._max_attempts, self._timeout = pool, max_attempts, timeout
         self._tick, self._stopping, self._expected = tick, stopping, expected
@@ -426,7 +426,7 @@ class Dispatch:
         # They lie in the order in which they were started, so behind the first that is young enough all are.
         for key, running in list(takewhile(lambda item: now - item[1].since > least, self._running.items())):
             taken, call = now - running.since, running.call
-            slow, limit = self._limits(call)
+            slow, limit = self._limits(call, taken)
             if taken > limit and key not in self._hung:
                 self._hung[key] = limit
                 self._kill(key, running.worker)
@@ -451,14 +451,16 @@ class Dispatch:
         }
         self._pool.kill(worker)
 
-    def _limits(self, call: Call) -> tuple[float, float]:
+    def _limits(self, call: Call, taken: float) -> tuple[float, float]:
         """Seconds after which a call is slow, and after which it counts as hung."""
         if call.weight is None:
             return _SLOW_OTHERS, _HUNG_OTHERS
-        slow, hung = math.inf, max(_HUNG_UNKNOWN, _UNKNOWN * self._expected * call.weight)
+        slow, hung = math.inf, _HUNG_UNKNOWN
         if len(self._pace) >= 3:
             expected = statistics.median(self._pace) * call.weight
             slow, hung = max(_SLOW_AT_LEAST, _SLOW * expected), max(_HUNG_AT_LEAST, _HUNG * expected)
+        elif taken > hung:
+            hung = max(hung, _UNKNOWN * self._expected() * call.weight)
         return slow, hung if self._timeout is None else self._timeout
 
     def _ended(self, key: Any, outcome: Any) -> Iterator[tuple[Call, Any]]:

@@ -352,7 +352,7 @@ class _Run:
         self.plan, self.tasks, self.store, self.pool, self.lease = plan, tasks, store, pool, lease
         self._stop, self._tell = stop, tell
         config = plan.config
-        expected = plan.cost.slowest_seconds_per_byte(config.device or "cpu")
+        expected = partial(plan.cost.slowest_seconds_per_byte, config.device or "cpu")
         self.dispatch = Dispatch(pool, config.max_attempts, config.task_timeout, self._tick, stop.seconds, expected)
         self.state = "computing"
         self.done = bytearray(len(tasks))  # a flag a task: a million tasks weigh a megabyte

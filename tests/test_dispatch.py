@@ -257,7 +257,7 @@ def test_slow_is_by_weight(clock: Clock) -> None:
 def test_how_long_the_first_may_take_is_what_slow_devices_would(clock: Clock, expected: float, limit: float) -> None:
     pool = Pool(clock, 1, lambda call, attempt: HANGS if attempt == 1 else "fine")
     begun = clock.now
-    (ended,) = Dispatch(pool, 3, None, lambda: None, lambda: None, expected).run(
+    (ended,) = Dispatch(pool, 3, None, lambda: None, lambda: None, lambda: expected).run(
         [Call("task", "compute", (0,), 100)], 1
     )
     assert ended[1] == "fine" and limit < clock.now - begun < limit + 30
