@@ -54,8 +54,9 @@ class ModelFacts:
         num_layers = getattr(text, "num_decoder_layers", None) if encoder_decoder else None
         longest = getattr(text, "max_position_embeddings", None)
         rope = getattr(text, "rope_parameters", None) or {}
-        if longest and rope.get("rope_type") == "longrope":
-            longest = min(longest, rope.get("original_max_position_embeddings", longest))
+        for each in (rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, Mapping))):
+            if longest and each.get("rope_type") == "longrope":
+                longest = min(longest, each.get("original_max_position_embeddings", longest))
         try:
             num_layers, d_model, vocab_size = num_layers or text.num_hidden_layers, text.hidden_size, text.vocab_size
         except AttributeError as error:
@@ -247,6 +248,10 @@ def sink_token(config: Any, tokenizer: Any, vocab_size: int) -> int | None:
     return next((token for token in candidates if isinstance(token, int) and 0 <= token < vocab_size), None)
 
 
+# Where modules keep what is to run around their forward.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 def fuse_activations(model: nn.Module) -> list[Pointwise]:
     """Have activations keep their slopes where asked, and exchange transformers' tanh GELU for PyTorch's, the same function.
 
@@ -258,10 +263,9 @@ def fuse_activations(model: nn.Module) -> list[Pointwise]:
     pointwise = {nn.GELU} | {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
     for module in [module for module in model.modules() if not isinstance(module, Pointwise)]:
         for child, activation in list(module.named_children()):
-            if isinstance(activation, NewGELUActivation):
-                activation = nn.GELU(approximate="tanh")
             if type(activation) in pointwise and next(activation.parameters(), None) is None:
-                setattr(module, child, Pointwise(activation))
+                fast = nn.GELU(approximate="tanh") if isinstance(activation, NewGELUActivation) else activation
+                setattr(module, child, Pointwise(activation, fast.forward).train(activation.training))
     return [module for module in model.modules() if isinstance(module, Pointwise)]
 
 
@@ -282,29 +286,42 @@ def slopes_kept(activations: Sequence[Pointwise]) -> Iterator[None]:
 
 
 class Pointwise(nn.Module):
-    """A pointwise activation whose graph can keep its slope, see :func:`slopes_kept`."""
+    """A pointwise activation whose graph can keep its slope, see :func:`slopes_kept`.
 
-    def __init__(self, activation: nn.Module):
+    Args:
+        activation: the model's own; called as it is while it has hooks, which may ablate neurons.
+        function: the same function otherwise.
+    """
+
+    def __init__(self, activation: nn.Module, function: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.activation = activation
+        self.activation, self.function = activation, function
         self.keeps_slope = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if has_hooks(self.activation):
+            hooked: Tensor = self.activation(x)
+            return hooked
         if self.keeps_slope and torch.is_grad_enabled() and x.requires_grad:
             if torch.compiler.is_compiling():
                 x = x.contiguous()  # half of a gate's product has no tangent of its strides there
-            return _WithSlope.apply(x, self.activation)[0]
-        return self.activation(x)
+            return _WithSlope.apply(x, self.function)[0]
+        return self.function(x)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module is more than its forward."""
+    return any(getattr(module, name) for name in HOOKS)
 
 
 class _WithSlope(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, activation: nn.Module) -> tuple[Tensor, Tensor]:
-        y, slope = torch.func.jvp(activation.forward, (x,), (torch.ones_like(x),))[:2]
+    def forward(x: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        y, slope = torch.func.jvp(function, (x,), (torch.ones_like(x),))[:2]
         return y, slope
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, nn.Module], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # none of zeros for the slope
         ctx.save_for_backward(output[1])
@@ -401,9 +418,16 @@ def find_head(model: Any) -> Head:
     unembedding = model.get_output_embeddings()
     if unembedding is None or not isinstance(getattr(unembedding, "weight", None), Tensor):
         raise ModelError(f"{type(model).__name__} has no output embeddings; expected a language model with a head.")
+    more = sorted({name for name, _ in unembedding.named_parameters()} - {"weight", "bias"})
+    if more:  # adapters may be zero when the head is compared with the model's own, and grow
+        raise ModelError(
+            f"the output head of {type(model).__name__} has more parameters than its weight and bias: {', '.join(more[:3])}. "
+            "Merge adapters into the weight first."
+        )
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    if getattr(model.config, "scale_decoder_outputs", False):
+    tied_scale = model.config.model_type in ("umt5", "switch_transformers") and model.config.tie_word_embeddings
+    if getattr(model.config, "scale_decoder_outputs", tied_scale):
         scale *= unembedding.weight.shape[1] ** -0.5
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(unembedding.weight, getattr(unembedding, "bias", None), scale, float(softcap) if softcap else None)
@@ -495,7 +519,7 @@ def attention_reading(
     projection, _ = _projections(model, block)
     d = ModelFacts.of(model.config).d_model
     signs = 1.0 - 2.0 * (torch.arange(d) % 2)
-    other = torch.randn(d, generator=torch.Generator().manual_seed(0)) + 0.5
+    other = torch.randn(d, generator=torch.Generator().manual_seed(0), device="cpu") + 0.5
     probes = torch.stack([signs, -signs, other, -other])[:, None]
     arrived: list[Tensor] = []
     read: list[Tensor] = []

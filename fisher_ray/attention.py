@@ -255,6 +255,7 @@ def _attention(
         where = mode.positions.to(query.device)  # blocks may be on several devices
         key, value, broken = layer.key, layer.value, layer.broken
         attention_mask, position_bias = layer.mask, layer.bias
+        query = _tempered(module, query, where)
     else:
         if broken is not None:
             key, value = (x.masked_fill(broken.mT, 0.0) for x in (key, value))
@@ -268,6 +269,21 @@ def _attention(
     if broken is not None:
         out = out.masked_fill(seen.any_of(broken, query), torch.nan)
     return out.transpose(1, 2), None
+
+
+def _tempered(module: Any, query: Tensor, positions: Int[Tensor, "batch queries"]) -> Tensor:
+    """Queries of Llama 4's layers without rotary positions, by their positions and not by their places in the row.
+
+    Such layers scale them by ``1 + s log(1 + floor((t + 1) / f))``, and take the place of a query in its row for t.
+    """
+    if getattr(module, "use_rope", True) or not getattr(module, "attn_temperature_tuning", False):
+        return query
+
+    def scale(t: Tensor) -> Tensor:
+        return 1 + module.attn_scale * torch.log1p(torch.floor((t.float() + 1) / module.floor_scale))
+
+    place = torch.arange(query.shape[2], device=query.device)
+    return query * (scale(positions) / scale(place))[:, None, :, None].to(query)
 
 
 def _broken(key: Tensor, value: Tensor) -> Bool[Tensor, "batch 1 1 keys"] | None:

@@ -35,7 +35,7 @@ from fisher_ray.dispatch import LocalPool, Pool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.kernels import is_out_of_memory
 from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, read_settings, reckon
-from fisher_ray.report import direction_table, layer_table, number_table, print_table
+from fisher_ray.report import Printable, direction_table, layer_table, number_table, print_table
 from fisher_ray.report_html import html_report
 from fisher_ray.run import Reading, open_run, read_description
 from fisher_ray.shards import Lease, RefusedError, RunStore
@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     validating.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="picture of deviation against step")
     validating.add_argument("--json", action="store_true", help="print JSON")
+    _add_trust(validating)
     validating.set_defaults(act=_validate)
 
     projecting = commands.add_parser(
@@ -130,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     projecting.add_argument("--max-docs", type=int, help="documents in that table (all)")
     projecting.add_argument("--json", action="store_true", help="print JSON")
+    _add_trust(projecting)
     projecting.set_defaults(act=_project)
 
     clean = commands.add_parser("clean", help="list what killed attempts left behind, or remove it")
@@ -409,7 +411,7 @@ def _guarded(act: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):  # what has been computed is not to fail for a letter that cannot be shown
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    errors = Console(stderr=True, markup=False)
+    errors = _console(stderr=True)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for library in ("ray", "huggingface_hub", "gcsfs"):  # their retries and notes would bury the one line that matters
@@ -458,8 +460,17 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120, markup=False)  # paths and text may look like it
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that came with the run's model, as the run did"
+    )
+
+
+def _console(stderr: bool = False) -> Console:
+    width = None if stderr or sys.stdout.isatty() else 120
+    console = Console(width=width, stderr=stderr, markup=False)  # paths and text may look like it
+    console.push_render_hook(Printable())
+    return console
 
 
 def _lasting(output: str, corpus: Sequence[str] = ()) -> None:
@@ -566,7 +577,7 @@ def _show(console: Console, outcome: Outcome) -> None:
     console.print(f"positions:            {uri}/positions/*.parquet", soft_wrap=True)
     console.print(f"picture:              {uri}/reduced/spectra.png", soft_wrap=True)
     if outcome.quarantined:
-        errors = Console(stderr=True, markup=False)
+        errors = _console(stderr=True)
         for line in list(outcome.quarantined.values())[:_NAMED]:
             errors.print(f"given up: {line}", style="red", soft_wrap=True)
         errors.print(
@@ -695,7 +706,7 @@ def _status(given: dict[str, Any]) -> int:
     except DamagedError as error:
         progress = {"state": "unknown"}
         reading.damaged.append(str(error))
-    notes = (reading(partial(store.read_sealed, path)) for path in store.list("quarantine"))
+    notes = (reading(partial(store.read_sealed, path)) for path in store.notes())
     quarantine = [note["error"] for note in notes if note is not None]
     done = len(store.names("done"))
     heard = max(0.0, round(time.time() - progress["written"], 1)) if "written" in progress else None
@@ -749,7 +760,9 @@ def _verify(given: dict[str, Any]) -> int:
         found += 1
         console.print(f"{problem.path} {problem.what}", highlight=False, soft_wrap=True)
     if found:
-        console.print(f"{found} problems. The command that made the run finds and mends them when it is given again.")
+        console.print(
+            f"{found} problems. What the run has written is mended when the command that made it is given again."
+        )
         return DAMAGED
     done = f"{len(store.names('done')):,} of {run['tasks']:,} tasks"
     console.print(f"{store.uri}: {done}, everything as it was written", soft_wrap=True, highlight=False)
@@ -808,7 +821,7 @@ def _validation(path: Path | None) -> dict[str, Any] | None:
 
 def _without(damaged: Sequence[str]) -> int:
     """Name what had to be left out; the exit code."""
-    errors = Console(stderr=True, markup=False)
+    errors = _console(stderr=True)
     for line in damaged[:_NAMED]:
         errors.print(f"left out: {line}", style="red", soft_wrap=True)
     return DAMAGED if damaged else COMPLETE
@@ -816,7 +829,8 @@ def _without(damaged: Sequence[str]) -> int:
 
 def _validate(given: dict[str, Any]) -> int:
     output = None if given["output"] is None else _to_write(given["output"])
-    result = validate(open_run(given["run"]), given["layer"], given["positions"], given["dtype"])
+    run = open_run(given["run"], trust_remote_code=given["trust_remote_code"])
+    result = validate(run, given["layer"], given["positions"], given["dtype"])
     if output is not None:
         result.plot(picture := io.BytesIO())
         _write(output, picture.getvalue())
@@ -835,7 +849,8 @@ def _validate(given: dict[str, Any]) -> int:
 
 
 def _project(given: dict[str, Any]) -> int:
-    run, path = open_run(given["run"]), given["directions"]
+    run = open_run(given["run"], trust_remote_code=given["trust_remote_code"])
+    path = given["directions"]
     if given["max_docs"] is not None and given["max_docs"] < 1:
         raise ConfigError(f"max_docs must be at least 1, got {given['max_docs']}.")
     output = None if given["output"] is None else _to_write(given["output"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import posixpath
 import re
 import sys
@@ -149,10 +150,13 @@ class Window:
 
 def takes_in(uri: str, path: str) -> bool:
     """Whether a corpus of that URI, glob or folder has the file at ``path``, or would have it if there were one."""
-    taken, asked = (
-        str(fs.unstrip_protocol(inner)) for fs, inner in map(fsspec.core.url_to_fs, map(absolute, (uri, path)))
-    )
-    return asked.startswith(f"{taken.rstrip('/')}/") or re.match(glob_translate(taken), asked) is not None
+    named = tuple(map(absolute, (uri, path)))
+    # As they are named, and without links: a corpus may be a link to the folder that the output is in.
+    for spelling in (named, tuple(each if "://" in each else os.path.realpath(each) for each in named)):
+        taken, asked = (str(fs.unstrip_protocol(inner)) for fs, inner in map(fsspec.core.url_to_fs, spelling))
+        if asked.startswith(f"{taken.rstrip('/')}/") or re.match(glob_translate(taken), asked) is not None:
+            return True
+    return False
 
 
 def find_sources(corpus: Sequence[str]) -> list[Source]:
@@ -540,6 +544,11 @@ def _groups(source: Source, layout: Layout) -> list[_Group] | None:
     head = io.BytesIO(_bytes(source, 0, min(source.size, _FOOTER)))
     with _decoding(source):
         rows, columns, dtype = _npy_header(head, source.path)
+    if head.tell() + rows * columns * dtype.itemsize > source.size:
+        raise CorpusError(
+            f"{source.path} must hold {rows} rows of {columns} numbers as its header says, and has {source.size} bytes. Is the "
+            "file complete?"
+        )
     return [(rows, rows * columns * dtype.itemsize)]
 
 
@@ -640,6 +649,8 @@ def _check_columns(schema: pa.Schema, layout: Layout, path: str) -> None:
     for column in layout.columns:
         if column not in schema.names:
             raise CorpusError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}. {_CHOOSE}")
+        if schema.names.count(column) > 1:
+            raise CorpusError(f"{path} has several columns {column!r}; expected one. Rename or drop the others.")
     kind = schema.field(layout.column).type
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and not (
@@ -798,7 +809,7 @@ def _npy_header(file: Any, path: str) -> tuple[int, int, np.dtype]:
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_columns, dtype = read_header(file)
-    if len(shape) != 2 or dtype.kind not in "iu":
+    if len(shape) != 2 or min(shape) < 0 or dtype.kind not in "iu":
         raise CorpusError(f"{path} must hold integer token ids [documents, tokens], got {dtype} of shape {shape}.")
     if by_columns:
         raise CorpusError(f"{path} holds its columns one after another. Save it with numpy.ascontiguousarray.")

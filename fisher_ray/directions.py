@@ -98,11 +98,15 @@ def read_directions(path: str | Path, d_model: int) -> Float[np.ndarray, "k d_mo
             f"it holds {found}. Put the rows wanted in a file of their own."
         )
     rows = fitting[0].astype(np.float32)
+    _check_rows(rows, f"in {path}")
+    return rows
+
+
+def _check_rows(rows: np.ndarray, where: str) -> None:
     bad = np.flatnonzero(~(np.isfinite(rows).all(1) & rows.any(1)))
     if len(bad):
         named = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
-        raise ValueError(f"directions in {path} must be finite and not zero; rows {named} are not.")
-    return rows
+        raise ValueError(f"directions {where} must be finite and not zero; rows {named} are not.")
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -121,6 +125,7 @@ def _check(run: Run, layer: int, directions: np.ndarray) -> None:
         raise ValueError(
             f"directions must be [k, {run.d_model}] at layers of {run.layers}, got {list(directions.shape)} at layer {layer}."
         )
+    _check_rows(directions, f"at layer {layer}")
 
 
 def _eigenvectors(run: Run, layer: int) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
@@ -169,10 +174,11 @@ def model_of(run: Run, dtype: str | None = None) -> SplitModel:
         dtype: of the weights; default: the run's.
 
     Raises:
-        ModelError: it is gone, or its weights are no longer those of the run.
+        ModelError: it is gone, its weights are no longer those of the run, or it brings code that the run was opened without
+            trust in.
     """
     weights = run.description["result_fields"]["weights"]
-    config = replace(run.config.pinned(weights), dtype=dtype or run.config.dtype)
+    config = replace(run.config_to_load(), dtype=dtype or run.config.dtype)
     if weights_digest(config.model, config.revision, config.trust_remote_code) != weights:
         raise ModelError(
             f"the weights of {config.model} are not those that {run.store.uri} was made with. Put those back, or run again in "
@@ -191,7 +197,7 @@ def worker_of(run: Run, model: SplitModel | None = None, dtype: str | None = Non
     Raises:
         ModelError, CorpusError: model or corpus cannot be read.
         ConfigError: tokenizer or corpus are no longer those of the run.
-        ValueError: the model given is another one.
+        ValueError: the model given is of another shape.
     """
     model = model or model_of(run, dtype)
     facts = ModelFacts.of(model.model.config)
@@ -200,7 +206,7 @@ def worker_of(run: Run, model: SplitModel | None = None, dtype: str | None = Non
             f"the run is of {run.config.model}, width {run.d_model} and layers up to {max(run.layers)}; the model given, "
             f"{model.label}, has width {facts.d_model} and {facts.num_layers} blocks. Give the run's own."
         )
-    plan = make_plan(run.config.pinned(run.description["result_fields"]["weights"]))
+    plan = make_plan(run.config_to_load())
     for name, source in (("tokenizer", run.config.model), ("corpus", ", ".join(run.config.corpus))):
         if plan.result_fields[name] != run.description["result_fields"][name]:
             raise ConfigError(f"the {name} of {source} changed since the run. Put back what was there, or run again.")

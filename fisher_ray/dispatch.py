@@ -21,6 +21,7 @@ from fisher_ray.corpus import CorpusError, is_seen
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
 from fisher_ray.reduce import DIRECTIONS, Checkpoint, Node, finish_layers, look_back, read_array, sum_node
 from fisher_ray.shards import Counts, Receipt, RunStore
+from fisher_ray.split import settings_restored
 from fisher_ray.storage import DamagedError, OutageError, StorageError, is_transient, several
 from fisher_ray.worker import InTurn, Worker, at_once
 
@@ -260,10 +261,12 @@ class LocalPool:
         self._count = 0
 
     def __enter__(self) -> LocalPool:
+        self._settings = settings_restored()
+        self._settings.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def __exit__(self, *error: Any) -> None:
+        self._settings.__exit__(*error)
 
     def open(self, plan: Plan) -> None:
         self._servant = Servant(plan)

@@ -43,7 +43,7 @@ def overview(run: Run) -> dict[str, Any]:
             problems.append(str(error))
         else:
             layers += [] if blocks is None else [{"layer": layer, **_spectral(blocks, spectrum(blocks))}]
-    notes = [reading(partial(run.store.read_sealed, path)) for path in run.store.list("quarantine")]
+    notes = [reading(partial(run.store.read_sealed, path)) for path in run.store.notes()]
     if counts and counts.invalid:
         problems.append(f"{counts.invalid} positions had activations or scores that were not finite, and are left out")
     if counts and counts.halvings:

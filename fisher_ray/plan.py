@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -148,9 +149,22 @@ class Positions:
         return sorted({t % length for t in listed if -length <= t < length})
 
 
+def _names(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """Names or paths, of which one may be given alone."""
+    names = [given] if isinstance(given, str | os.PathLike) else given
+    return tuple(os.fspath(name) for name in names)
+
+
+def _listed(given: str | int | Iterable[int]) -> str:
+    """Numbers as the command line has them."""
+    return ",".join(map(str, given)) if isinstance(given, Iterable) and not isinstance(given, str) else str(given)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a run is told. ``fisher-ray run --help`` describes each setting.
+
+    Paths, one name where several may be given, lists of numbers and torch's dtypes are taken as well, and kept as written here.
 
     Attributes:
         layers: ``all``, a range ``0-11`` or a list ``3,6``.
@@ -232,6 +246,16 @@ class RunConfig:
     until_relative_change: float | None = None
 
     def __post_init__(self) -> None:
+        for name, written in (
+            ("model", os.fspath(self.model)),
+            ("output", os.fspath(self.output)),
+            ("corpus", _names(self.corpus)),
+            ("columns", _names(self.columns)),
+            ("layers", _listed(self.layers)),
+            ("positions", _listed(self.positions)),
+            ("dtype", str(self.dtype).removeprefix("torch.")),
+        ):
+            object.__setattr__(self, name, written)
         if self.estimator is None:
             tempered = self.top_p != 1.0 or self.temperature != 1.0
             object.__setattr__(self, "estimator", "sampled" if self.save == "summary" or tempered else "deflated")

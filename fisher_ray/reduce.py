@@ -331,7 +331,7 @@ def _means(sums: GroupSums) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         whitened = whitened_factor_eigenvalues(fisher, mean, second_moment)
     else:
         values, vectors = symmetric_eigh(fisher)
-        whitened = whitened_eigenvalues(fisher, mean, second_moment)
+        whitened = whitened_eigenvalues(fisher, second_moment - torch.outer(mean, mean))
     values = values.clamp_min(0)
     suffix = "_factors" if isinstance(sums.fisher, Sketch) else ""
     arrays = {

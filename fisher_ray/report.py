@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleDimensions
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -14,8 +17,29 @@ from fisher_ray.plan import Plan, visible
 from fisher_ray.reduce import read_array
 from fisher_ray.shards import RunStore
 
+# All of Unicode's that are no line end, and those that turn the direction of writing.
+_CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # Letters that a column of text has at least.
 _LEAST_TEXT = 16
+
+
+class Printable(RenderHook):
+    """Shows what would move a terminal's cursor or colour, or turn its text around, in place of doing it.
+
+    Names, documents and tokens come from corpora that may be anybody's.
+    """
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printed(each) for each in renderables]
+
+
+@dataclass(frozen=True)
+class _Printed:
+    what: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self.what, options):
+            yield Segment(text if control else _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text), style, control)
 
 
 def number_table(*names: str, folded: str | None = None) -> Table:

@@ -238,7 +238,7 @@ def _health(
 ) -> Section:
     given_up = [
         record["error"] if (record := reading(partial(run.store.read_sealed, path))) else f"{path} cannot be read"
-        for path in run.store.list("quarantine")
+        for path in run.store.notes()
     ]
     lines = [(run.complete, run.status)]
     lines.append(

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from fisher_ray.architecture import ModelError
 from fisher_ray.cost import FAN_IN
 from fisher_ray.plan import RunConfig, Task, Tasks, visible
 from fisher_ray.reduce import Checkpoint
@@ -38,14 +39,19 @@ T = TypeVar("T")
 _TABLES = 4
 
 
-def open_run(uri: str | Path) -> Run:
+def open_run(uri: str | Path, *, trust_remote_code: bool = False) -> Run:
     """Open a run directory, on any fsspec URI.
+
+    Args:
+        uri: the directory.
+        trust_remote_code: allow what loads the run's model again to run code that comes with it. That the run did is no
+            reason: a run directory may be anybody's.
 
     Raises:
         StorageError: there is no run, or one of a format that this version does not know.
         DamagedError: its description is damaged.
     """
-    return Run(RunStore(str(uri)))
+    return Run(RunStore(str(uri)), trust_remote_code)
 
 
 def read_description(store: RunStore) -> dict[str, Any]:
@@ -109,8 +115,8 @@ class Run:
         d_model: width of the residual stream.
     """
 
-    def __init__(self, store: RunStore):
-        self.store = store
+    def __init__(self, store: RunStore, trust_remote_code: bool = False):
+        self.store, self._trusted = store, trust_remote_code
         self.description = description = read_description(store)
         self.layers: list[int] = description["layers"]
         self.d_model: int = description["d_model"]
@@ -130,6 +136,19 @@ class Run:
     def config(self) -> RunConfig:
         """The settings that the run was started with."""
         return RunConfig.from_dict(self.description["config"])
+
+    def config_to_load(self) -> RunConfig:
+        """The settings, with the model's commit, for loading its model and corpus again.
+
+        Raises:
+            ModelError: the model brings code, which the run was opened without trust in.
+        """
+        if self.config.trust_remote_code and not self._trusted:
+            raise ModelError(
+                f"{self.store.uri} was made with code that comes with the model {self.config.model}. If you trust that, let it "
+                "run here (--trust-remote-code; open_run(..., trust_remote_code=True))."
+            )
+        return self.config.pinned(self.description["result_fields"]["weights"])
 
     @property
     def estimand(self) -> str:

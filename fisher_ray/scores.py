@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from numbers import Integral
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -35,6 +36,8 @@ TokenSource = Literal["observed", "sampled"]
 _FULL_PRODUCT = 256
 # On a GPU fewer leave it waiting for the next launch.
 _GPU_FULL_PRODUCT = 4096
+# The largest norm of a stream or of a position's factors that is taken for finite: sums of 4,096 such squares are, in float32.
+_LONGEST = 1e17
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Scores:
         kept_mass: [N], probability mass that the estimator's truncation kept; 1 without.
         captured_share: [N], of ``tr M``, the trace of F at the final hidden state, what is in factors that no draw decides:
             1 where they are exact, 0 where all are sampled; the mean over D.
-        invalid: (sequence, position) of rows left out because activations, p or scores were not finite.
+        invalid: (sequence, position) of rows left out because activations, p or scores were not finite, or longer than 1e17.
         halvings: how often memory ran out and a micro-batch was cut in two.
     """
 
@@ -200,8 +203,11 @@ def iter_scores(
     memory_budget: int | None = None,
 ) -> Iterator[Scores]:
     """The same as :func:`score_factors`, in chunks of bounded memory, in order."""
+    if not isinstance(model, SplitModel):
+        raise ValueError(f"model must be a SplitModel, got {type(model).__name__}. Give SplitModel(model).")
     if not isinstance(estimator, Estimator):
         raise ValueError(f"estimator must be Exact(), Sampled(8) or the like, got {estimator!r}.")
+    model.check_hooks()
     rows = _real_tokens(model, input_ids, attention_mask)
     if token_source not in ("observed", "sampled"):
         raise ValueError(f"token_source must be observed or sampled, got {token_source!r}.")
@@ -304,10 +310,12 @@ def _chosen_positions(
 ) -> list[list[int]]:
     """Positions of each sequence, ascending."""
     per_row: Sequence[Any]
-    if isinstance(positions, Tensor):
+    if isinstance(positions, Tensor | np.ndarray):
         positions = positions.tolist()
     if positions is None:
         per_row = [range(first, len(row)) for row in rows]
+    elif isinstance(positions, str) or not isinstance(positions, Sequence):
+        raise ValueError(f"positions must be a list of whole numbers, or one for each sequence, got {positions!r}.")
     elif len(positions) and not isinstance(positions[0], Integral):
         per_row = positions
         if len(per_row) != len(rows):
@@ -316,6 +324,8 @@ def _chosen_positions(
         per_row = [positions] * len(rows)
     chosen = []
     for i, (row, wanted) in enumerate(zip(rows, per_row, strict=True)):
+        if any(isinstance(t, bool | np.bool_) for t in wanted):
+            raise ValueError("positions are places, not a mask of booleans. Give mask.nonzero().flatten().")
         counted = {t + len(row) if t < 0 else t: t for t in map(operator.index, wanted)}
         for position, given in counted.items():
             if not first <= position < len(row):
@@ -540,12 +550,15 @@ class Pass:
             del tape, cotangents  # the graph, before what is made of the scores
         entropy, surprisal, kept, captured = (value.view(-1, num_draws).mean(1) for value in per_query)
         activations = {
-            layer: stream[::copies].to(entropy.dtype).unflatten(0, (-1, num_draws)) for layer, stream in streams.items()
+            # Not a view: what is kept of it would keep all copies.
+            layer: stream[::copies].to(entropy.dtype, copy=copies > 1).unflatten(0, (-1, num_draws))
+            for layer, stream in streams.items()
         }
         valid = entropy.isfinite()
         for tensors in (factors, activations):
             for tensor in tensors.values():
-                valid &= tensor.flatten(1).sum(1).isfinite()  # one pass; a sum with NaN or infinity is one of them
+                # NaN and infinity are not below it; and of what is, sums of outer products are finite.
+                valid &= torch.linalg.vector_norm(tensor.flatten(1), dim=1) < _LONGEST
         good = slice(None) if bool(valid.all()) else valid  # a copy of the factors is made only where it must be
         return Scores(
             factors={layer: tensor[good] for layer, tensor in factors.items()},

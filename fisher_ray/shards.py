@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -44,6 +45,8 @@ T = TypeVar("T")
 TOP_EIGENVALUES = 4
 
 # All that a run writes; anything else in its directory is somebody's own.
+# Numbers of tasks, spans of them, and what a sum is without.
+_RECEIPT = re.compile(r"([0-9][0-9a-z-]*)\.json")
 _FILES = ("run.json", "plan.parquet", "progress.json")
 _FOLDERS = ("lease", "positions", "sums", "factors", "matrices", "done", "quarantine", "tree", "reduced")
 
@@ -272,9 +275,13 @@ class RunStore(Storage):
         return self.receipt("done", task_name(task)).counts.scored > 0
 
     def names(self, folder: str) -> set[str]:
-        """Names of all receipts in a folder, from one listing."""
-        prefix = len(folder) + 1
-        return {path[prefix:-5] for path in self.list(folder) if path.endswith(".json")}
+        """Names of all receipts in a folder, from one listing; copies that other tools have made have other names."""
+        found = (_RECEIPT.fullmatch(path, len(folder) + 1) for path in self.list(folder))
+        return {match[1] for match in found if match}
+
+    def notes(self) -> list[str]:
+        """Paths of the notes of tasks that were given up."""
+        return [f"quarantine/{name}.json" for name in sorted(self.names("quarantine"))]
 
     def receipts(self, tasks: Iterable[int]) -> Iterator[Receipt]:
         """Receipts of tasks, in the order asked for, read several at once."""
@@ -333,6 +340,9 @@ class RunStore(Storage):
         for name in sorted(done - set(planned)):
             yield Problem(f"done/{name}.json", "is of no task of the plan")
         done &= set(planned)
+        for path in (path for folder in ("done", "tree", "quarantine") for path in self.list(folder)):
+            if not _RECEIPT.fullmatch(path, path.index("/") + 1):
+                yield Problem(path, "is no file of a run. Remove it")
         expected = planned[: self._last(len(planned))]
         unfinished = [name for name in expected if name not in done and name not in quarantined]
         if len(unfinished) > len(done):
@@ -343,7 +353,7 @@ class RunStore(Storage):
         for _, problems in several(lambda item: self.check(item[0], item[1], fingerprint), checks):
             yield from problems
         yield from self.verify_reduced(fingerprint, done, nodes)
-        for path in (*self.list("quarantine"), "progress.json"):
+        for path in (*self.notes(), "progress.json"):
             try:
                 self.read_sealed(path)
             except FileNotFoundError:

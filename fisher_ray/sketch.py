@@ -64,6 +64,11 @@ class Sketch:
         """``|B u|^2`` for every column u of [d, k], float64."""
         return np.square(self.rows @ vectors).sum(0)
 
+    def transformed(self, vectors: np.ndarray) -> np.ndarray:
+        """``(B U)^T B U`` with columns U [d, k], float64."""
+        rows = self.rows @ vectors
+        return rows.T @ rows
+
     def square(self) -> np.ndarray:
         """``B^T B``, float64."""
         rows = self.rows.astype(np.float64)

@@ -45,7 +45,8 @@ def entropy_rank(eigenvalues: Float[Tensor, "*n rank"]) -> Float[Tensor, "*n"]:
 
 
 def trace_rank(eigenvalues: Float[Tensor, "*n rank"], share: float = 0.99) -> Int[Tensor, "*n"]:
-    """How many of the largest (descending) eigenvalues hold ``share`` of the trace."""
+    """How many of the largest eigenvalues hold ``share`` of the trace."""
+    eigenvalues = eigenvalues.sort(-1, descending=True).values
     # A product and no cumsum: CUDA's prefix sums of floats add in an order of their own.
     largest = eigenvalues @ eigenvalues.new_ones(eigenvalues.shape[-1:] * 2).triu()
     short = largest < share * eigenvalues.sum(-1, keepdim=True)
@@ -72,7 +73,7 @@ def leading_vectors(matrix: Float[Tensor, "n d d"], rank: int) -> Float[Tensor, 
 
 def _orthogonal_iteration(matrix: Float[Tensor, "n d d"], rank: int) -> Float[Tensor, "n d rank"]:
     d = matrix.shape[-1]
-    start = torch.randn(d, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(d, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0), device="cpu")
     basis = start.to(matrix.device).expand(len(matrix), -1, -1)
     # More than Cholesky's own rounding: with 1e-14 columns of 128 and more, some of them of rounding alone, had no factor.
     barely = 1e-13 * torch.eye(rank, dtype=matrix.dtype, device=matrix.device)
@@ -107,25 +108,21 @@ def subspace_overlaps(bases: Float[Tensor, "L d k"]) -> Float[Tensor, "L L"]:
     return torch.einsum("idk,jdl->ijkl", bases, bases).square().sum((2, 3)) / bases.shape[2]
 
 
-def whitening(
-    mean: Float[Tensor, " d"], second_moment: Float[Tensor, "d d"]
-) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
+def whitening(covariance: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
     """``Sigma^(1/2)`` and its pseudo-inverse, with ``Sigma`` the covariance of h."""
-    values, vectors = torch.linalg.eigh(second_moment - torch.outer(mean, mean))
+    values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(0)
     moves = values > 1e-12 * values.max()  # along the others h is constant, and nothing can be scaled by how it varies
     inverse = values.rsqrt().where(moves, 0)
     return (vectors * values.sqrt()) @ vectors.mT, (vectors * inverse) @ vectors.mT
 
 
-def whitened_eigenvalues(
-    fisher: Float[Tensor, "d d"], mean: Float[Tensor, " d"], second_moment: Float[Tensor, "d d"]
-) -> Float[Tensor, " d"]:
+def whitened_eigenvalues(fisher: Float[Tensor, "d d"], covariance: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
     """Eigenvalues of ``Sigma^(1/2) F Sigma^(1/2)``, descending, with ``Sigma`` the covariance of h.
 
     They do not change under a linear change of coordinates of h, so layers compare; nats^2.
     """
-    root, _ = whitening(mean, second_moment)
+    root, _ = whitening(covariance)
     return torch.linalg.eigvalsh(root @ fisher @ root).flip(-1).clamp_min(0)
 
 

@@ -8,13 +8,16 @@ the one copy of the weights of a transformers model, through hooks on its blocks
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisher_ray.architecture import (
+    HOOKS,
     ModelError,
     ModelFacts,
     block_calls,
@@ -51,6 +55,9 @@ Gradients = Literal["own_position", "per_position"]
 # Largest relative error of own-position scores against one-position autograd, and of our logits against the model's.
 # Mixing positions errs by 0.1 and more; in float64 the library still takes some softmaxes and logits in float32.
 _LIMITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+# Attention kernels of CUDA that are chosen among.
+_KERNELS = ("mem_efficient", "cudnn", "flash")
 
 # Sequences that go through the model together where every moved position needs one of its own.
 _ROWS = 32
@@ -104,7 +111,8 @@ class SplitModel:
     """A transformers causal LM (or T5-like encoder-decoder) that can be cut before any block.
 
     The weights are frozen and dropout is off from here on; activations and linear layers are exchanged for ones that are the
-    same functions, with all their derivatives.
+    same functions, with all their derivatives. Hooks of the model's modules run in every pass. They must do the same at
+    each position, as a pass may hold chosen positions alone; those that are there already take part in the check.
 
     Args:
         model: a loaded ``PreTrainedModel`` with an output head.
@@ -132,36 +140,41 @@ class SplitModel:
     ):
         if gradients not in ("own_position", "per_position"):
             raise ValueError(f"gradients must be own_position or per_position, got {gradients!r}.")
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.gradients = gradients
-        self.name = str(model.config._name_or_path or type(model).__name__)
-        facts = ModelFacts.of(model.config)
-        self.is_encoder_decoder, self.max_positions = facts.is_encoder_decoder, facts.max_positions
-        self.num_layers, self.d_model = facts.num_layers, facts.d_model
-        self.decoder = find_decoder(model)
-        self.blocks = find_blocks(self.decoder, self.num_layers, self.name)
-        self.head = find_head(model)
-        self.sliding_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
-        stream_blocks(self.blocks)
-        # A graph keeps the weights it needs, so that of all blocks would keep all of them.
-        self.streamed = not self.head.weight.is_meta and any(p.is_meta for p in self.blocks.parameters())
-        apart = getattr(model, "_keep_in_fp32_modules", None)
-        if self.streamed and apart and self.dtype == torch.float16:
-            raise ModelError(
-                f"{self.label} keeps {', '.join(sorted(apart))} in float32 where the rest is float16, which streamed weights "
-                "do not. Load it in bfloat16 or float32."
-            )
-        self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
-        self._configs = attention_configs(model)
-        self._activations = fuse_activations(model)
-        fuse_products(self.blocks)
-        keep_softcapping(model)
-        if compile:
-            self._compile()
-        self.self_check: SelfCheck | None = None
-        if check:
-            self.self_check = _self_check(self)
+        _check_loaded(model)
+        _refuse_inference_mode()
+        self.model = model
+        with _restored_on_failure(model):
+            model.eval().requires_grad_(False)
+            self.tokenizer = tokenizer
+            self.gradients = gradients
+            self.name = str(model.config._name_or_path or type(model).__name__)
+            facts = ModelFacts.of(model.config)
+            self.is_encoder_decoder, self.max_positions = facts.is_encoder_decoder, facts.max_positions
+            self.num_layers, self.d_model = facts.num_layers, facts.d_model
+            self.decoder = find_decoder(model)
+            self.blocks = find_blocks(self.decoder, self.num_layers, self.name)
+            self.head, self._unembedding = find_head(model), model.get_output_embeddings()
+            self.sliding_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+            stream_blocks(self.blocks)
+            # A graph keeps the weights it needs, so that of all blocks would keep all of them.
+            self.streamed = not self.head.weight.is_meta and any(p.is_meta for p in self.blocks.parameters())
+            apart = getattr(model, "_keep_in_fp32_modules", None)
+            if self.streamed and apart and self.dtype == torch.float16:
+                raise ModelError(
+                    f"{self.label} keeps {', '.join(sorted(apart))} in float32 where the rest is float16, which streamed "
+                    "weights do not. Load it in bfloat16 or float32."
+                )
+            self._checked_hooks = self._hooks()
+            self._takes_position_ids = "position_ids" in inspect.signature(self.decoder.forward).parameters
+            self._configs = attention_configs(model)
+            self._activations = fuse_activations(model)
+            fuse_products(self.blocks)
+            keep_softcapping(model)
+            if compile:
+                self._compile()
+            self.self_check: SelfCheck | None = None
+            if check:
+                self.self_check = _self_check(self)
 
     @classmethod
     def from_pretrained(
@@ -325,8 +338,7 @@ class SplitModel:
         positions: Tensor | None = None,
         hidden: tuple[int, Tensor] | None = None,
     ) -> Tape:
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("scores are gradients, and torch.inference_mode() has none. Use torch.no_grad().")
+        _refuse_inference_mode()
         lowest = min(layers)
 
         @contextmanager
@@ -472,8 +484,7 @@ class SplitModel:
         The stream at ``leaf`` becomes a leaf of the graph, which does not grow below it. ``hidden = (layer, stream)``
         replaces the stream there.
         """
-        if self.model.training or self.decoder.training:
-            raise ModelError(f"{self.label} is in training mode, where dropout is on. Call model.eval() first.")
+        self._check_unchanged()
         streams: dict[int, Tensor] = {}
         visited: set[int] = set()
         thread = threading.get_ident()
@@ -524,6 +535,31 @@ class SplitModel:
                 "model whose blocks all run."
             )
         return streams, out[0].to(self.device)
+
+    def check_hooks(self) -> None:
+        """Warn of hooks that were not there when the model was checked."""
+        if self._hooks() - self._checked_hooks:
+            warnings.warn(
+                f"hooks were put on {self.label} after it was split. They must do the same at each position: scores of chosen "
+                "positions come from passes over those alone. A new SplitModel of the model checks that.",
+                stacklevel=4,
+            )
+
+    def _hooks(self) -> set[int]:
+        modules = list(self.decoder.modules())
+        return {key for module in modules for name in HOOKS for key in vars(module)[name]}
+
+    def _check_unchanged(self) -> None:
+        """Refuse a model that is no longer the one that was split: in training mode, or with another head."""
+        training = next((name for name, module in self.model.named_modules() if module.training), None)
+        if training is not None:
+            where = f"the module {training} of {self.label}" if training else self.label
+            raise ModelError(f"{where} is in training mode, where dropout is on. Call model.eval() first.")
+        now = self.model.get_output_embeddings()
+        if now is not self._unembedding or (now.weight is not self.head.weight and not now.weight.is_meta):
+            raise ModelError(
+                f"{self.label} has another output head than when it was split. Make a new SplitModel of it."
+            )
 
     # ---- what a pass costs -------------------------------------------------------------------------------------------
 
@@ -609,17 +645,20 @@ class SplitModel:
 
     def check_layers(self, layers: Sequence[int]) -> list[int]:
         """The layers, ascending and once each; negative ones and ones above num_layers are refused."""
-        if isinstance(layers, int):
-            raise ValueError(f"layers must be a list of them, got {layers}. Give [{layers}].")
-        for layer in layers:
+        try:
+            numbers = [operator.index(layer) for layer in layers]
+        except TypeError:
+            what = f"{layers!r}. Give [{layers}]" if isinstance(layers, Integral) else repr(layers)
+            raise ValueError(f"layers must be a list of whole numbers, got {what}.") from None
+        for layer in numbers:
             if not 0 <= layer <= self.num_layers:
                 raise ValueError(
                     f"layer_idx must be in [0, {self.num_layers}], got {layer}. "
                     f"{self.name} has {self.num_layers} blocks."
                 )
-        if not layers:
+        if not numbers:
             raise ValueError("layers must name at least one layer, got none.")
-        return sorted(set(layers))
+        return sorted(set(numbers))
 
     def check_encoder(self, given: bool) -> None:
         """Refuse tokens of an encoder where there is none, and an encoder without tokens."""
@@ -654,17 +693,16 @@ class SplitModel:
 def _self_check(split: SplitModel) -> SelfCheck:
     """Compare scores, logits and head of a model just loaded with what autograd and the model itself give."""
     start = time.perf_counter()
-    limit = _LIMITS[split.dtype]
+    limit, half = _tolerance(split)
     seq_len = 48
     if split.sliding_window and split.sliding_window <= 1024:
         seq_len = max(seq_len, split.sliding_window + 16)
     seq_len = min(seq_len, split.max_positions or seq_len)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(split.head.vocab_size, (1, seq_len), generator=generator).to(split.device)
+    ids = torch.randint(split.head.vocab_size, (1, seq_len), generator=generator, device="cpu").to(split.device)
     # From early to late, and never the last alone: there a model that mixes positions agrees as well.
     at = torch.linspace(min(1, seq_len - 1), max(0, seq_len - 2), 5).long().unique().to(split.device)
     encoded = split.encode(ids[:, : min(seq_len, 8)]) if split.is_encoder_decoder else {}
-    half = split.dtype in (torch.bfloat16, torch.float16)
     cut, cotangents, truths = [], [], []
     scores = replayed = walked = logits_error = 0.0
     with full_precision():
@@ -757,13 +795,12 @@ def _check_head(split: SplitModel, ids: Tensor, encoded: Mapping[str, Tensor]) -
             (truth,) = torch.autograd.grad(few.gather(1, token).sum(), kept["z"])
     finally:
         handle.remove()
-    half = split.dtype in (torch.bfloat16, torch.float16)
+    limit, half = _tolerance(split)
     prediction = split.head.predict(z[0, -4:])
     error = max(
         _error(prediction.logits, logits[0, -4:].detach(), half),
         _error(prediction.scores(token)[:, 0], truth[0, -4:], half),
     )
-    limit = _LIMITS[split.dtype]
     if not error <= limit:
         raise ModelError(
             f"{split.label} has an output head this package does not know: its logits or their gradients differ "
@@ -772,14 +809,58 @@ def _check_head(split: SplitModel, ids: Tensor, encoded: Mapping[str, Tensor]) -
     return error, logits.detach()
 
 
+def _tolerance(split: SplitModel) -> tuple[float, bool]:
+    """The limit of the check, and whether it is one of half precision: by what has the fewest digits, head or blocks."""
+    dtypes = {split.dtype, *(p.dtype for p in split.blocks.parameters() if p.is_floating_point())} & _LIMITS.keys()
+    limit = max(_LIMITS[dtype] for dtype in dtypes)
+    return limit, limit == _LIMITS[torch.bfloat16]
+
+
 def load(model: str | Path | SplitModel) -> SplitModel:
-    """A SplitModel as it is, or a named one, loaded once a process."""
-    return model if isinstance(model, SplitModel) else _load_named(str(model))
+    """A SplitModel as it is, or a named one; the last that was named is kept for as long as its files are what they were."""
+    if isinstance(model, SplitModel):
+        return model
+    if not isinstance(model, str | Path):
+        raise ValueError(
+            f"model must be a name, a path or a SplitModel, got {type(model).__name__}. Give SplitModel(model, tokenizer) of a "
+            "loaded one."
+        )
+    folder = Path(model).absolute()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return _load_named(str(model), tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
 
 
-@lru_cache(maxsize=4)
-def _load_named(name: str) -> SplitModel:
+@lru_cache(maxsize=1)
+def _load_named(name: str, files: tuple[tuple[str, int, int], ...]) -> SplitModel:
     return SplitModel.from_pretrained(name)
+
+
+def _check_loaded(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        what = type(model).__name__
+        raise ValueError(
+            f"model must be a loaded transformers model, got {what}. SplitModel.from_pretrained takes names."
+        )
+
+
+@contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """A model that cannot be split trains as it did before."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("scores are gradients, and torch.inference_mode() has none. Use torch.no_grad().")
 
 
 def deterministic_kernels() -> None:
@@ -801,22 +882,70 @@ def deterministic_kernels() -> None:
 
 
 @contextmanager
+def settings_restored() -> Iterator[None]:
+    """Afterwards threads and kernels are again what they were: for work that sets them in a process of somebody else's."""
+    cuda: Any = torch.backends.cuda
+    threads, workspace = torch.get_num_threads(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    kernels = [getattr(cuda, f"{kind}_sdp_enabled")() for kind in _KERNELS]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+        for kind, enabled in zip(_KERNELS, kernels, strict=True):
+            getattr(cuda, f"enable_{kind}_sdp")(enabled)
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        else:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+
+
+@contextmanager
 def full_precision() -> Iterator[None]:
-    """No autocast and no TF32: float32 products are float32 products, whichever way the caller asked for less."""
-    backends: Any = torch.backends
-    products = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
-    before = [each.fp32_precision for each in products]
-    for each in products:
-        each.fp32_precision = "ieee"
+    """No autocast and no TF32: float32 products are float32 products, whichever way the caller asked for less.
+
+    Autocast is a thread's own affair. TF32 is the process's: the first thread to come turns it off, the last to leave back on.
+    """
     cuda: AbstractContextManager[Any] = (
         torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
     )
-    try:
-        with torch.autocast("cpu", enabled=False), cuda:
-            yield
-    finally:
-        for each, own in zip(products, before, strict=True):
-            each.fp32_precision = own
+    with torch.autocast("cpu", enabled=False), cuda, _IEEE:
+        yield
+
+
+class _WithoutTF32:
+    """Turns TF32 off for as long as anybody is inside."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: list[str] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = [each.fp32_precision for each in self._products()]
+                for each in self._products():
+                    each.fp32_precision = "ieee"
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for each, own in zip(self._products(), self._before, strict=True):
+                    each.fp32_precision = own
+
+    @staticmethod
+    def _products() -> tuple[Any, ...]:
+        backends: Any = torch.backends
+        return backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul
+
+
+_IEEE = _WithoutTF32()
 
 
 def _error(got: Tensor, truth: Tensor, half: bool) -> float:
@@ -825,5 +954,7 @@ def _error(got: Tensor, truth: Tensor, half: bool) -> float:
     Rounding to half precision turns a ReLU or chooses another expert at single positions; mixing errs at all of them.
     """
     got, truth = got.double(), truth.double()
+    banned = (got == truth) & truth.isinf()  # tokens that a head gives -inf
+    got, truth = got.masked_fill(banned, 0), truth.masked_fill(banned, 0)
     errors = (got - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-300)
     return float((errors.median() if half else errors.max()).nan_to_num(nan=torch.inf))

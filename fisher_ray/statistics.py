@@ -21,7 +21,7 @@ from scipy.linalg import eigh
 from scipy.special import stdtrit
 from torch import Tensor
 
-from fisher_ray.spectrum import anisotropy, entropy_rank, participation_ratio, symmetric_eigh, trace_rank, whitening
+from fisher_ray.spectrum import anisotropy, symmetric_eigh, trace_rank, whitening
 from fisher_ray.sums import GroupSums, Matrix, Triangle
 
 # Neighbouring eigenvalues closer than this many of their standard errors are told apart by no sample of this size.
@@ -30,6 +30,8 @@ _SEPARATED = 3.0
 _SPLITS = 8
 # Share of its trace that a sketch with room for all that there is may yet have lost.
 _ROUNDING = 1e-9
+# Eigenvalues below this share of the largest are none: their logarithms are those of rounding.
+_NEGLIGIBLE = 1e-14
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,18 @@ class Estimate:
     """A quantity, or an array of them, with its standard error.
 
     Attributes:
-        value: of the whole corpus.
+        value: of the whole corpus, less the bias.
         error: standard error; NaN with fewer than two blocks.
         blocks: what the error was computed from.
-        without: the values that leaving out each block gives, [blocks, ...]; None where the error comes from no jackknife.
+        moved: by how much leaving out each block moves the value, [blocks, ...]; None where the error comes from no jackknife.
+        bias: of what the mean itself gives, where that is known: ``value + bias`` is read off the mean.
     """
 
     value: np.ndarray
     error: np.ndarray
     blocks: int
-    without: np.ndarray | None = None
+    moved: np.ndarray | None = None
+    bias: np.ndarray | float = 0.0
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bounds, by Student's t with ``blocks - 1`` degrees of freedom."""
@@ -61,32 +65,42 @@ class Estimate:
             numbers: which blocks of the same documents those of this estimate are, and those of the other. A block in which
                 only one of them has positions leaves the other's value as it is. None: the samples are independent.
         """
-        if numbers is None or self.without is None or other.without is None:
-            return Estimate(self.value - other.value, np.hypot(self.error, other.error), min(self.blocks, other.blocks))
+        value, bias = self.value - other.value, self.bias - other.bias
+        if numbers is None or self.moved is None or other.moved is None:
+            return Estimate(value, np.hypot(self.error, other.error), min(self.blocks, other.blocks), bias=bias)
         every = sorted({*numbers[0], *numbers[1]})
         left = []
         for estimate, present in zip((self, other), numbers, strict=True):
-            without = np.repeat(estimate.value[None], len(every), 0)
-            without[np.searchsorted(every, present)] = estimate.without
-            left.append(without)
-        return _jackknife(self.value - other.value, left[0] - left[1])
+            left.append(np.zeros((len(every), *value.shape)))
+            left[-1][np.searchsorted(every, present)] = estimate.moved
+        return _estimate(value, left[0] - left[1], bias)
 
 
-def jackknife(value: Tensor, without: Tensor) -> Estimate:
+def jackknife(value: Tensor, without: Tensor, corrected: bool = False) -> Estimate:
     """Standard error from the values that leaving out each block gives: ``sqrt((B - 1) / B sum_b (without_b - value)^2)``.
 
     Args:
         value: [...], of all blocks.
         without: [B, ...], of all but one.
+        corrected: take off the bias of order 1 / B, ``(B - 1) (mean_b without_b - value)`` (Quenouille, 1956), for quantities
+            that are not linear in the mean and known to second order. The error is then around the mean of ``without``.
     """
-    return _jackknife(value.double().numpy(), without.double().numpy())
+    return _jackknife(value.double().numpy(), without.double().numpy(), corrected)
 
 
-def _jackknife(value: np.ndarray, without: np.ndarray) -> Estimate:
-    count = len(without)
+def _jackknife(value: np.ndarray, without: np.ndarray, corrected: bool = False) -> Estimate:
+    if len(without) < 2 or not corrected:
+        return _estimate(value, without - value)
+    middle = without.mean(0)
+    bias = (len(without) - 1) * (middle - value)
+    return _estimate(value - bias, without - middle, bias)
+
+
+def _estimate(value: np.ndarray, moved: np.ndarray, bias: np.ndarray | float = 0.0) -> Estimate:
+    count = len(moved)
     if count < 2:
         return Estimate(value, np.full_like(value, np.nan), count)
-    return Estimate(value, np.sqrt((count - 1) / count * np.square(without - value).sum(0)), count, without)
+    return Estimate(value, np.sqrt((count - 1) / count * np.square(moved).sum(0)), count, moved, bias)
 
 
 class Blocks:
@@ -125,22 +139,16 @@ class Blocks:
         total = np.asarray(self.total.activation, np.float64) if name == "activation" else self.total.square(name)
         return torch.from_numpy(total / self.total.count)
 
-    def quadratic(self, name: Literal["fisher", "second_moment"], vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """``u^T A u`` with a mean matrix A for every column u; [k], and without each of the blocks [blocks, k]."""
-        columns = vectors.numpy()
-        return self._with_and_without(lambda sums: getattr(sums, name).quadratic(columns))
+    def moves(self, of: Callable[[GroupSums], np.ndarray]) -> tuple[Tensor, Iterator[Tensor]]:
+        """A mean, and by how much leaving out each of the blocks moves it (the only one: by nothing).
 
-    def linear(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """``u . m`` with the mean activation m, as :meth:`quadratic`."""
-        columns = vectors.numpy()
-        return self._with_and_without(lambda sums: sums.activation @ columns)
-
-    def _with_and_without(self, of: Callable[[GroupSums], np.ndarray]) -> tuple[Tensor, Tensor]:
-        """A mean, and that without each of the blocks (of one alone as it is), from a linear function of sums."""
+        Args:
+            of: a linear function of sums.
+        """
         count = self.total.count
         mean = of(self.total) / count
-        left = [mean + (b.count * mean - of(b)) / (count - b.count) for b in self.sums if b.count < count]
-        return torch.from_numpy(mean), torch.from_numpy(np.stack(left or [mean]))
+        moved = ((b.count * mean - of(b)) / max(1, count - b.count) for b in self.sums)
+        return torch.from_numpy(mean), map(torch.from_numpy, moved)
 
 
 def mean_trace(blocks: Sequence[tuple[int, float]]) -> Estimate:
@@ -158,9 +166,10 @@ class Spectrum:
         eigenvalues: [d], descending, nats^2 per squared unit of h; nats^2 if whitened.
         eigenvectors: [d, d], columns; of the whitened matrix in whitened coordinates.
         trace: of the same unit.
-        participation_ratio, entropy_rank, trace_rank_99: effective dimensions, see :mod:`fisher_ray.spectrum`. The last has no
-            error (NaN): it is an integer, which leaving out a block mostly leaves as it is, and a jackknife needs a quantity
-            that moves a little with every block.
+        participation_ratio, entropy_rank, trace_rank_99: effective dimensions, see :mod:`fisher_ray.spectrum`. Noise of the
+            mean makes them too small, and the first two are corrected for it (``bias``). The last is not, and has no error
+            (NaN): it is an integer, which leaving out a block mostly leaves as it is, and a jackknife needs a quantity that
+            moves a little with every block.
         anisotropy: ``|F / (tr F / d) - I|``, the relative distance from a Euclidean metric.
 
     Of sketches that have lost part of F eigenvalues are lower bounds, with the error of what is left. Dimensions and anisotropy
@@ -194,48 +203,96 @@ class Spectrum:
 def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
     """Spectrum of the mean F, or of ``Sigma^(1/2) F Sigma^(1/2)`` with ``Sigma`` the covariance of h.
 
-    Leaving out a block moves eigenvalue i by ``u_i^T dF u_i``, to first order: one decomposition in all, and a matrix product a
-    block. Of the whitened matrix with eigenvectors ``v_i`` the change is ``a_i^T dF a_i + l_i c_i^T dSigma c_i``, with
-    ``a_i = Sigma^(1/2) v_i`` and ``c_i = Sigma^(-1/2) v_i``: ``F Sigma`` has the same eigenvalues, and those are its left and
-    right eigenvectors.
+    Leaving out a block moves the matrix by X, in the coordinates of its eigenvectors: one decomposition in all, and two matrix
+    products a block. Eigenvalue i moves by ``X_ii``, to first order. The participation ratio and the entropy rank are taken to
+    second order, where noise of the mean biases them; see :func:`_spectral_sums`.
     """
-    fisher = blocks.mean("fisher")
     if whitened:
-        root, inverse = whitening(blocks.mean("activation"), blocks.mean("second_moment"))
-        values, vectors = symmetric_eigh(root @ fisher @ root)
-        whole, left = blocks.quadratic("fisher", root @ vectors)
-        along = inverse @ vectors
-        (second, seconds), (first, firsts) = blocks.quadratic("second_moment", along), blocks.linear(along)
-        left = left + values * ((seconds - firsts.square()) - (second - first.square()))
+        middle = blocks.mean("activation")
+        root, inverse = whitening(blocks.mean("second_moment") - torch.outer(middle, middle))
+        values, vectors = symmetric_eigh(root @ blocks.mean("fisher") @ root)
+        moves = _whitened_moves(blocks, values, root @ vectors, inverse @ vectors)
     else:
-        values, vectors = symmetric_eigh(fisher)
-        whole, left = blocks.quadratic("fisher", vectors)
-    left = values + (left - whole)
+        values, vectors = symmetric_eigh(blocks.mean("fisher"))
+        moves = _transformed_moves(blocks, "fisher", vectors)
+    moved, sums, sums_without = _spectral_sums(values, moves)
+    left = values + moved
     read = (blocks.total.fisher, blocks.total.second_moment) if whitened else (blocks.total.fisher,)
     lossy = any(matrix.shrunk > _ROUNDING * matrix.trace for matrix in read)
 
+    def estimate(value: Tensor, without: Tensor, corrected: bool = False, known: bool = not lossy) -> Estimate:
+        found = jackknife(value, without, corrected=corrected and known)
+        return found if known else replace(found, error=np.full_like(found.error, np.nan), moved=None)
+
+    def dimension(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Estimate:
+        found = estimate(of(*sums), of(*sums_without), corrected=True)
+        possible = found.value.clip(1, len(values))  # a correction is an estimate too
+        return replace(found, value=possible, bias=found.bias + (found.value - possible))
+
     positive = values.clamp_min(0), left.clamp_min(0)
-
-    def estimate(
-        function: Callable[[Tensor], Tensor], of: tuple[Tensor, Tensor] = positive, known: bool = not lossy
-    ) -> Estimate:
-        found = jackknife(*map(function, of))
-        return found if known else replace(found, error=np.full_like(found.error, np.nan), without=None)
-
     return Spectrum(
-        estimate(lambda each: each, known=not (whitened and lossy)),
+        estimate(*positive, known=not (whitened and lossy)),
         vectors.numpy(),
-        estimate(lambda each: each.sum(-1), of=(values, left)) if whitened else blocks.trace(),
-        estimate(participation_ratio),
-        estimate(entropy_rank),
+        estimate(values.sum(), left.sum(-1)) if whitened else blocks.trace(),
+        dimension(lambda trace, squares, _: trace.square() / squares),
+        dimension(lambda trace, _, entropy: (trace.log() - entropy / trace).exp()),
         Estimate(trace_rank(positive[0]).double().numpy(), np.array(np.nan), len(blocks)),
-        estimate(anisotropy),
+        estimate(anisotropy(positive[0]), anisotropy(positive[1])),
     )
+
+
+def _transformed_moves(blocks: Blocks, name: Literal["fisher", "second_moment"], vectors: Tensor) -> Iterator[Tensor]:
+    """``U^T dA U`` for each block, dA the change of a mean matrix where the block is left out."""
+    columns = vectors.numpy()
+    return blocks.moves(lambda sums: getattr(sums, name).transformed(columns))[1]
+
+
+def _whitened_moves(blocks: Blocks, values: Tensor, along: Tensor, back: Tensor) -> Iterator[Tensor]:
+    """The same of the whitened matrix, to second order in what the diagonal and the trace of squares see.
+
+    ``F Sigma`` has the eigenvalues l of the whitened matrix, with left and right eigenvectors ``a = Sigma^(1/2) v`` and
+    ``c = Sigma^(-1/2) v``. Its change is ``D + L E + D E`` there, with ``D = a^T dF a`` and ``E = c^T dSigma c``.
+    """
+    first, firsts = blocks.moves(lambda sums: sums.activation @ back.numpy())
+    changes = _transformed_moves(blocks, "fisher", along), _transformed_moves(blocks, "second_moment", back), firsts
+    for fisher, second, shift in zip(*changes, strict=True):
+        covariance = second - torch.outer(first + shift, first + shift) + torch.outer(first, first)
+        move = fisher + values[:, None] * covariance
+        move.diagonal().add_((fisher * covariance).sum(1))
+        yield move
+
+
+def _spectral_sums(values: Tensor, moves: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum l``, ``sum l^2`` and ``sum l log l`` over eigenvalues, and what moves X of the matrix make of them.
+
+    To second order, in the coordinates of the eigenvectors (Daleckii and Krein, 1965), with divided differences of f'::
+
+        tr f(L + X) = sum_i f(l_i) + sum_i f'(l_i) X_ii + 1/2 sum_ij (f'(l_i) - f'(l_j)) / (l_i - l_j) X_ij X_ji
+
+    Returns:
+        the diagonals of X, [B, d]; the three sums, [3]; those after each move, [3, B].
+    """
+    sizes = values.clamp_min(0)
+    floored = sizes.clamp_min(_NEGLIGIBLE * sizes.max())  # where F vanishes, so does what a block has of it
+    smaller = torch.minimum(floored[:, None], floored)
+    gaps = (floored[:, None] - floored).abs() / smaller
+    curvature = torch.where(gaps > 0, gaps.log1p() / gaps, 1) / smaller  # of l log l; that of l^2 is 2
+    diagonals, seconds = [], []
+    for move in moves:
+        squares = move * move.mT
+        diagonals.append(move.diagonal())
+        seconds.append(torch.stack([squares.new_zeros(()), squares.sum(), (curvature * squares).sum() / 2]))
+    sums = torch.stack([sizes.sum(), sizes.square().sum(), torch.xlogy(sizes, floored).sum()])
+    slopes = torch.stack([torch.ones_like(sizes), 2 * sizes, 1 + floored.log()])
+    moved = torch.stack(diagonals)
+    return moved, sums, sums[:, None] + slopes @ moved.mT + torch.stack(seconds, 1)
 
 
 def quadratic_form(blocks: Blocks, directions: Tensor) -> Estimate:
     """``v^T F v`` with the mean F for directions [k, d], one a row; nats^2 per squared unit of v."""
-    return jackknife(*blocks.quadratic("fisher", directions.mT))
+    columns = directions.mT.numpy()
+    value, moves = blocks.moves(lambda sums: sums.fisher.quadratic(columns))
+    return jackknife(value, value + torch.stack(list(moves)))
 
 
 def half_angles(blocks: Blocks, count: int) -> np.ndarray:

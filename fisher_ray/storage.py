@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 import uuid
 from collections import deque
@@ -91,11 +92,17 @@ def absolute(uri: str) -> str:
     """A path as it is named from any directory; URIs stay as they are.
 
     Raises:
-        ValueError: a chain of file systems.
+        ValueError: a chain of file systems, or a password.
     """
     if "::" in uri:
         raise ValueError(f"{uri} chains file systems by '::'. Expected one; copy or unpack what is in another.")
     if "://" in uri:
+        if re.match(r"[a-z0-9+.-]+://[^/@]*:[^/@]+@", uri, re.IGNORECASE):
+            where = uri[: uri.index("://") + 3]
+            raise ValueError(
+                f"a URI {where}... with a password in it would be written into the run and its reports. Give credentials by "
+                "the environment or fsspec's configuration."
+            )
         return uri
     parts = Path(os.path.expanduser(uri)).absolute().parts  # noqa: PTH111 - an unknown user is no error
     # What is above a link to a folder is not what its name says.

@@ -182,6 +182,10 @@ class Triangle:
         """``u^T A u`` for every column u of [d, k], float64."""
         return (vectors * (self.square() @ vectors)).sum(0)
 
+    def transformed(self, vectors: np.ndarray) -> np.ndarray:
+        """``U^T A U`` with columns U [d, k], float64."""
+        return vectors.T @ (self.square() @ vectors)
+
     def square(self) -> np.ndarray:
         """In full, float64."""
         matrix = np.empty((self._width, self._width))

@@ -54,6 +54,8 @@ _RATES = 1 << 26
 # Standard errors that a mean rate has to be from zero. Two halves of 64 windows of the demo agree on 4.5 to 10 of the ten
 # tokens that are moved most in log p, whose means are 2 to 46 errors from zero; in p, on 1 to 5, at 0.5 to 8 errors.
 _CONSISTENT = 4.0
+# Fewer windows do not tell a standard error.
+_FEWEST_WINDOWS = 8
 
 
 def at_once(function: Callable[..., Any], *args: Any) -> Any:
@@ -266,7 +268,8 @@ class Worker:
         """Tokens that a step along each of a layer's directions raises and lowers, through the model's own upper layers.
 
         Ranked by the mean over windows of ``dlog p(y)/de`` at ``h + e v``, of those tokens whose mean is at least four standard
-        errors from zero: a token may go up at one position and down at another.
+        errors from zero: a token may go up at one position and down at another. Of fewer than eight windows none is, as they
+        are too few to tell an error.
 
         Args:
             tasks: up to 32 windows are spread over them, and over each up to 4 scored positions.
@@ -299,7 +302,8 @@ class Worker:
             for total, square in zip(totals, squares, strict=True):
                 mean, count = total / len(windows), len(windows)
                 error = ((square / count - mean.square()).clamp_min(0) / max(1, count - 1)).sqrt()
-                found.append(mean.where(mean.abs() > _CONSISTENT * error, 0))
+                known = count >= _FEWEST_WINDOWS
+                found.append(mean.where(mean.abs() > _CONSISTENT * error, 0) if known else torch.zeros_like(mean))
             return found
 
         def extremes(mean: Tensor) -> tuple[list[str], list[str]]:

@@ -204,6 +204,26 @@ def test_many_directions_are_measured_by_factors_and_the_numbers_are_the_same(ru
 # ---- what they move ------------------------------------------------------------------------------------------------------
 
 
+def test_few_windows_tell_no_error_and_so_no_tokens(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    """Of one the error would be zero, and every token that moves beyond it."""
+    for count, said in ((1, False), (7, False), (8, True)):
+        corpus = tmp_path / f"{count}.jsonl"
+        corpus.write_text("".join(json.dumps({"text": "The same words again."}) + "\n" for _ in range(count)))
+        run, _ = jobs.run_here(jobs.settings(gpt2, corpus, tmp_path / str(count), layers="1", estimator="exact"))
+        rows = pq.read_table(run.folder / "reduced/directions.parquet").to_pylist()
+        assert rows and all(bool(row["raised"] or row["lowered"]) == said for row in rows)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_directions_that_are_none_are_refused(bad: float, run: Run, split: SplitModel, tmp_path: Path) -> None:
+    """One of them would leave every position out."""
+    rows = some_directions(3)
+    rows[1] = bad
+    with pytest.raises(ValueError, match="directions at layer 1 must be finite and not zero; rows 1 are not"):
+        fd.project(run, {LAYER: rows}, tmp_path / "out.parquet", model=split)
+    assert not (tmp_path / "out.parquet").exists()
+
+
 def test_moved_tokens_of_several_directions(
     gpt2: str, split: SplitModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip

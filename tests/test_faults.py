@@ -159,11 +159,11 @@ def test_poisoned_tasks(
     check_given_up(err, place, reasons)
     check_left_out(place, undisturbed, set(reasons))
     tries = place.tries()
-    assert {task: tries[task] for task in reasons} == dict.fromkeys(reasons, 2)
-    # What broke its device was tried again in another process; what shared a worker with a killer or a hung one was too.
+    # What broke its device was tried again in another process. One that shared a worker with that, with a killer or with what
+    # hung had no fair try, and gets another.
     broken, *others = (noted["pid"] for noted in place.attempts() if noted["task"] == 8)
     assert others and broken not in others
-    assert max(tries.values()) <= 3
+    assert all(tries[task] >= 2 for task in reasons) and max(tries.values()) <= 3
 
     before = place.done(), place.stored.bits(), place.attempts()
     place.faults({})

@@ -138,6 +138,22 @@ def test_the_facts_of_a_model_are_read_before_its_weights(tmp_path: Path):
 # ---- what identifies a model -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("by_kind", [False, True])
+def test_rotations_of_each_kind_of_layer_are_looked_at(by_kind: bool):
+    long = {"rope_type": "longrope", "original_max_position_embeddings": 60, "rope_theta": 1e4}
+    sliding = {"rope_type": "default", "rope_theta": 1e4}
+    config = tf.Gemma3TextConfig(
+        max_position_embeddings=120,
+        rope_parameters={
+            "full_attention": {**long, "long_factor": [2.0], "short_factor": [1.0]},
+            "sliding_attention": sliding,
+        },
+    )
+    if not by_kind:
+        config.rope_parameters = long
+    assert ModelFacts.of(config).max_positions == 60
+
+
 def test_long_ranges_of_rotations_are_beyond(tmp_path: Path):
     """LongRoPE turns the keys of a sequence that is longer than what it was trained on otherwise, all of them: so scores of a
     position would depend on what is behind it, and on its batch."""

@@ -562,6 +562,29 @@ def test_tokens_that_the_head_does_not_know_have_no_surprisal():
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("layers", [np.arange(1, 3), torch.tensor([1, 2]), [np.int64(1), torch.tensor(2)]])
+def test_layers_may_be_numbers_of_numpy_and_torch(layers: Any, models: Models):
+    scores = score_factors(models("gpt2"), IDS, layers=layers, estimator=Sampled(1))
+    assert all(type(layer) is int for layer in scores.factors) and scores.factors.keys() == {1, 2}
+
+
+def test_streams_keep_no_copies_alive(models: Models):
+    """A position goes through the model once for each factor, and its stream is the same in all of them."""
+    scores = score_factors(models("gpt2"), IDS[:1], layers=[1], estimator=Exact(), positions=[3])
+    assert scores.activations[1].untyped_storage().nbytes() == scores.activations[1].nbytes
+
+
+@pytest.mark.parametrize("size", [1e18, 1e30])
+def test_what_is_too_long_to_be_squared_is_invalid(size: float):
+    """Norms bring such streams back to size, and sums of their squares would be infinite for all positions."""
+    model = build(FAMILIES["llama"], torch.float32)
+    model.model.embed_tokens.weight.data[9] *= size
+    scores = score_factors(SplitModel(model), IDS, layers=[0, 1], estimator=Sampled(2))
+    assert scores.invalid == [(1, 2)] and len(scores.position) == 11
+    assert all((h**2).sum().isfinite() for h in scores.activations.values())
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_positions_may_be_numbers_of_numpy():
     split = SplitModel(build(FAMILIES["gpt2"], torch.float32))
     asked: dict[str, Any] = {"layers": [1], "estimator": Sampled(1)}
@@ -631,7 +654,12 @@ UNSHAPED = {
     "text": (lambda: {"input_ids": "Hello"}, "of token ids, and not empty, got str"),
     "a list": (lambda: {"input_ids": IDS.tolist()}, "of token ids, and not empty, got list"),
     "an estimator's name": (lambda: {"estimator": "exact"}, r"estimator must be Exact\(\), .* got 'exact'"),
-    "one layer": (lambda: {"layers": 1}, r"layers must be a list of them, got 1. Give \[1\]"),
+    "one layer": (lambda: {"layers": 1}, r"layers must be a list of whole numbers, got 1. Give \[1\]"),
+    "all layers": (lambda: {"layers": "all"}, "layers must be a list of whole numbers, got 'all'"),
+    "one position": (lambda: {"positions": 5}, "positions must be a list of whole numbers, .* got 5"),
+    "a word for positions": (lambda: {"positions": "last"}, "positions must be a list of whole numbers, .* got 'last'"),
+    "a mask for positions": (lambda: {"positions": IDS[0] > 3}, r"not a mask of booleans. Give mask.nonzero"),
+    "masks for positions": (lambda: {"positions": (IDS > 3).tolist()}, r"not a mask of booleans. Give mask.nonzero"),
     "mask shape": (lambda: {"attention_mask": IDS[:, :5]}, r"shape of input_ids, \[2, 6\], got \[2, 5\]"),
     "mask batch": (lambda: {"attention_mask": IDS[:1]}, r"shape of input_ids, \[2, 6\], got \[1, 6\]"),
     "not integers": (lambda: {"input_ids": IDS.double()}, "input_ids must be integers, got torch.float64"),

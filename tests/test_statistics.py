@@ -156,11 +156,53 @@ def test_errors_are_those_of_decomposing_every_time(whitened: bool) -> None:
     got = spectrum(blocks, whitened)
     again = [spectrum(without(blocks, i), whitened) for i in range(len(blocks))]
     for name, rel in {"eigenvalues": 0.05, "trace": 0.01, "participation_ratio": 0.05, "entropy_rank": 0.05}.items():
-        left = torch.from_numpy(np.stack([getattr(one, name).value for one in again]))
+        left = torch.from_numpy(np.stack([uncorrected(getattr(one, name)) for one in again]))
         value = getattr(got, name)
-        truth = jackknife(torch.from_numpy(np.asarray(value.value)), left)
+        truth = jackknife(torch.from_numpy(uncorrected(value)), left)
         apart = slice(0, 3) if name == "eigenvalues" else ...  # the last two are equal: their order is noise
         np.testing.assert_allclose(value.error[apart], truth.error[apart], rtol=rel)
+
+
+def uncorrected(estimate: Estimate) -> np.ndarray:
+    """What the mean itself gives."""
+    return np.asarray(estimate.value + estimate.bias)
+
+
+def few_positions(random: np.random.Generator, blocks: int, positions: int) -> Blocks:
+    """Independent ones of a spectrum that falls from 9 to 1 over 12 dimensions."""
+    shape = (blocks, positions, 12)
+    return blocks_of([*random.standard_normal(shape) * np.linspace(3, 1, 12)], [*random.standard_normal(shape)])
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("name", ["participation_ratio", "entropy_rank"])
+def test_the_bias_is_that_of_decomposing_every_time(name: str, whitened: bool) -> None:
+    """Quenouille's, which to first order is nothing."""
+    blocks = few_positions(np.random.default_rng(10), 50, 4)
+    got = getattr(spectrum(blocks, whitened), name)
+    left = np.stack([uncorrected(getattr(spectrum(without(blocks, i), whitened), name)) for i in range(50)])
+    truth = 49 * (left.mean() - uncorrected(got))
+    assert truth < -0.1
+    assert got.bias == pytest.approx(truth, rel=0.05)
+    assert got.error == pytest.approx(np.sqrt(49 / 50 * np.square(left - left.mean()).sum()), rel=0.05)
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_dimensions_of_few_positions_are_those_of_many(whitened: bool) -> None:
+    """Over 200 corpora of 320 positions; as the mean gives them they are too small by one to two errors."""
+    random = np.random.default_rng(11)
+    population = spectrum(few_positions(random, 2, 200_000), whitened)
+    many = [spectrum(few_positions(random, 20, 16), whitened) for _ in range(200)]
+    for name in ("participation_ratio", "entropy_rank"):
+        truth = uncorrected(getattr(population, name))
+        found = [getattr(one, name) for one in many]
+        values, before = np.array([one.value for one in found]), np.array([uncorrected(one) for one in found])
+        error = np.mean([one.error for one in found])
+        assert before.mean() < truth - error
+        assert abs(values.mean() - truth) < 0.25 * error
+        assert values.std(ddof=1) == pytest.approx(error, rel=0.2)
+        held = np.mean([low <= truth <= high for low, high in (one.interval() for one in found)])
+        assert held > 0.88  # of 200, 95 % is known to 1.5 %
 
 
 def test_errors_are_what_many_corpora_show() -> None:
@@ -181,7 +223,9 @@ def test_what_is_read_off_a_spectrum() -> None:
     values = np.linalg.eigvalsh(fisher)[::-1]
     np.testing.assert_allclose(got.eigenvalues.value, values, rtol=1e-12)
     assert got.trace.value == pytest.approx(np.trace(fisher))
-    assert got.participation_ratio.value == pytest.approx(np.trace(fisher) ** 2 / (fisher**2).sum())
+    assert uncorrected(got.participation_ratio) == pytest.approx(np.trace(fisher) ** 2 / (fisher**2).sum())
+    shares = values / values.sum()
+    assert uncorrected(got.entropy_rank) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
     assert got.anisotropy.value == pytest.approx(np.linalg.norm(fisher / (np.trace(fisher) / D) - np.eye(D), 2))
     np.testing.assert_allclose(fisher @ got.eigenvectors, got.eigenvectors * values, atol=1e-9)
 
