@@ -1,11 +1,11 @@
 """How often 95 % intervals hold the truth: corpora of 256 documents in 32 blocks, drawn again and again from one population.
 
-    python benchmarks/coverage.py --documents 2000 --layers 3,6
+    python benchmarks/coverage.py --documents 1000 --layers 3,6 --num-samples 4 --every 4
 
-The population is so many documents of the demo's grammar, with a seed that nothing else uses; sums of exact F over each are
-computed once by the demo model, and the truth is what the whole population gives. A corpus is 256 of them, drawn with
-replacement. Eigenvalues count where the population's stand apart: more than three of the mean standard errors from both
-neighbours. A share of 2,000 is known to half a percent.
+The population is so many documents of the demo's grammar, with a seed that nothing else uses; sums of exact F over every n-th
+position of each are computed once by the demo model, and the truth is what the whole population gives. A corpus is 256 of
+them, drawn with replacement, with exact F or with sampled scores. Eigenvalues count where the population's stand apart: more
+than three of the mean standard errors from both neighbours. A share of 500 is known to one percent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from transformers import logging as transformers_logging
 
-from fisher_ray import Exact, SplitModel, iter_scores
+from fisher_ray import Exact, Sampled, SplitModel, iter_scores
+from fisher_ray.estimators import Estimator
 from fisher_ray.statistics import Blocks, spectrum
 from fisher_ray.sums import ALL, GroupSums, Sums
 
@@ -34,32 +35,40 @@ READ = ("trace", "participation_ratio", "entropy_rank", "anisotropy")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--documents", type=int, default=2_000)
+    parser.add_argument("--documents", type=int, default=1_000)
+    parser.add_argument("--num-samples", type=int, help="sampled scores a position (exact F)")
+    parser.add_argument("--every", type=int, default=1, help="score every n-th position")
     parser.add_argument("--layers", default="3,6")
-    parser.add_argument("--repetitions", type=int, default=2_000)
+    parser.add_argument("--repetitions", type=int, default=500)
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     layers = [int(layer) for layer in args.layers.split(",")]
-    population = sums_of_documents(args.documents, layers)
+    model = SplitModel.from_pretrained(DEMO / "model")
+    population = sums_of_documents(model, args.documents, layers, Exact(), args.every)
+    drawn_from, scored = population, "exact F"
+    if args.num_samples is not None:
+        drawn_from = sums_of_documents(model, args.documents, layers, Sampled(args.num_samples), args.every)
+        scored = f"{args.num_samples} sampled scores"
     print(
         f"{args.documents:,} documents, {sum(s.count for s in population[layers[0]]):,} positions; "
-        f"{args.repetitions:,} corpora of {DRAWN} documents in {BLOCKS} blocks"
+        f"{args.repetitions:,} corpora of {DRAWN} documents in {BLOCKS} blocks, {scored} at each of them"
     )
     for layer in layers:
         for whitened in (False, True):
-            report(layer, whitened, *covered(population[layer], args.repetitions, whitened))
+            report(layer, whitened, *covered(population[layer], drawn_from[layer], args.repetitions, whitened))
 
 
-def sums_of_documents(count: int, layers: list[int]) -> dict[int, list[GroupSums]]:
-    """Per layer, each document's sums of exact F and of h."""
-    model = SplitModel.from_pretrained(DEMO / "model")
+def sums_of_documents(
+    model: SplitModel, count: int, layers: list[int], estimator: Estimator, every: int
+) -> dict[int, list[GroupSums]]:
+    """Per layer, each document's sums of F and of h."""
     found: dict[int, list[GroupSums]] = {layer: [] for layer in layers}
     for document in itertools.islice(make_corpus.documents(987_654_321), count):
         ids = [model.tokenizer.bos_token_id, *model.tokenizer(document["text"])["input_ids"]][: model.max_positions]
         sums = Sums(layers, model.d_model)
-        at = list(range(1, len(ids)))
-        for scores in iter_scores(model, torch.tensor([ids]), layers=layers, estimator=Exact(), positions=at):
+        at = list(range(1, len(ids), every))
+        for scores in iter_scores(model, torch.tensor([ids]), layers=layers, estimator=estimator, positions=at):
             for layer in layers:
                 sums.add(layer, scores.factors[layer], scores.activations[layer])
         for layer in layers:
@@ -68,11 +77,11 @@ def sums_of_documents(count: int, layers: list[int]) -> dict[int, list[GroupSums
 
 
 def covered(
-    documents: list[GroupSums], repetitions: int, whitened: bool
+    population: list[GroupSums], documents: list[GroupSums], repetitions: int, whitened: bool
 ) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The truth of each quantity, whether each corpus's interval held it, and the intervals' half widths."""
     random = np.random.default_rng(0)
-    truth = quantities(Blocks([merged(documents)]), whitened)
+    truth = quantities(Blocks([merged(population)]), whitened)
     held: dict[str, list[bool]] = {name: [] for name in truth}
     widths: dict[str, list[float]] = {name: [] for name in truth}
     for _ in range(repetitions):

@@ -228,10 +228,10 @@ def test_moved_tokens_of_several_directions(
     gpt2: str, split: SplitModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
     """Means over documents of g_y . v at all positions, as these are short, of tokens that the documents agree on."""
-    texts = ["abcd", "0123", "zyzy", "!?.,", "q w ", "mnop"]
+    texts = ["abcd", "0123", "zyzy", "!?.,", "q w ", "mnop", "RSTU", "x=1;"]
     (tmp_path / "docs.txt").write_text("\n\n".join(texts))
     jobs.run_here(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run", task_bytes=12))
-    assert len(open_run(tmp_path / "run").done_tasks) == 3
+    assert len(open_run(tmp_path / "run").done_tasks) == 4
     directions = some_directions(2)
     each: list[np.ndarray] = []
     for text in texts:
