@@ -24,6 +24,8 @@ import oracles
 from families import FAMILIES, OTHERS, build
 from transformers.utils import logging
 
+from fisher_ray import directions, driver, report, worker
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -61,3 +63,40 @@ def unchecked_shapes() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# ---- the ends of runs in this process, which take longer than such small runs themselves -------------------------------
+
+# Modules that look at the tokens which directions move, or hold runs here against runs in other processes.
+MOVED_TOKENS = {"test_directions", "test_docs", "test_formats", "test_object_store", "test_report"}
+
+_pictures: dict[tuple[Any, ...], bytes] = {}
+
+
+def a_picture(plan: Any, store: Any, rows: list[dict[str, Any]]) -> bytes:
+    """The first one of its kind: of one layer or several, of an estimator, of anything at all or of zeros."""
+    kind = (
+        len(rows) > 1,
+        plan.config.estimator,
+        *(any(row[name] > 0 for row in rows) for name in ("trace", "whitened_trace")),
+    )
+    if kind not in _pictures:
+        _pictures[kind] = report.spectra_png(plan, store, rows)
+    return _pictures[kind]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_ends(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pictures are drawn once, and moved tokens are of eight windows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "spectra_png", a_picture)
+        if request.module.__name__ not in MOVED_TOKENS:
+            for module in (directions, driver, worker):
+                patch.setattr(module, "WINDOWS", 8)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run's own."""
+    monkeypatch.setattr(driver, "spectra_png", report.spectra_png)

@@ -108,8 +108,11 @@ def test_every_kind_of_file_is_tested(finished: tuple[Path, list[str]]) -> None:
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_named_and_mended(
-    kind: str, damage: str, copied: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
+    kind: str, damage: str, copied: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    if kind == "picture":
+        request.getfixturevalue("pictures")
     run, command = copied
     before = {name: path.read_bytes() for name, path in files(run).items()}
     table, bits = Stored(run).table, Stored(run).bits()
