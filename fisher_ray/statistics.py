@@ -280,7 +280,7 @@ def _spectral_sums(values: Tensor, moves: Iterable[Tensor]) -> tuple[Tensor, Ten
     diagonals, seconds = [], []
     for move in moves:
         squares = move * move.mT
-        diagonals.append(move.diagonal())
+        diagonals.append(move.diagonal().clone())  # a view would keep every matrix
         seconds.append(torch.stack([squares.new_zeros(()), squares.sum(), (curvature * squares).sum() / 2]))
     sums = torch.stack([sizes.sum(), sizes.square().sum(), torch.xlogy(sizes, floored).sum()])
     slopes = torch.stack([torch.ones_like(sizes), 2 * sizes, 1 + floored.log()])
