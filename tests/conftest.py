@@ -67,8 +67,9 @@ def unchecked_shapes() -> Iterator[None]:
 
 # ---- the ends of runs in this process, which take longer than such small runs themselves -------------------------------
 
-# Modules that look at the tokens which directions move, or hold runs here against runs in other processes.
-MOVED_TOKENS = {"test_directions", "test_docs", "test_formats", "test_object_store", "test_report"}
+# Modules that look at the tokens which directions move, count what is read for them, or hold runs here against runs in other
+# processes.
+MOVED_TOKENS = {"test_directions", "test_docs", "test_formats", "test_object_store", "test_report", "test_scale"}
 
 _pictures: dict[tuple[Any, ...], bytes] = {}
 
@@ -94,6 +95,12 @@ def short_ends(request: pytest.FixtureRequest) -> Iterator[None]:
             for module in (directions, driver, worker):
                 patch.setattr(module, "WINDOWS", 8)
         yield
+
+
+@pytest.fixture(scope="module")
+def no_pictures_yet() -> None:
+    """The next run's picture is its own."""
+    _pictures.clear()
 
 
 @pytest.fixture

@@ -70,7 +70,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:  # noqa: F811
+def finished(
+    gpt2: str, no_pictures_yet: None, tmp_path_factory: pytest.TempPathFactory  # noqa: F811
+) -> tuple[Path, list[str]]:  # fmt: skip
     """A run of everything that can be asked for, and its command; given below where it is to be."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "docs.txt").write_text(jobs.some_text(8_000))
