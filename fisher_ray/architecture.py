@@ -290,12 +290,12 @@ class Pointwise(nn.Module):
 
     Args:
         activation: the model's own; called as it is while it has hooks, which may ablate neurons.
-        function: the same function otherwise.
+        function: the same function otherwise; default: the activation's own.
     """
 
-    def __init__(self, activation: nn.Module, function: Callable[[Tensor], Tensor]):
+    def __init__(self, activation: nn.Module, function: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
-        self.activation, self.function = activation, function
+        self.activation, self.function = activation, function or activation.forward
         self.keeps_slope = False
 
     def forward(self, x: Tensor) -> Tensor:

@@ -341,7 +341,7 @@ class RunStore(Storage):
             yield Problem(f"done/{name}.json", "is of no task of the plan")
         done &= set(planned)
         for path in (path for folder in ("done", "tree", "quarantine") for path in self.list(folder)):
-            if not _RECEIPT.fullmatch(path, path.index("/") + 1):
+            if path.endswith(".json") and not _RECEIPT.fullmatch(path, path.index("/") + 1):
                 yield Problem(path, "is no file of a run. Remove it")
         expected = planned[: self._last(len(planned))]
         unfinished = [name for name in expected if name not in done and name not in quarantined]
