@@ -29,11 +29,12 @@ from fisher_ray.architecture import ModelError, ModelFacts, attention_reading, w
 from fisher_ray.corpus import Window
 from fisher_ray.estimators import Exact
 from fisher_ray.head import Prediction, divergence
+from fisher_ray.numerics import full_precision
 from fisher_ray.plan import ConfigError, make_plan
 from fisher_ray.run import Run
 from fisher_ray.scores import iter_scores, score_factors
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
-from fisher_ray.split import SplitModel, full_precision
+from fisher_ray.split import SplitModel
 from fisher_ray.statistics import Estimate, jackknife, quadratic_form
 from fisher_ray.tape import Tape
 from fisher_ray.worker import WINDOWS, Worker, load_model

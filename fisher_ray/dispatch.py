@@ -18,10 +18,10 @@ import torch
 
 from fisher_ray.architecture import ModelError
 from fisher_ray.corpus import CorpusError, is_seen
+from fisher_ray.numerics import settings_restored
 from fisher_ray.plan import ConfigError, Device, Plan, RunConfig, Task
 from fisher_ray.reduce import DIRECTIONS, Checkpoint, Node, finish_layers, look_back, read_array, sum_node
 from fisher_ray.shards import Counts, Receipt, RunStore
-from fisher_ray.split import settings_restored
 from fisher_ray.storage import DamagedError, OutageError, StorageError, is_transient, several
 from fisher_ray.worker import InTurn, Worker, at_once
 

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisher_ray.estimators import Exact, Sampled
+from fisher_ray.numerics import full_precision
 from fisher_ray.scores import score_factors
-from fisher_ray.split import SplitModel, full_precision, load
+from fisher_ray.split import SplitModel, load
 
 ModelName = str | Path | SplitModel
 

@@ -25,8 +25,9 @@ from fisher_ray.draws import Draws, sequence_key
 from fisher_ray.estimators import Estimator, check_tempering, tempered
 from fisher_ray.head import psd_factor
 from fisher_ray.kernels import is_out_of_memory
+from fisher_ray.numerics import full_precision
 from fisher_ray.spectrum import solving_bytes
-from fisher_ray.split import SplitModel, full_precision
+from fisher_ray.split import SplitModel
 from fisher_ray.tape import Tape
 
 TokenSource = Literal["observed", "sampled"]

@@ -276,8 +276,13 @@ class RunStore(Storage):
 
     def names(self, folder: str) -> set[str]:
         """Names of all receipts in a folder, from one listing; copies that other tools have made have other names."""
-        found = (_RECEIPT.fullmatch(path, len(folder) + 1) for path in self.list(folder))
-        return {match[1] for match in found if match}
+        return self._receipts(folder)[0]
+
+    def _receipts(self, folder: str) -> tuple[set[str], list[str]]:
+        """Names of the receipts in a folder, and paths of what only looks like one."""
+        paths = [path for path in self.list(folder) if path.endswith(".json")]
+        found = {path: _RECEIPT.fullmatch(path, len(folder) + 1) for path in paths}
+        return {match[1] for match in found.values() if match}, [path for path, match in found.items() if not match]
 
     def notes(self) -> list[str]:
         """Paths of the notes of tasks that were given up."""
@@ -336,13 +341,13 @@ class RunStore(Storage):
         if plan is not None:
             yield plan
         fingerprint, planned = run["fingerprint"], [task_name(i) for i in range(run["tasks"])]
-        done, nodes, quarantined = self.names("done"), self.names("tree"), self.names("quarantine")
+        receipts = [self._receipts(folder) for folder in ("done", "tree", "quarantine")]
+        done, nodes, quarantined = (names for names, _ in receipts)
         for name in sorted(done - set(planned)):
             yield Problem(f"done/{name}.json", "is of no task of the plan")
         done &= set(planned)
-        for path in (path for folder in ("done", "tree", "quarantine") for path in self.list(folder)):
-            if path.endswith(".json") and not _RECEIPT.fullmatch(path, path.index("/") + 1):
-                yield Problem(path, "is no file of a run. Remove it")
+        for path in (path for _, others in receipts for path in others):
+            yield Problem(path, "is no file of a run. Remove it")
         expected = planned[: self._last(len(planned))]
         unfinished = [name for name in expected if name not in done and name not in quarantined]
         if len(unfinished) > len(done):

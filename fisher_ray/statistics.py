@@ -85,15 +85,12 @@ def jackknife(value: Tensor, without: Tensor, corrected: bool = False) -> Estima
         corrected: take off the bias of order 1 / B, ``(B - 1) (mean_b without_b - value)`` (Quenouille, 1956), for quantities
             that are not linear in the mean and known to second order. The error is then around the mean of ``without``.
     """
-    return _jackknife(value.double().numpy(), without.double().numpy(), corrected)
-
-
-def _jackknife(value: np.ndarray, without: np.ndarray, corrected: bool = False) -> Estimate:
-    if len(without) < 2 or not corrected:
-        return _estimate(value, without - value)
-    middle = without.mean(0)
-    bias = (len(without) - 1) * (middle - value)
-    return _estimate(value - bias, without - middle, bias)
+    whole, left = value.double().numpy(), without.double().numpy()
+    if len(left) < 2 or not corrected:
+        return _estimate(whole, left - whole)
+    middle = left.mean(0)
+    bias = (len(left) - 1) * (middle - whole)
+    return _estimate(whole - bias, left - middle, bias)
 
 
 def _estimate(value: np.ndarray, moved: np.ndarray, bias: np.ndarray | float = 0.0) -> Estimate:
@@ -154,8 +151,8 @@ class Blocks:
 def mean_trace(blocks: Sequence[tuple[int, float]]) -> Estimate:
     """The mean trace of F from the number of positions in each block and the trace of their sum."""
     counts, traces = (np.array(column) for column in zip(*blocks, strict=True))
-    rest = np.maximum(1, counts.sum() - counts)
-    return _jackknife(np.array(traces.sum() / counts.sum()), (traces.sum() - traces) / rest)
+    mean = np.array(traces.sum() / counts.sum())
+    return _estimate(mean, (counts * mean - traces) / np.maximum(1, counts.sum() - counts))
 
 
 @dataclass(frozen=True)

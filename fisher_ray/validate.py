@@ -28,12 +28,13 @@ from torch import Tensor
 from fisher_ray.directions import worker_of
 from fisher_ray.estimators import Exact
 from fisher_ray.head import divergence
+from fisher_ray.numerics import full_precision
 from fisher_ray.plan import ConfigError, Task, Tasks
 from fisher_ray.report import number_table
 from fisher_ray.run import Run
 from fisher_ray.scores import score_factors
 from fisher_ray.shards import places
-from fisher_ray.split import SplitModel, full_precision
+from fisher_ray.split import SplitModel
 from fisher_ray.storage import StoredFile
 from fisher_ray.worker import Worker
 

@@ -23,6 +23,7 @@ import fisher_ray
 from fisher_ray.architecture import sink_token
 from fisher_ray.corpus import CorpusError, Document, Window, read_documents, windows
 from fisher_ray.kernels import is_out_of_memory
+from fisher_ray.numerics import deterministic_kernels, full_precision
 from fisher_ray.plan import MAX_SUMS, ConfigError, Plan, RunConfig, Task, token_ids, token_text
 from fisher_ray.scores import Scores, default_memory_budget, iter_scores
 from fisher_ray.shards import (
@@ -37,7 +38,7 @@ from fisher_ray.shards import (
     task_name,
 )
 from fisher_ray.spectrum import entropy_rank, factor_eigenvalues, participation_ratio, trace_rank
-from fisher_ray.split import SplitModel, deterministic_kernels, full_precision
+from fisher_ray.split import SplitModel
 from fisher_ray.storage import StoredFile
 from fisher_ray.sums import LayerSums, Sums, sums_memory
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fisher_ray import Exact, ModelError, Sampled, SplitModel, calculate_fisher, score_factors
 from fisher_ray.dispatch import LocalPool
+from fisher_ray.numerics import deterministic_kernels, full_precision
 from fisher_ray.plan import RunConfig
-from fisher_ray.split import deterministic_kernels, full_precision
 
 IDS = torch.arange(1, 13).view(2, 6)
 ASKED: dict[str, Any] = {"layers": [1], "estimator": Sampled(1)}

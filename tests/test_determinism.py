@@ -20,8 +20,8 @@ from fisher_ray import (
     fim_expected_gradient_outerproduct,
     score_factors,
 )
+from fisher_ray.numerics import deterministic_kernels, full_precision
 from fisher_ray.spectrum import factor_eigenvalues, symmetric_eigh, trace_rank, whitened_eigenvalues
-from fisher_ray.split import deterministic_kernels, full_precision
 
 IDS = torch.arange(1, 29).view(2, 14)
 
