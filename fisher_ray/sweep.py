@@ -35,6 +35,7 @@ from rich.table import Table
 
 from fisher_ray.cluster import STARTED_HERE, joined
 from fisher_ray.plan import ConfigError, RunConfig, read_settings
+from fisher_ray.reduce import SUMMARY_SCHEMA
 from fisher_ray.report import number_table, print_table
 from fisher_ray.run import open_run
 from fisher_ray.shards import RunStore, parquet_bytes
@@ -43,6 +44,8 @@ from fisher_ray.storage import StorageError
 _KNOWN = ("output", "side_by_side", "common", "product", "points")
 # Exit codes of a point that has all its results, but perhaps for quarantined tasks.
 _COMPLETE = (0, 4)
+# What the columns of the table are called that hold settings.
+_SETTING = "setting_"
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,9 @@ def run_sweep(sweep: Sweep, console: Console) -> int:
     print_table(console, _table([row for row in rows if row.get("group") is None]))
     if any(row["layer"] is not None for row in rows):
         store = RunStore(sweep.output)
-        names = dict.fromkeys(name for row in rows for name in row)  # a point without a run has few of them
-        store.write("summary.parquet", parquet_bytes(pa.table({n: [row.get(n) for row in rows] for n in names})))
+        varied = [(name, pa.string()) for name in rows[0] if name.startswith(_SETTING)]
+        schema = pa.schema([("point", pa.string()), ("code", pa.int64()), *varied, *SUMMARY_SCHEMA])
+        store.write("summary.parquet", parquet_bytes(pa.Table.from_pylist(rows, schema)))
         console.print(f"all points: {store.uri}/summary.parquet", soft_wrap=True, highlight=False)
     return next((code for code in codes if code), 0)
 
@@ -203,8 +207,8 @@ def _rows(sweep: Sweep, codes: list[int]) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(StorageError):  # there is no run, or it is damaged
             if code in _COMPLETE:  # else what is there may be of other settings, of before the file was changed
                 rows = open_run(config.output).summary
-        for row in rows or [dict.fromkeys(("layer", "group", "positions", "trace", "entropy_rank", "trace_rank_99"))]:
-            settings = {f"setting_{setting}": _plain(told[name][setting]) for setting in varied}
+        for row in rows or [dict.fromkeys(SUMMARY_SCHEMA.names)]:
+            settings = {f"{_SETTING}{setting}": _plain(told[name][setting]) for setting in varied}
             yield {"point": name, "code": code, **settings, **row}
 
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import requests
@@ -845,6 +846,10 @@ def test_a_sweep_is_a_run_for_each_point(
         assert row["trace"] == pytest.approx(fisher.trace()) and row["code"] == 0
         assert row["setting_seed"] == row["point"].rpartition("=")[2]
     assert rows[0]["trace"] != rows[2]["trace"]  # of another seed
+    columns = pq.read_schema(tmp_path / "out" / names[0] / "reduced/summary.parquet")
+    assert pq.read_schema(tmp_path / "out/summary.parquet").equals(
+        pa.schema([("point", pa.string()), ("code", pa.int64()), ("setting_seed", pa.string()), *columns])
+    )
     table = out[out.rindex("99 % rank") :]
     assert all(table.count(name) == 2 for name in names)
     # One point is lost, and the same command brings it back.
