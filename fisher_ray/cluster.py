@@ -10,7 +10,7 @@ import os
 import socket
 import string
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -117,6 +117,7 @@ class _Member:
         started: when, by the monotonic clock.
         node: where it runs, once that is known.
         since: when that was.
+        site: the node, for as long as it has its model.
     """
 
     actor: Any
@@ -125,6 +126,7 @@ class _Member:
     started: float
     node: str | None = None
     since: float = math.inf
+    site: str | None = None
     calls: set[Future[Any]] = field(default_factory=set)
     alone: bool = False
     dead: bool = False
@@ -150,6 +152,8 @@ class RayPool:
         # Members in the order in which they are asked next; the values mean nothing.
         self._idle: OrderedDict[_Member, None] = OrderedDict()
         self._busy: OrderedDict[_Member, None] = OrderedDict()
+        self._sites: Counter[str] = Counter()  # members that have their model, by node
+        self._hung: list[tuple[Any, Any]] = []  # what :meth:`wait` gives next
         self._looked = 0.0
         self._failed_loads, self._load_failed, self._load_failure = 0, -math.inf, ""
         self._refusing: set[str] = set()  # machines on which the model, or the settings, cannot be
@@ -245,7 +249,9 @@ class RayPool:
         for member in [m for m in self._loading.values() if self._looked - m.since > _LOADS_WITHIN]:
             self._drop(member)
             host = _Nodes().host(member.node or "") or ""
-            self._count(member, Failure("hung", f"it did not load the model within {_LOADS_WITHIN:g} s", host=host))
+            self._hung += self._not_loaded(
+                member, Failure("hung", f"it did not load the model within {_LOADS_WITHIN:g} s", host=host)
+            )
         most = self._config.max_actors or max(self._config.min_actors, self._room())
         # After one that did not load the next has time: what it died of may pass.
         if self._looked >= self._load_failed + 2.0 ** min(self._failed_loads, 6):
@@ -255,12 +261,19 @@ class RayPool:
         for member in [*self._loading.values(), *self._idle][: max(0, surplus)]:
             self._drop(member)
 
+    @property
+    def sites(self) -> Collection[str]:
+        return self._sites.keys()
+
+    def machine(self, worker: _Member) -> str:
+        return worker.node or ""
+
     def room(self, alone: bool, avoid: Collection[Any]) -> _Member | None:
         for queue in (self._idle,) if alone or not self._spread else (self._idle, self._busy):
             for _ in range(len(queue)):
                 member = next(iter(queue))
                 queue.move_to_end(member)
-                if member not in avoid:
+                if member not in avoid and self.machine(member) not in avoid:
                     return member
         return None
 
@@ -273,7 +286,7 @@ class RayPool:
         return future
 
     def wait(self, timeout: float) -> list[tuple[Any, Any]]:
-        ended: list[tuple[Any, Any]] = []
+        ended, self._hung = self._hung, []
         alive = _Nodes()
         for future in self._arrived(timeout if self._running or self._loading else min(timeout, 0.2)):
             if future in self._placing:
@@ -350,6 +363,8 @@ class RayPool:
         else:
             if answer is None:
                 self._failed_loads = 0
+                member.site = self.machine(member)
+                self._sites[member.site] += 1
                 self._place(member)
                 return []
             self._drop(member)
@@ -358,15 +373,15 @@ class RayPool:
                 # The model's fault, or the settings', where two machines say so, or there is no other.
                 if len(self._refusing) > 1 or (self.machines < 2 and not self._placing):
                     return [(None, answer)]
-        self._count(member, answer)
-        # One machine that cannot is not the others' end.
-        return [] if self.alive or self._failed_loads < _MAX_LOADS else [(None, answer)]
+        return self._not_loaded(member, answer)
 
-    def _count(self, member: _Member, failure: Failure) -> None:
+    def _not_loaded(self, member: _Member, failure: Failure) -> list[tuple[Any, Any]]:
         """Take note of one that did not load its model; of those that were started together one counts."""
         if member.started >= self._load_failed:
             self._failed_loads, self._load_failed = self._failed_loads + 1, time.monotonic()
             self._load_failure = failure.said
+        # One machine that cannot is not the others' end.
+        return [] if self.alive or self._failed_loads < _MAX_LOADS else [(None, failure)]
 
     def _place(self, member: _Member) -> None:
         """Put a member where it will be found: among the idle, or those that take a second call."""
@@ -378,6 +393,10 @@ class RayPool:
 
     def _drop(self, member: _Member) -> None:
         member.dead = True
+        if member.site is not None:
+            self._sites[member.site] -= 1
+            self._sites += Counter()  # without those that have none left
+            member.site = None
         self._members.discard(member)
         self._loading.pop(member.loaded, None)
         self._placing.pop(member.placed, None)
@@ -397,7 +416,9 @@ class RayPool:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    """What an error says; of a long one begin and end, as a traceback's last line says why."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= 300 else f"{said[:120]} ... {said[-170:]}"
 
 
 class _Nodes:

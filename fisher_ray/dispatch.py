@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal, Protocol
 
@@ -31,6 +32,12 @@ _SHARED = "Corpus, model and output have to be at the same place on every machin
 # reading failed as the storage did, for longer than readers wait, or whose machine reaches no storage; so many pauses are a
 # minute and a half.
 _MAX_BLAMELESS = {"lost": 20, "stumbled": 9, "unwell": 9}
+# But where no task has ended yet, every one may take its machine along, as memory that runs out does on Kubernetes.
+_MAX_LOST_UNPROVEN = 4
+# A machine where so many calls in a row failed rests, for 2 to the power of their number in seconds, while there are others.
+_SICK, _LONGEST_REST = 3, 600.0
+# Seconds that a call waits for another machine than those where it has failed.
+_ELSEWHERE = 60.0
 # Times what tasks of its size take after which one gets a second attempt, and after which one counts as hung.
 _SLOW, _HUNG = 3.0, 30.0
 _SLOW_AT_LEAST, _HUNG_AT_LEAST, _HUNG_UNKNOWN = 5.0, 600.0, 3600.0
@@ -138,9 +145,14 @@ class Servant:
     """
 
     def __init__(self, plan: Plan, in_turn: InTurn = at_once):
-        self.plan, self.store, self._in_turn = plan, RunStore(plan.config.output), in_turn
+        self.plan, self._in_turn = plan, in_turn
         self._worker: Worker | None = None
         self._loading = threading.Lock()
+
+    @cached_property
+    def store(self) -> RunStore:
+        """The run; opened when it is first needed too, so that what fails is told as of a call."""
+        return RunStore(self.plan.config.output)
 
     def load(self) -> Worker:
         """The worker, made where there is none.
@@ -234,8 +246,19 @@ class Pool(Protocol):
     def resize(self, wanted: int, kept: int) -> None:
         """Grow to so many workers, within what configuration and cluster allow; drop idle ones beyond ``kept``."""
 
+    @property
+    def sites(self) -> Collection[str]:
+        """The machines that workers are on now."""
+
+    def machine(self, worker: Any) -> str:
+        """The machine that a worker is on, or was."""
+
     def room(self, alone: bool, avoid: Collection[Any]) -> Any:
-        """A worker that can take a call, with nothing else on it if ``alone``; None if there is none now."""
+        """A worker that can take a call, with nothing else on it if ``alone``; None if there is none now.
+
+        Args:
+            avoid: workers, and machines.
+        """
 
     def submit(self, worker: Any, call: Call, alone: bool) -> Any:
         """Start a call."""
@@ -254,6 +277,7 @@ class LocalPool:
     """One worker in this process, for debugging and for machines without Ray."""
 
     alive, pending, machines, waits = 1, 0, 1, None
+    sites: Collection[str] = ("",)
 
     def __init__(self, config: RunConfig):
         self.device: Device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -273,6 +297,9 @@ class LocalPool:
 
     def resize(self, wanted: int, kept: int) -> None:
         pass
+
+    def machine(self, worker: Any) -> str:
+        return ""
 
     def room(self, alone: bool, avoid: Collection[Any]) -> Any:
         return None if self._calls or avoid else self
@@ -312,7 +339,8 @@ class _Tries:
 
     failed: int = 0
     blameless: Counter[str] = field(default_factory=Counter)
-    unwell: set[str] = field(default_factory=set)  # machines
+    unwell: set[str] = field(default_factory=set)  # machines that do not reach what it needs
+    sites: set[str] = field(default_factory=set)  # machines where it failed
     running: set[Any] = field(default_factory=set)
 
 
@@ -321,7 +349,9 @@ class Dispatch:
 
     A call that fails is tried again after a pause, ``max_attempts`` times, with nothing else on its worker: it cannot take an
     innocent one along twice, and is given up for what it did itself. One whose machine was lost, or whose storage failed, is
-    tried again as often as that can be bad luck; what two machines do not reach, or the only one, is not there.
+    tried again as often as that can be bad luck; what two machines do not reach, or the only one, is not there. While there are
+    other machines a call is not tried again where it failed, and a machine where one call after the other fails is left alone
+    for a growing while: it would be idle first each time, and fail at all calls that there are.
 
     When nothing waits, slow ones get a second attempt on another worker; of two the first to commit counts.
 
@@ -330,6 +360,7 @@ class Dispatch:
         max_attempts: failures of one call before it is given up.
         timeout: seconds after which a call that has a weight counts as hung; None: by what others of its weight took.
         expected: seconds a unit of weight, at most, for as long as no call has told; asked where one takes long.
+        proven: whether calls of this kind have ended well before.
         tick: called about once a second; may raise to end everything.
         stopping: seconds left once a stop was asked for, else None.
     """
@@ -342,12 +373,15 @@ class Dispatch:
         tick: Callable[[], None],
         stopping: Callable[[], float | None],
         expected: Callable[[], float] = lambda: 0.0,
+        proven: Callable[[], bool] = lambda: True,
     ):
         self._pool, self._max_attempts, self._timeout = pool, max_attempts, timeout
-        self._tick, self._stopping, self._expected = tick, stopping, expected
+        self._tick, self._stopping, self._expected, self._proven = tick, stopping, expected, proven
         self.retried = 0
         self.last_failure: str | None = None  # of a call that is tried again
         self._pace: deque[float] = deque(maxlen=101)
+        self._failing: Counter[str] = Counter()  # calls that failed on a machine since one ended well there
+        self._resting: dict[str, float] = {}  # machines, and until when
 
     def run(self, calls: Iterable[Call], total: int, width: int = 1, ahead: int = 0) -> Generator[tuple[Call, Any]]:
         """Yield (call, result or Failure) as they end.
@@ -374,8 +408,8 @@ class Dispatch:
                     raise StoppedError(STOPPED)
                 if seconds is None:
                     wanted = -(-left // width)
-                    # As many again for second attempts, if they are there.
-                    self._pool.resize(wanted, 2 * wanted + ahead)
+                    # As many again for second attempts, if they are there; and none leaves that has its model while calls wait.
+                    self._pool.resize(wanted, max(2 * wanted, left) + ahead)
                     self._fill()
                 if time.monotonic() - looked > 1.0:
                     looked = time.monotonic()
@@ -406,7 +440,7 @@ class Dispatch:
                 call = self._next
             alone = call.name in self._tries and self._tries[call.name].failed > 0
             # One that has to be alone holds up the others until a worker has run empty.
-            worker = self._pool.room(alone, ())
+            worker = self._pool.room(alone, self._avoided(call, self._later[0][0] if due else 0.0))
             if worker is None:
                 return
             if due:
@@ -414,6 +448,17 @@ class Dispatch:
             else:
                 self._next = None
             self._submit(worker, call, alone)
+
+    def _avoided(self, call: Call, since: float) -> Collection[str]:
+        """Machines that a call which waits since then is kept from, where workers are on others too."""
+        now = time.monotonic()
+        resting = {site for site, until in self._resting.items() if until > now}
+        tries = self._tries.get(call.name)
+        failed = tries.sites if tries is not None and now < since + _ELSEWHERE else set()
+        for avoided in (resting | failed, resting):
+            if avoided and any(site not in avoided for site in self._pool.sites):
+                return avoided
+        return ()
 
     def _submit(self, worker: Any, call: Call, alone: bool) -> None:
         key = self._pool.submit(worker, call, alone)
@@ -443,7 +488,7 @@ class Dispatch:
                 and len(tries.running) == 1
                 and not tries.failed
             ):
-                worker = self._pool.room(True, [running.worker])
+                worker = self._pool.room(True, [running.worker, *self._avoided(call, now)])
                 if worker is not None:
                     self._submit(worker, call, alone=False)
 
@@ -471,7 +516,9 @@ class Dispatch:
         running = self._running.pop(key, None)
         if running is None:  # of an earlier round that was broken off
             return
-        call = running.call
+        call, site = running.call, self._pool.machine(running.worker)
+        if not isinstance(outcome, Failure):
+            self._failing.pop(site, None)
         tries = self._tries.get(call.name)
         if tries is None or key not in tries.running:  # another attempt was first
             return
@@ -488,6 +535,11 @@ class Dispatch:
             outcome = replace(outcome, kind="lost")
         if outcome.kind in ("sticky", "unwell"):
             self._kill(key, running.worker)
+        if outcome.kind not in ("input", "fatal", "damaged", "lost"):
+            tries.sites.add(site)
+            self._failing[site] += 1
+            if self._failing[site] >= _SICK:
+                self._resting[site] = time.monotonic() + min(_LONGEST_REST, 2.0 ** min(self._failing[site], 10))
         if outcome.kind in _MAX_BLAMELESS:
             tries.blameless[outcome.kind] += 1
         else:
@@ -496,7 +548,9 @@ class Dispatch:
         if outcome.kind == "unwell":
             tries.unwell.add(outcome.host)
             final = len(tries.unwell) > 1 or self._pool.machines < 2
-        unlucky = any(tries.blameless[kind] >= most for kind, most in _MAX_BLAMELESS.items())
+        unlucky = any(tries.blameless[kind] >= most for kind, most in _MAX_BLAMELESS.items()) or (
+            tries.blameless["lost"] >= _MAX_LOST_UNPROVEN and not self._proven()
+        )
         if final or (not tries.running and (unlucky or tries.failed >= self._max_attempts)):
             del self._tries[call.name]
             yield call, outcome

@@ -30,13 +30,14 @@ from fisher_ray.plan import ConfigError, Plan, RunConfig, Task, Tasks, make_plan
 from fisher_ray.reduce import Checkpoint, Node, checkpoints, levels, manifest, roots, worst, write_summary
 from fisher_ray.report import spectra_png
 from fisher_ray.shards import RUN_VERSION, Counts, Lease, Receipt, RefusedError, RunStore, receipt_of, task_name
-from fisher_ray.storage import DamagedError, StorageError, StoredFile
+from fisher_ray.storage import DamagedError, OutageError, StorageError, StoredFile
 from fisher_ray.worker import WINDOWS
 
 T = TypeVar("T")
 
-# Tasks that fail one after the other before the first one succeeds: then the fault is not theirs.
-_HOPELESS = 16
+# Tasks that fail one after the other, before the first one succeeds or while so many times as many wait: then the fault is
+# not theirs.
+_HOPELESS, _MORE = 16, 10
 # Receipts that one call of a check reads back, with all they vouch for.
 _CHECKED = 32
 _PROGRESS_EVERY = 15.0
@@ -126,8 +127,11 @@ def run(
         RunError: nothing could be computed.
     """
     plan, store = make_plan(config), RunStore(config.output)
+    before = None
     with contextlib.suppress(DamagedError):
-        store.read_run()  # a directory that is no run's is refused before anything is started
+        before = store.read_run()  # a directory that is no run's is refused before anything is started
+    if before is not None and config.device is None:  # nodes with GPUs may have left, or come
+        config = replace(config, device=before["result_fields"].get("device"))
     made = store.missing_folders()
     with _Stop() as stop, contextlib.ExitStack() as workers:
         pool = workers.enter_context(open_pool(config))
@@ -353,11 +357,15 @@ class _Run:
         self._stop, self._tell = stop, tell
         config = plan.config
         expected = partial(plan.cost.slowest_seconds_per_byte, config.device or "cpu")
-        self.dispatch = Dispatch(pool, config.max_attempts, config.task_timeout, self._tick, stop.seconds, expected)
+        self.dispatch = Dispatch(
+            pool, config.max_attempts, config.task_timeout, self._tick, stop.seconds, expected, lambda: any(self.done)
+        )
         self.state = "computing"
         self.done = bytearray(len(tasks))  # a flag a task: a million tasks weigh a megabyte
         self.counts = Counts()
         self.quarantined: dict[int, str] = {}
+        self._noted: set[int] = set()  # tasks of which a note says that they were given up
+        self._failed: list[tuple[Task, Failure]] = []  # since a task was last computed
         self._first_failure: Failure | None = None
         self.looked: list[Checkpoint] = []
         self.weight = self.damaged = self.computed = self._tokens = 0
@@ -406,15 +414,18 @@ class _Run:
     def _take_stock(self) -> int:
         """Mark what is done and what was given up, each from one listing; how many tasks are done."""
         for name in self.store.names("done"):
-            if name.isdigit() and int(name) < len(self.done):
+            if int(name) < len(self.done):
                 self.done[int(name)] = 1
         resumed = self.done.count(1)
         for name in sorted(self.store.names("quarantine")):
-            if not (name.isdigit() and int(name) < len(self.done)):
+            if int(name) >= len(self.done):
                 continue
             task, path = int(name), f"quarantine/{name}.json"
-            if self.plan.config.retry_quarantined or self.done[task]:
+            if self.done[task]:
                 self.store.remove(path)
+                continue
+            self._noted.add(task)
+            if self.plan.config.retry_quarantined:
                 continue
             with contextlib.suppress(DamagedError):  # a damaged note is no reason not to try
                 self.quarantined[task] = str(self.store.read_sealed(path)["error"])
@@ -467,7 +478,6 @@ class _Run:
 
     def _map(self, last: int, check: bool) -> None:
         """Compute what is not done of the first tasks; read back what is, and compute again what turns out damaged."""
-        failed_first = 0
         while True:
             closed = self._closed(last)
             some = takewhile(lambda task: task.id < last, self.tasks)
@@ -481,10 +491,10 @@ class _Run:
                 if call.method == "check":
                     self._checked(call, outcome)
                 elif isinstance(outcome, Failure):
-                    failed_first += 1
-                    self._give_up(call.args[0], outcome, hopeless=failed_first >= _HOPELESS and not any(self.done))
+                    self._give_up(call.args[0], outcome)
                 else:
                     self._computed(call.args[0], outcome)
+            self._note()
         if not any(self.done) and last == len(self.tasks):
             # Nothing could be computed: the first reason is as good as an answer to the command.
             raise self._first_failure.to_exception() if self._first_failure else RunError(self._given_up())
@@ -513,7 +523,7 @@ class _Run:
             return
         self.counts += counts
         self.damaged += len(damaged)
-        tasks = [int(name) for name in damaged if name.isdigit() and int(name) < len(self.done)]
+        tasks = [int(name) for name in damaged if int(name) < len(self.done)]
         for name in set(damaged) - set(map(task_name, tasks)):
             self.store.remove(f"done/{name}.json")
         self._undo(tasks)
@@ -530,8 +540,12 @@ class _Run:
         self.weight += task.weight
         self.counts += receipt.counts
         self._tokens += receipt.counts.tokens
+        self._note()
+        if task.id in self._noted:  # it was tried anew
+            self.store.remove(_note_path(task))
+            self._noted.remove(task.id)
 
-    def _give_up(self, task: Task, failure: Failure, hopeless: bool) -> None:
+    def _give_up(self, task: Task, failure: Failure) -> None:
         """Quarantine a task, or end the run where the fault is not the task's."""
         if failure.kind in ("fatal", "unwell"):
             raise failure.to_exception()
@@ -540,12 +554,30 @@ class _Run:
         span = f", rows or bytes {where.start} to {where.stop}" if where.stop >= 0 else ""
         more = f", and {others} more file{'s' * (others > 1)}" if others else ""
         line = f"task {task.id} ({where.path.removeprefix('file://')}{span}{more}): {_said(failure)}"
-        if hopeless:
-            many = f"the first {_HOPELESS} tasks failed, and none succeeded. The last: {line}"
-            raise replace(failure, message=many).to_exception()
         self.quarantined[task.id] = line
-        note = {"task": task.id, "kind": failure.kind, "error": line, "ranges": [asdict(r) for r in task.ranges]}
-        self.store.write_sealed(f"quarantine/{task_name(task.id)}.json", note)
+        self._failed.append((task, failure))
+        if self._is_hopeless():
+            number = len(self._failed)
+            some = "task" if number == 1 else f"{number} tasks"
+            many = f"{some} failed in a row" if any(self.done) else f"the first {some} failed"
+            raise replace(failure, message=f"{many}, and none succeeded. The last: {line}").to_exception()
+
+    def _is_hopeless(self) -> bool:
+        """Whether what fails is not the tasks' fault: none has succeeded since many failed, and many more would."""
+        if not any(self.done):
+            return len(self._failed) >= _HOPELESS or self._failed[-1][1].kind == "lost"
+        failed = sum(failure.kind != "input" for _, failure in self._failed)  # what is said of the corpus is so
+        left = len(self.tasks) - self.done.count(1) - len(self.quarantined)
+        return failed >= max(_HOPELESS, 2 * self.pool.alive) and left > _MORE * failed
+
+    def _note(self) -> None:
+        """Set aside for good what has failed, which waits until others show that the fault is its own."""
+        for task, failure in self._failed:
+            line, ranges = self.quarantined[task.id], [asdict(r) for r in task.ranges]
+            note = {"task": task.id, "kind": failure.kind, "error": line, "ranges": ranges}
+            self.store.write_sealed(_note_path(task), note)
+            self._noted.add(task.id)
+        self._failed.clear()
 
     def _given_up(self) -> str:
         first = next(iter(self.quarantined.values()))
@@ -601,11 +633,12 @@ class _Run:
             self._all((Call(f"sum {node.name}", "sum", (node,)) for node in nodes), ahead=ahead)
 
     def _reduce_once(self, trees: Sequence[Node]) -> tuple[list[dict[str, Any]], Counts]:
-        self._sum_nodes(trees)
+        self._sum_nodes(trees, ahead=len(trees))
         self.store.remove("reduced/manifest.json")  # before its files become others
         rows: list[dict[str, Any]] = []
         files: dict[str, StoredFile] = {}
-        finished = self._all(Call(f"mean {tree.name}", "finish", (tree,), repeatable=False) for tree in trees)
+        means = (Call(f"mean {tree.name}", "finish", (tree,), repeatable=False) for tree in trees)
+        finished = self._all(means, width=1)  # each decomposes matrices
         for some, covering in finished:
             rows += some
             files |= covering.files
@@ -629,11 +662,11 @@ class _Run:
         self.store.write_sealed("reduced/manifest.json", made)
         return rows, counts
 
-    def _all(self, calls: Iterable[Call], ahead: int = 0) -> list[Any]:
+    def _all(self, calls: Iterable[Call], ahead: int = 0, width: int = 16) -> list[Any]:
         """Results of calls of the reduction, in the order of the calls; the first failure ends it."""
         listed = list(calls)
         results: dict[str, Any] = {}
-        with contextlib.closing(self.dispatch.run(listed, len(listed), width=16, ahead=ahead)) as ended:
+        with contextlib.closing(self.dispatch.run(listed, len(listed), width, ahead)) as ended:
             for call, outcome in ended:
                 if isinstance(outcome, Failure):
                     if outcome.kind == "damaged":
@@ -669,7 +702,8 @@ class _Run:
             self._tell(progress)
             self.pool.report(asdict(progress))
         if now - self._written >= _PROGRESS_EVERY:
-            self._write_progress()
+            with contextlib.suppress(OutageError):  # whoever has results to write will say so
+                self._write_progress()
 
     def progress(self) -> Progress:
         now = time.monotonic()
@@ -704,6 +738,10 @@ class _Run:
         self.store.write_sealed("progress.json", {**asdict(progress), "written": time.time()})
 
 
+def _note_path(task: Task) -> str:
+    return f"quarantine/{task_name(task.id)}.json"
+
+
 def _computing(task: Task) -> Call:
     return Call(f"task {task.id}", "compute", (task,), task.weight)
 
@@ -712,7 +750,7 @@ def _said(failure: Failure) -> str:
     """A failure in words."""
     told: Mapping[str, str] = {
         "died": "its worker process died each time; was the machine out of memory?",
-        "lost": "the machine it ran on was lost each time.",
+        "lost": "the machine it ran on was lost each time; did its memory run out?",
         "hung": f"it did not end: {failure.message}; --task-timeout sets how long to wait.",
     }
     return replace(failure, message=told.get(failure.kind, failure.message)).said

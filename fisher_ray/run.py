@@ -121,7 +121,7 @@ class Run:
         self.layers: list[int] = description["layers"]
         self.d_model: int = description["d_model"]
         self.tasks: int = description["tasks"]
-        done = sorted(int(name) for name in store.names("done") if name.isdigit())
+        done = sorted(int(name) for name in store.names("done"))
         self._manifest = self._reduced(done)
         self.complete = self._manifest is not None
         self.done_tasks = [task for task in done if task < self._made["last"]] if self.complete else done

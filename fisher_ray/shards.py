@@ -38,15 +38,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisher_ray.storage import WRITING, DamagedError, Storage, StorageError, StoredFile, seal, several, unseal
+from fisher_ray.storage import (
+    WRITING,
+    DamagedError,
+    OutageError,
+    Storage,
+    StorageError,
+    StoredFile,
+    seal,
+    several,
+    unseal,
+)
 
 T = TypeVar("T")
 
 TOP_EIGENVALUES = 4
 
 # All that a run writes; anything else in its directory is somebody's own.
-# Numbers of tasks, spans of them, and what a sum is without.
-_RECEIPT = re.compile(r"([0-9][0-9a-z-]*)\.json")
+# Numbers of tasks; of sums, spans of them and what each is without.
+_RECEIPT, _SUM = re.compile(r"([0-9]+)\.json"), re.compile(r"([0-9]+-[0-9][0-9a-z-]*)\.json")
 _FILES = ("run.json", "plan.parquet", "progress.json")
 _FOLDERS = ("lease", "positions", "sums", "factors", "matrices", "done", "quarantine", "tree", "reduced")
 
@@ -281,7 +291,8 @@ class RunStore(Storage):
     def _receipts(self, folder: str) -> tuple[set[str], list[str]]:
         """Names of the receipts in a folder, and paths of what only looks like one."""
         paths = [path for path in self.list(folder) if path.endswith(".json")]
-        found = {path: _RECEIPT.fullmatch(path, len(folder) + 1) for path in paths}
+        name = _SUM if folder == "tree" else _RECEIPT
+        found = {path: name.fullmatch(path, len(folder) + 1) for path in paths}
         return {match[1] for match in found.values() if match}, [path for path, match in found.items() if not match]
 
     def notes(self) -> list[str]:
@@ -443,7 +454,7 @@ class Lease:
 
     def __init__(self, store: RunStore, patience: float = 15.0):
         self._store, self._patience = store, patience
-        self._beats = 0
+        self._me, self._beats = _process(), 0
         self._left = threading.Event()
         self.lost: RefusedError | StorageError | None = None
         self._number = self._acquire()
@@ -468,6 +479,8 @@ class Lease:
             held = store.read_sealed(Lease._path(Lease._highest(store)))
         except FileNotFoundError:  # there is none, or it has left meanwhile
             return None, False
+        except DamagedError:  # it may be being written
+            return "a driver that cannot be told", True
         who = f"process {held['pid']} on {held['host']}"
         if held["machine"] == _machine() and not _alive(held):
             return f"{who}, which has died: the same command goes on", False
@@ -478,7 +491,14 @@ class Lease:
         return f"lease/{number:06d}.json"
 
     def _content(self) -> bytes:
-        return seal({**_process(), "beat": self._beats})
+        return seal({**self._me, "beat": self._beats})
+
+    def _holds(self) -> bool:
+        """Whether nobody has taken the lease; a heartbeat that was reported as failed may have been written."""
+        if self._highest(self._store) > self._number:
+            return False
+        held = unseal(self._store.read(self._path(self._number))) or {}
+        return {**held, "beat": 0} == {**self._me, "beat": 0}
 
     @staticmethod
     def _highest(store: RunStore) -> int:
@@ -499,7 +519,7 @@ class Lease:
         try:
             first = self._store.read(self._path(number))
             holder = unseal(first) or {}
-            if holder.get("machine") == _process()["machine"] and not _alive(holder):
+            if holder.get("machine") == self._me["machine"] and not _alive(holder):
                 return True
             deadline = time.monotonic() + self._patience
             while time.monotonic() < deadline:
@@ -517,10 +537,12 @@ class Lease:
         path = self._path(self._number)
         while not self._left.wait(self._patience / 5):
             try:
-                if self._highest(self._store) > self._number or self._store.read(path) != self._content():
+                if not self._holds():
                     raise FileNotFoundError(path)
                 self._beats += 1
                 self._store.write(path, self._content())
+            except OutageError:  # whoever else has come meanwhile is seen the next time
+                pass
             except FileNotFoundError:
                 self.lost = RefusedError(
                     f"{self._store.uri}: another driver has taken this run over; it had not heard from this one for too long."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -42,12 +43,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Pool:
-    """Workers that answer what ``behave(call, attempt)`` says after a tenth of a second, two calls at a time each."""
+    """Workers that answer what ``behave(call, attempt)`` says after a tenth of a second, two calls at a time each.
+
+    Of ``hosts`` machines each has every so-manieth worker, and a ``sick`` one answers for itself.
+    """
 
     device, alive, pending, machines, waits = "cpu", 0, 0, 2, None
 
-    def __init__(self, clock: Clock, workers: int, behave: Callable[[Call, int], Any]):
-        self.clock, self.behave = clock, behave
+    def __init__(
+        self, clock: Clock, workers: int, behave: Callable[[Call, int], Any], hosts: int = 1, sick: Any = None
+    ):
+        self.clock, self.behave, self.hosts, self.sick = clock, behave, hosts, sick
+        self.site = {i: str(i % hosts) for i in range(workers)}
+        self.taken: Counter[str] = Counter()
         self.count = workers
         self.on: dict[int, list[int]] = {i: [] for i in range(workers)}
         self.calls: dict[int, tuple[Call, Any, int]] = {}
@@ -67,8 +75,16 @@ class Pool:
         assert kept >= wanted
         self.most = max(self.most, wanted)
 
+    @property
+    def sites(self) -> set[str]:
+        return {self.site[worker] for worker in self.on}
+
+    def machine(self, worker: int) -> str:
+        return self.site[worker]
+
     def room(self, alone: bool, avoid: Collection[Any]) -> int | None:
         free = [w for w, keys in self.on.items() if w not in avoid and len(keys) < (1 if alone else 2)]
+        free = [w for w in free if self.site[w] not in avoid]
         free = [w for w in free if not any(self.calls[key][2] for key in self.on[w])]
         return min(free, key=lambda w: len(self.on[w]), default=None)
 
@@ -77,7 +93,9 @@ class Pool:
         self.attempts[call.name] = self.attempts.get(call.name, 0) + 1
         for other in self.on[worker]:
             self.companions.setdefault(call.name, set()).add(self.calls[other][0].name)
-        self.calls[key] = (call, self.behave(call, self.attempts[call.name]), alone)
+        self.taken[self.site[worker]] += 1
+        is_sick = self.sick is not None and self.site[worker] == "0"
+        self.calls[key] = (call, self.sick if is_sick else self.behave(call, self.attempts[call.name]), alone)
         self.on[worker].append(key)
         return key
 
@@ -110,7 +128,7 @@ class Pool:
 
     def _replace(self, worker: int) -> None:
         del self.on[worker]
-        self.on[self.count] = []
+        self.on[self.count], self.site[self.count] = [], self.site[worker]
         self.count += 1
 
 
@@ -472,3 +490,99 @@ def test_workers_load_the_commit_that_was_fingerprinted(gpt2: str, tmp_path: Pat
         plan, config=replace(plan.config, model="some/model"), result_fields={**plan.result_fields, "weights": commit}
     )
     assert _for_workers(hub).config.revision == commit
+
+
+# ---- machines that are sick ----------------------------------------------------------------------------------------------
+
+
+class Fast(Pool):
+    """Where a sick machine fails at once and the others take a minute a call: it is the first with room, again and again."""
+
+    def wait(self, timeout: float) -> list[tuple[Any, Any]]:
+        self.clock.now += 0.1
+        due = {key for key, (_, outcome, _) in self.calls.items() if isinstance(outcome, Failure)}
+        ended = [(key, self.calls[key][1]) for key in self.calls if key in due or self.clock.now >= self.ends[key]]
+        for key, _ in ended:
+            del self.calls[key]
+        for keys in self.on.values():
+            keys[:] = [key for key in keys if key in self.calls]
+        return ended
+
+    def submit(self, worker: int, call: Call, alone: bool) -> int:
+        key = super().submit(worker, call, alone)
+        self.ends = {**getattr(self, "ends", {}), key: self.clock.now + 60.0}
+        return key
+
+
+@pytest.mark.parametrize("kind", ["error", "stumbled"])
+def test_a_sick_machine_costs_no_call(kind: Any, clock: Clock) -> None:
+    """It has room before all others each time, and would fail at everything there is."""
+    pool = Fast(clock, 8, lambda call, attempt: "fine", hosts=8, sick=Failure(kind, "403 Forbidden"))
+    assert set(outcomes(pool, 400).values()) == {"fine"}
+    # Some 30 minutes: it is asked after 8, 16, 32, ... seconds again, and not 18,000 times.
+    assert 3 <= pool.taken["0"] < 16
+
+
+def test_a_call_is_tried_again_on_another_machine(clock: Clock) -> None:
+    """Though the first one is as free, and fails at this call alone."""
+    places: list[str] = []
+
+    class Told(Pool):
+        def submit(self, worker: int, call: Call, alone: bool) -> int:
+            if call.name == "task 3":
+                places.append(self.site[worker])
+            return super().submit(worker, call, alone)
+
+    pool = Told(clock, 3, lambda call, attempt: Failure("error", "no") if call.name == "task 3" else 1, hosts=3)
+    assert outcomes(pool, 9)["task 3"] == Failure("error", "no")
+    assert sorted(places) == ["0", "1", "2"]
+
+
+def test_where_all_machines_fail_none_rests(clock: Clock) -> None:
+    """It would only take longer to say so."""
+    pool = Pool(clock, 4, lambda call, attempt: Failure("error", "no such library"), hosts=2)
+    began = clock.now
+    assert len(outcomes(pool, 20)) == 20 and pool.attempts == {f"task {i}": 3 for i in range(20)}
+    assert clock.now - began < 60
+
+
+def test_a_machine_that_recovers_is_asked_again(clock: Clock) -> None:
+    """After a rest, and from one success on like the others."""
+    pool = Pool(clock, 4, lambda call, attempt: 1, hosts=2, sick=Failure("stumbled", "no route"))
+    handed = made(pool).run(calls(4000), 4000)
+    for ended, _ in enumerate(handed):
+        if ended == 200:
+            assert pool.taken["0"] < 20
+            pool.sick = None
+    assert pool.taken["0"] > 1000
+
+
+def test_a_machine_that_fails_now_and_then_does_not_rest(clock: Clock) -> None:
+    class Moody(Pool):
+        def submit(self, worker: int, call: Call, alone: bool) -> int:
+            self.sick = Failure("stumbled", "reset by peer") if self.taken["0"] % 2 else None
+            return super().submit(worker, call, alone)
+
+    pool = Moody(clock, 4, lambda call, attempt: 1, hosts=2)
+    assert len(outcomes(pool, 400)) == 400 and pool.taken["0"] > 150
+
+
+@pytest.mark.parametrize(("proven", "attempts"), [(False, 4), (True, 20)])
+def test_before_anything_has_ended_fewer_lost_machines_are_enough(proven: bool, attempts: int, clock: Clock) -> None:
+    pool = Pool(clock, 1, lambda call, attempt: Failure("lost", "node died"))
+    handed = Dispatch(pool, 3, None, lambda: None, lambda: None, proven=lambda: proven).run(calls(1), 1)
+    assert [outcome.kind for _, outcome in handed] == ["lost"] and pool.attempts == {"task 0": attempts}
+
+
+def test_no_worker_leaves_while_calls_wait(clock: Clock) -> None:
+    """Short ones, for which nobody is started."""
+    kept: list[tuple[int, int, int]] = []
+
+    class Resized(Pool):
+        def resize(self, wanted: int, kept_: int) -> None:
+            kept.append((left, wanted, kept_))
+
+    left = 64
+    for _ in made(Resized(clock, 2, lambda call, attempt: 1)).run(calls(64), 64, width=16):
+        left -= 1
+    assert kept[0] == (64, 4, 64) and all(some >= max(there, 2 * wanted) for there, wanted, some in kept)

@@ -360,6 +360,23 @@ def test_one_that_does_not_load_is_replaced(pool: cluster.RayPool, monkeypatch: 
     )
 
 
+def test_without_a_worker_the_third_that_does_not_load_ends_the_run(
+    pool: cluster.RayPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that dies does: others would stand for four hours each."""
+    monkeypatch.setattr(pool, "_start", lambda: None)
+    for _ in range(3):
+        assert pool.wait(0.0) == []
+        now = time.monotonic()
+        member = cluster._Member(SimpleNamespace(), Future(), Future(), now, "a", now - 14_500)
+        pool._members.add(member)
+        pool._loading[member.loaded] = member
+        pool._looked = 0.0
+        pool.resize(1, 2)
+    ((key, failure),) = pool.wait(0.0)
+    assert key is None and "it did not load the model within" in failure.said and pool.wait(0.0) == []
+
+
 @pytest.mark.parametrize(("cpus", "said"), [(1, None), (64, "no node has the 64 CPUs and 0 GPUs that an actor needs")])
 def test_what_no_node_has_is_said(cpus: int, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = cluster.RayPool(RunConfig("none", ("none",), "memory://none", max_actors=1, cpus_per_actor=cpus))
