@@ -37,6 +37,7 @@ from fisher_ray.shards import (
 )
 from fisher_ray.sketch import Sketch
 from fisher_ray.spectrum import (
+    covariance,
     entropy_rank,
     factor_eigh,
     participation_ratio,
@@ -331,7 +332,7 @@ def _means(sums: GroupSums) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         whitened = whitened_factor_eigenvalues(fisher, mean, second_moment)
     else:
         values, vectors = symmetric_eigh(fisher)
-        whitened = whitened_eigenvalues(fisher, second_moment - torch.outer(mean, mean))
+        whitened = whitened_eigenvalues(fisher, covariance(second_moment, mean))
     values = values.clamp_min(0)
     suffix = "_factors" if isinstance(sums.fisher, Sketch) else ""
     arrays = {

@@ -29,6 +29,7 @@ from fisher_ray.shards import (
     reduced_folder,
     task_name,
 )
+from fisher_ray.spectrum import covariance
 from fisher_ray.statistics import Blocks, Estimate, Spectrum, mean_trace, spectrum
 from fisher_ray.storage import DamagedError, StorageError, StoredFile, several
 from fisher_ray.sums import LayerSums
@@ -276,8 +277,8 @@ class Run:
         Of sketches the second moment is a lower bound, and what is left of it need not be positive semi-definite.
         """
         blocks = self.blocks(layer, group)
-        mean = blocks.mean("activation").numpy()
-        return mean, blocks.mean("second_moment").numpy() - np.outer(mean, mean)
+        mean = blocks.mean("activation")
+        return mean.numpy(), covariance(blocks.mean("second_moment"), mean).numpy()
 
     def blocks(self, layer: int, group: str | None = None) -> Blocks:
         """Sums over blocks of documents, no document in two of them: what standard errors are made of."""

@@ -21,7 +21,7 @@ from scipy.linalg import eigh
 from scipy.special import stdtrit
 from torch import Tensor
 
-from fisher_ray.spectrum import anisotropy, symmetric_eigh, trace_rank, whitening
+from fisher_ray.spectrum import anisotropy, covariance, symmetric_eigh, trace_rank, whitening
 from fisher_ray.sums import GroupSums, Matrix, Triangle
 
 # Neighbouring eigenvalues closer than this many of their standard errors are told apart by no sample of this size.
@@ -32,6 +32,8 @@ _SPLITS = 8
 _ROUNDING = 1e-9
 # Eigenvalues below this share of the largest are none: their logarithms are those of rounding.
 _NEGLIGIBLE = 1e-14
+# Share of a dimension that its bias, as estimated, may be.
+_MOST_CORRECTED = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,10 @@ class Spectrum:
         eigenvectors: [d, d], columns; of the whitened matrix in whitened coordinates.
         trace: of the same unit.
         participation_ratio, entropy_rank, trace_rank_99: effective dimensions, see :mod:`fisher_ray.spectrum`. Noise of the
-            mean makes them too small, and the first two are corrected for it (``bias``). The last is not, and has no error
-            (NaN): it is an integer, which leaving out a block mostly leaves as it is, and a jackknife needs a quantity that
-            moves a little with every block.
+            mean makes them too small, and the first two are corrected for it (``bias``), but where that would change them by
+            more than a third: one block outweighs the others then. The last is not, and has no error (NaN): it is an integer,
+            which leaving out a block mostly leaves as it is, and a jackknife needs a quantity that moves a little with every
+            block.
         anisotropy: ``|F / (tr F / d) - I|``, the relative distance from a Euclidean metric.
 
     Of sketches that have lost part of F eigenvalues are lower bounds, with the error of what is left. Dimensions and anisotropy
@@ -205,8 +208,7 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
     second order, where noise of the mean biases them; see :func:`_spectral_sums`.
     """
     if whitened:
-        middle = blocks.mean("activation")
-        root, inverse = whitening(blocks.mean("second_moment") - torch.outer(middle, middle))
+        root, inverse = whitening(covariance(blocks.mean("second_moment"), blocks.mean("activation")))
         values, vectors = symmetric_eigh(root @ blocks.mean("fisher") @ root)
         moves = _whitened_moves(blocks, values, root @ vectors, inverse @ vectors)
     else:
@@ -223,8 +225,11 @@ def spectrum(blocks: Blocks, whitened: bool = False) -> Spectrum:
 
     def dimension(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Estimate:
         found = estimate(of(*sums), of(*sums_without), corrected=True)
+        plain = found.value + found.bias
+        if np.abs(found.bias) > _MOST_CORRECTED * plain:
+            return replace(found, value=plain, bias=np.zeros(()))
         possible = found.value.clip(1, len(values))  # a correction is an estimate too
-        return replace(found, value=possible, bias=found.bias + (found.value - possible))
+        return replace(found, value=possible, bias=plain - possible)
 
     positive = values.clamp_min(0), left.clamp_min(0)
     return Spectrum(
@@ -253,9 +258,9 @@ def _whitened_moves(blocks: Blocks, values: Tensor, along: Tensor, back: Tensor)
     first, firsts = blocks.moves(lambda sums: sums.activation @ back.numpy())
     changes = _transformed_moves(blocks, "fisher", along), _transformed_moves(blocks, "second_moment", back), firsts
     for fisher, second, shift in zip(*changes, strict=True):
-        covariance = second - torch.outer(first + shift, first + shift) + torch.outer(first, first)
-        move = fisher + values[:, None] * covariance
-        move.diagonal().add_((fisher * covariance).sum(1))
+        spread = second - torch.outer(first + shift, first + shift) + torch.outer(first, first)
+        move = fisher + values[:, None] * spread
+        move.diagonal().add_((fisher * spread).sum(1))
         yield move
 
 

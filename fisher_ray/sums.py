@@ -103,15 +103,21 @@ class _Adding:
     def __init__(self, kept: partial[_Square] | partial[FrequentDirections], d_model: int, device: torch.device | str):
         self.count = 0
         self.fisher, self.normalised, self.second_moment = (kept() for _ in MATRICES)
+        # What h h^T is summed around, lest products in float32 lose how little h may move beside its mean. None for a sketch,
+        # which is a sum of squares, and for bfloat16 numbers, which would be none with something subtracted.
+        self._around: Tensor | None = None
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)  # there: a GPU is not waited for
         self.traced, self.captured, self.activation = zeros(()), zeros(()), zeros(d_model)
 
     def add(self, factors: Tensor, activations: Tensor, captured: Tensor) -> None:
+        is_first = not self.count
         self.count += len(factors)
         self.captured += captured.double().sum()
         num_factors, num_streams = factors.shape[1], activations.shape[1]
         g, h = (as_bfloat16(rows.flatten(0, 1)) for rows in (factors, activations))
         self.activation += h.sum(0, dtype=torch.float64) / num_streams
+        if is_first and isinstance(self.second_moment, _Square) and h.dtype != torch.bfloat16:
+            self._around = (self.activation / self.count).to(h.dtype)
         root = torch.linalg.vector_norm(factors.flatten(1), dim=1)  # of the trace
         there = root > _NO_TRACE
         self.traced += there.sum()
@@ -122,12 +128,20 @@ class _Adding:
             some = g[start * num_factors : stop * num_factors]
             self.fisher.add(some)
             self.normalised.add(some, scale=scale[start:stop].repeat_interleave(num_factors))
-            self.second_moment.add(h[start * num_streams : stop * num_streams], num_streams)
+            streams = h[start * num_streams : stop * num_streams]
+            self.second_moment.add(streams if self._around is None else streams - self._around, num_streams)
 
     def packed(self) -> GroupSums:
-        matrices = (getattr(self, name).finished() for name in MATRICES)
+        matrices = self.fisher.finished(), self.normalised.finished(), self._second_moment()
         activation = self.activation.cpu().numpy()
         return GroupSums(self.count, int(self.traced), float(self.captured), activation, *matrices)
+
+    def _second_moment(self) -> Matrix:
+        if self._around is None or not isinstance(self.second_moment, _Square):
+            return self.second_moment.finished()
+        around = self._around.double()
+        across = torch.outer(around, self.activation)
+        return self.second_moment.finished(across + across.mT - self.count * torch.outer(around, around))
 
 
 class _Square:
@@ -146,9 +160,11 @@ class _Square:
             left = right = rows * scale[:, None]
         add_outer(self._total, left, right, divisor)
 
-    def finished(self) -> Triangle:
+    def finished(self, more: Float[Tensor, "d d"] | None = None) -> Triangle:
+        """The sum, and a symmetric matrix beside it."""
         upper = torch.triu_indices(*self._total.shape, device=self._total.device)
-        return Triangle(self._total[upper[0], upper[1]].cpu().numpy())
+        total = self._total if more is None else self._total + more
+        return Triangle(total[upper[0], upper[1]].cpu().numpy())
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisher_ray.spectrum import (
     _orthogonal_iteration,
+    covariance,
     entropy_rank,
     factor_eigenvalues,
     leading_vectors,
@@ -20,6 +21,7 @@ from fisher_ray.spectrum import (
     trace_rank,
     whitened_eigenvalues,
 )
+from fisher_ray.sums import ALL, Sums
 
 D = 10
 TIGHT = 1e-12
@@ -107,9 +109,9 @@ def test_symmetric_eigh() -> None:
 
 def test_whitened_eigenvalues() -> None:
     """They are those of Sigma F, here by a general eigensolver."""
-    fisher, covariance = psd(1), psd(2)
-    got = whitened_eigenvalues(fisher, covariance)
-    truth = np.sort(np.linalg.eigvals((covariance @ fisher).numpy()).real)[::-1]
+    fisher, spread = psd(1), psd(2)
+    got = whitened_eigenvalues(fisher, spread)
+    truth = np.sort(np.linalg.eigvals((spread @ fisher).numpy()).real)[::-1]
     np.testing.assert_allclose(got.numpy(), truth, rtol=1e-8)
 
 
@@ -124,6 +126,23 @@ def test_whitened_eigenvalues_do_not_see_coordinates() -> None:
     torch.testing.assert_close(got[0], got[1], rtol=1e-8, atol=0)
     plain = [torch.linalg.eigvalsh(f) for f in (fisher, change.T @ fisher @ change)]
     assert float((plain[0] / plain[1]).log().abs().max()) > 1  # while those of F itself do change
+
+
+@pytest.mark.parametrize("moving", [0.0, 0.01])
+def test_where_h_does_not_move_there_is_nothing_to_scale_by(moving: float) -> None:
+    """Though sums of float32 products say that it does, a little; a hundredth of the mean is a move."""
+    sums = Sums([0], D)
+    h = (normal(D, seed=9) * 3).float().expand(9000, 1, D).clone()
+    h[:, 0, 2] += moving * h[:, 0, 2].abs() * normal(9000, seed=10).float()
+    sums.add(0, normal(9000, 1, D, seed=11).float(), h)
+    group = sums.packed(0).groups[ALL]
+    mean, second_moment = (torch.from_numpy(x) for x in (group.activation / 9000, group.mean("second_moment")))
+    assert float((second_moment - torch.outer(mean, mean)).abs().max()) > 0
+    truth = torch.zeros(D, D, dtype=torch.float64)
+    truth[2, 2] = h[:, 0, 2].double().var(correction=0)
+    found = covariance(second_moment, mean)
+    torch.testing.assert_close(found, truth, rtol=0.03, atol=0)
+    assert bool(moving) == bool(whitened_eigenvalues(psd(12), found).any())
 
 
 # ---- the leading part on a GPU -----------------------------------------------------------------------------------------

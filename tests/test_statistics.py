@@ -205,6 +205,18 @@ def test_dimensions_of_few_positions_are_those_of_many(whitened: bool) -> None:
         assert held > 0.88  # of 200, 95 % is known to 1.5 %
 
 
+def test_where_one_block_outweighs_the_others_dimensions_are_as_they_are() -> None:
+    """The bias of order 1 / B is then no smaller than the quantity: by it these are of 1 and of fewer dimensions than that."""
+    random = np.random.default_rng(5)
+    scores = [random.standard_normal((100, D)) for _ in range(6)]
+    scores[2][:, 0] *= 6
+    found = spectrum(blocks_of(scores, scores))
+    values = torch.from_numpy(found.eigenvalues.value)
+    for estimate, function in ((found.participation_ratio, participation_ratio), (found.entropy_rank, entropy_rank)):
+        assert estimate.value == pytest.approx(float(function(values)), rel=1e-12)
+        assert estimate.bias == 0 and estimate.error > 0.3 * estimate.value
+
+
 def test_errors_are_what_many_corpora_show() -> None:
     """Mean error over 150 corpora of 32 blocks against the spread over them, known to 1 / sqrt(300) = 6 %."""
     random = np.random.default_rng(4)
