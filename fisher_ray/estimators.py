@@ -100,7 +100,7 @@ class Sampled:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_whole("num_samples", self.num_samples)
+        check_whole("num_samples", self.num_samples)
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}.")
         check_tempering(self.top_p, self.temperature)
@@ -156,8 +156,8 @@ class Deflated:
     num_samples: int
 
     def __post_init__(self) -> None:
-        _check_whole("rank", self.rank)
-        _check_whole("num_samples", self.num_samples)
+        check_whole("rank", self.rank)
+        check_whole("num_samples", self.num_samples)
         if self.rank < 0 or self.num_samples < 0 or self.rank + self.num_samples == 0:
             raise ValueError(
                 f"rank and num_samples must be at least 0 and not both 0, got {self.rank} and {self.num_samples}."
@@ -254,9 +254,10 @@ def _drawing(n: int, num_samples: int, head: Head) -> int:
 Estimator = Exact | Sampled | Deflated
 
 
-def _check_whole(name: str, value: object) -> None:
-    if not isinstance(value, Integral) or int(value) >= 2**31:
-        raise ValueError(f"{name} must be a whole number below 2^31, got {value}.")
+def check_whole(name: str, value: object, bits: int = 31) -> None:
+    """Refuse what is no number of so many bits; the sign is not looked at."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or abs(int(value)) >= 2**bits:
+        raise ValueError(f"{name} must be a whole number below 2^{bits}, got {value}.")
 
 
 # A temperature whose reciprocal is a float32 number with room to spare; the likeliest token alone is left long before.

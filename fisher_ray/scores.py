@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from numbers import Integral
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fisher_ray.attention import kept_keys
 from fisher_ray.draws import Draws, sequence_key
-from fisher_ray.estimators import Estimator, check_tempering, tempered
+from fisher_ray.estimators import Estimator, check_tempering, check_whole, tempered
 from fisher_ray.head import psd_factor
 from fisher_ray.kernels import is_out_of_memory
 from fisher_ray.numerics import full_precision
@@ -114,8 +114,8 @@ def score_factors(
         estimator: ``Exact()``, ``Sampled(num_samples)`` or ``Deflated(rank, num_samples)``.
         attention_mask: true at real tokens, which must be contiguous in each row; padding left, right or both changes
             nothing. None: every token is real.
-        positions: for all sequences, or a list for each; counted over a sequence's own tokens, negative from its end.
-            None: all of them.
+        positions: for all sequences, or a list for each; counted over a sequence's own tokens, negative from its end. Lists
+            may be tensors or arrays of whole numbers. None: all of them.
         token_source: ``observed`` takes the token at t from ``input_ids``; ``sampled`` draws ``num_token_draws`` tokens
             from p(. | x_<t), feeds each in at t, and averages the matrices there. Position 0 has nothing to draw from
             and is left out.
@@ -212,6 +212,8 @@ def iter_scores(
     rows = _real_tokens(model, input_ids, attention_mask)
     if token_source not in ("observed", "sampled"):
         raise ValueError(f"token_source must be observed or sampled, got {token_source!r}.")
+    check_whole("num_token_draws", num_token_draws)
+    check_whole("seed", seed, 63)
     if num_token_draws < 1 or (token_source == "observed" and num_token_draws != 1):
         raise ValueError(
             f"num_token_draws must be at least 1, and 1 with observed tokens, got {num_token_draws} with {token_source}."
@@ -225,13 +227,14 @@ def iter_scores(
     for name, given in (("keys", keys), ("following", following)):
         if given is not None and len(given) != len(rows):
             raise ValueError(f"{name} must have an entry for each of the {len(rows)} sequences, got {len(given)}.")
-    for token in following or ():
-        if token is not None and not 0 <= token < model.head.vocab_size:
+    tokens: list[Any] = [None] * len(rows) if following is None else _plain(following)
+    for token in tokens:
+        if token is not None and not (isinstance(token, Integral) and 0 <= int(token) < model.head.vocab_size):
             raise ValueError(f"following must be tokens in [0, {model.head.vocab_size}) or None, got {token}.")
     pass_ = Pass(
         model=model,
         rows=rows,
-        following=[-1 if token is None else token for token in following or [None] * len(rows)],
+        following=[-1 if token is None else token for token in tokens],
         layers=model.check_layers(layers),
         estimator=estimator,
         draws_tokens=token_source == "sampled",
@@ -306,18 +309,22 @@ def _check_encoder(model: SplitModel, batch: int, ids: Tensor, mask: Tensor | No
         )
 
 
+def _plain(given: Any) -> Any:
+    """Numbers of Python, and lists of them, for tensors and arrays, also within lists."""
+    if isinstance(given, Tensor | np.ndarray | np.generic):
+        return given.tolist()
+    return [_plain(each) for each in given] if isinstance(given, list | tuple) else given
+
+
 def _chosen_positions(
     rows: list[Tensor], positions: Sequence[int] | Sequence[Sequence[int]] | None, first: int
 ) -> list[list[int]]:
     """Positions of each sequence, ascending."""
     per_row: Sequence[Any]
-    if isinstance(positions, Tensor | np.ndarray):
-        positions = positions.tolist()
+    positions = _plain(positions)
     if positions is None:
         per_row = [range(first, len(row)) for row in rows]
-    elif isinstance(positions, str) or not isinstance(positions, Sequence):
-        raise ValueError(f"positions must be a list of whole numbers, or one for each sequence, got {positions!r}.")
-    elif len(positions) and not isinstance(positions[0], Integral):
+    elif isinstance(positions, list) and positions and not isinstance(positions[0], Integral):
         per_row = positions
         if len(per_row) != len(rows):
             raise ValueError(f"positions must have one list for each of the {len(rows)} sequences, got {len(per_row)}.")
@@ -325,7 +332,9 @@ def _chosen_positions(
         per_row = [positions] * len(rows)
     chosen = []
     for i, (row, wanted) in enumerate(zip(rows, per_row, strict=True)):
-        if any(isinstance(t, bool | np.bool_) for t in wanted):
+        if not isinstance(wanted, Collection) or not all(isinstance(t, Integral) for t in wanted):
+            raise ValueError(f"positions must be a list of whole numbers, or one for each sequence, got {wanted!r}.")
+        if any(isinstance(t, bool) for t in wanted):
             raise ValueError("positions are places, not a mask of booleans. Give mask.nonzero().flatten().")
         counted = {t + len(row) if t < 0 else t: t for t in map(operator.index, wanted)}
         for position, given in counted.items():

@@ -329,7 +329,7 @@ def test_bad_arguments(arguments: dict, message: str):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("number", [2.5, 10**20])
+@pytest.mark.parametrize("number", [2.5, 10**20, True])
 def test_numbers_that_are_not_whole_or_without_bound(number: Any, unchecked_shapes: None):
     for estimator in (Sampled, lambda number: Deflated(2, number), lambda number: Deflated(number, 2)):
         with pytest.raises(ValueError, match=rf"(num_samples|rank) must be a whole number below 2\^31, got {number}"):

@@ -585,12 +585,18 @@ def test_what_is_too_long_to_be_squared_is_invalid(size: float):
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_positions_may_be_numbers_of_numpy():
-    split = SplitModel(build(FAMILIES["gpt2"], torch.float32))
+@pytest.mark.parametrize("lists", [np.array, torch.tensor])
+def test_positions_and_tokens_may_be_numbers_of_numpy_and_torch(lists: Callable[[Any], Any], models: Models):
     asked: dict[str, Any] = {"layers": [1], "estimator": Sampled(1)}
-    for positions in (list(np.array([3, 5])), [np.array([3, 5])] * 2):
-        scores = score_factors(split, IDS, positions=positions, **asked)  # type: ignore[arg-type]
+    for positions in (lists([3, 5]), list(lists([3, 5])), [lists([3, 5])] * 2, lists([[3, 5]] * 2)):
+        scores = score_factors(models("gpt2"), IDS, positions=positions, **asked)
         assert scores.position.tolist() == [3, 5] * 2
+    expected, *others = (
+        score_factors(models("gpt2"), IDS, positions=[-1], following=following, **asked).surprisal
+        for following in ([3, 4], lists([3, 4]), [lists(3), 4])
+    )
+    assert expected.isfinite().all()
+    assert all(torch.equal(found, expected) for found in others)
 
 
 # ---- bad arguments ---------------------------------------------------------------------------------------------------
@@ -660,6 +666,26 @@ UNSHAPED = {
     "a word for positions": (lambda: {"positions": "last"}, "positions must be a list of whole numbers, .* got 'last'"),
     "a mask for positions": (lambda: {"positions": IDS[0] > 3}, r"not a mask of booleans. Give mask.nonzero"),
     "masks for positions": (lambda: {"positions": (IDS > 3).tolist()}, r"not a mask of booleans. Give mask.nonzero"),
+    "tensors of masks": (lambda: {"positions": list(IDS > 3)}, r"not a mask of booleans. Give mask.nonzero"),
+    "arrays of masks": (lambda: {"positions": list((IDS > 3).numpy())}, r"not a mask of booleans. Give mask.nonzero"),
+    "one of torch's booleans": (
+        lambda: {"positions": [[1, torch.tensor(True)], [2]]},
+        r"not a mask of booleans. Give mask.nonzero",
+    ),
+    "a place between": (lambda: {"positions": [1, 2.5]}, r"a list of whole numbers, .* got \[1, 2.5\]"),
+    "places between": (lambda: {"positions": [1.0, 2.0]}, "a list of whole numbers, .* got 1.0"),
+    "numbers and lists": (lambda: {"positions": [1, [2]]}, r"a list of whole numbers, .* got \[1, \[2\]\]"),
+    "a token between": (
+        lambda: {"following": [None, 3.5]},
+        r"following must be tokens in \[0, 61\) or None, got 3.5",
+    ),
+    "half a draw": (
+        lambda: {"token_source": "sampled", "num_token_draws": 2.0},
+        r"num_token_draws must be a whole number below 2\^31, got 2.0",
+    ),
+    "half a seed": (lambda: {"seed": 1.5}, r"seed must be a whole number below 2\^63, got 1.5"),
+    "a long seed": (lambda: {"seed": 10**70}, r"seed must be a whole number below 2\^63, got 10{70}"),
+    "a long seed below 0": (lambda: {"seed": -(10**70)}, r"seed must be a whole number below 2\^63, got -10{70}"),
     "mask shape": (lambda: {"attention_mask": IDS[:, :5]}, r"shape of input_ids, \[2, 6\], got \[2, 5\]"),
     "mask batch": (lambda: {"attention_mask": IDS[:1]}, r"shape of input_ids, \[2, 6\], got \[1, 6\]"),
     "not integers": (lambda: {"input_ids": IDS.double()}, "input_ids must be integers, got torch.float64"),
