@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fisher_ray.architecture import ModelError
 from fisher_ray.estimators import Exact, Sampled
 from fisher_ray.numerics import full_precision
 from fisher_ray.scores import score_factors
@@ -45,11 +46,20 @@ class LowerLayersModel:
 
 
 class UpperLayersModel:
-    """Everything from block ``layer_idx`` up: residual streams to next-token logits at the last position."""
+    """Everything from block ``layer_idx`` up: residual streams to next-token logits at the last position.
+
+    Raises:
+        ModelError: blocks from there up read more than the stream, see :meth:`~fisher_ray.SplitModel.reads_ids`.
+    """
 
     def __init__(self, model_name: ModelName, layer_idx: int):
         self.split = load(model_name)
         (self.layer_idx,) = self.split.check_layers([layer_idx])
+        if self.split.reads_ids(self.layer_idx):
+            raise ModelError(
+                f"blocks of {self.split.label} from layer {layer_idx} up read more of the tokens than the residual stream. Use "
+                "calculate_fisher or score_factors, which take the ids."
+            )
 
     def __call__(
         self,
@@ -95,10 +105,11 @@ class UpperLayersModel:
 
     def _hidden(self, final_latents: Tensor, context: Tensor) -> Tensor:
         batch, d_model = len(final_latents), self.split.d_model
-        if final_latents.shape != (batch, d_model) or context.shape != (batch, *context.shape[1:2], d_model):
+        shapes = (batch, d_model), (batch, *context.shape[1:2], d_model)
+        if (final_latents.shape, context.shape) != shapes or not batch:
             raise ValueError(
-                f"final_latents must be [batch, {d_model}] and context [batch, seq - 1, {d_model}], got "
-                f"{list(final_latents.shape)} and {list(context.shape)}."
+                f"final_latents must be [batch, {d_model}] and context [batch, seq - 1, {d_model}] of at least one sequence, "
+                f"got {list(final_latents.shape)} and {list(context.shape)}."
             )
         self.split.check_length(context.shape[1] + 1)
         return torch.cat([context, final_latents[:, None]], 1).to(self.split.device, self.split.dtype)
@@ -124,6 +135,7 @@ def calculate_fisher(
     temperature: float = 1.0,
     seed: int = 0,
     encoder_input_ids: Int[Tensor, "batch enc_seq"] | None = None,
+    encoder_attention_mask: Int[Tensor, "batch enc_seq"] | None = None,
 ) -> Float[Tensor, "batch d_model d_model"]:
     """The Fisher matrix at the last real position of each sequence.
 
@@ -138,14 +150,21 @@ def calculate_fisher(
         temperature: temperature of the sampled scores, above 0.
         seed: of the sampled scores.
         encoder_input_ids: tokens of the encoder, for an encoder-decoder.
+        encoder_attention_mask: true at the encoder's real tokens. Without one every token is real.
+
+    Returns:
+        F in float32 (float64 for a float64 model), on the model's device, in nats^2 per squared unit of h.
 
     Raises:
-        ValueError: a row of bare ids begins or ends with the tokenizer's pad token and no mask says whether it is real.
+        ValueError: a row of bare ids, the encoder's too, begins or ends with the tokenizer's pad token and no mask says whether
+            it is real; or an argument is out of range.
     """
     split = load(model_name)
     if num_samples is None and (top_p != 1.0 or temperature != 1.0):
         raise ValueError("top_p and temperature belong to sampled scores; give num_samples as well.")
     ids, mask = _token_batch(split, batch_tokens, attention_mask)
+    if encoder_input_ids is not None and encoder_attention_mask is None:
+        _refuse_padding(split, torch.atleast_2d(encoder_input_ids), "encoder_attention_mask")
     scores = score_factors(
         split,
         ids,
@@ -154,6 +173,7 @@ def calculate_fisher(
         attention_mask=mask,
         positions=[-1],
         encoder_input_ids=encoder_input_ids,
+        encoder_attention_mask=encoder_attention_mask,
         seed=seed,
     )
     if scores.invalid:
@@ -169,22 +189,28 @@ def _encoded(split: SplitModel, encoder_input_ids: Tensor | None) -> dict[str, T
     return split.encode(encoder_input_ids.to(split.device))
 
 
+def _refuse_padding(split: SplitModel, ids: Tensor, mask: str) -> None:
+    """Refuse rows of ids that begin or end with the pad token, where the mask of that name was not given."""
+    pad = getattr(split.tokenizer, "pad_token_id", None)
+    if pad is None:
+        return
+    padded = (torch.cat([ids[:, :1], ids[:, -1:]], 1) == pad).any(1).nonzero().flatten()
+    if len(padded):
+        raise ValueError(
+            f"sequence {int(padded[0])} begins or ends with the pad token ({pad}) and there is no {mask}. "
+            f"Pass {mask}, ones at real tokens."
+        )
+
+
 def _token_batch(
     split: SplitModel, tokens: Tensor | Mapping[str, Any] | Sequence[str], mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Ids and mask from whatever names a batch of sequences."""
     if isinstance(tokens, Tensor):
         ids = torch.atleast_2d(tokens)
-        mask = None if mask is None else torch.atleast_2d(mask)
-        pad = getattr(split.tokenizer, "pad_token_id", None)
-        if mask is None and pad is not None:
-            padded = ((ids[:, 0] == pad) | (ids[:, -1] == pad)).nonzero().flatten()
-            if len(padded):
-                raise ValueError(
-                    f"sequence {int(padded[0])} begins or ends with the pad token ({pad}) and there is no attention_mask. "
-                    "Pass attention_mask, ones at real tokens."
-                )
-        return ids, mask
+        if mask is None:
+            _refuse_padding(split, ids, "attention_mask")
+        return ids, None if mask is None else torch.atleast_2d(mask)
     if isinstance(tokens, Mapping):
         found = tokens.get("attention_mask") if mask is None else mask
         return _token_batch(

@@ -1,8 +1,8 @@
 """Models cut at a layer: passes through the lower and the upper half, and the check that their scores are right.
 
 ``layer_idx = k`` names the residual stream entering block ``k``; ``k = num_layers`` is the stream after the last block,
-before the final norm. The lower half maps tokens to that stream, the upper half maps the stream to logits; both run on
-the one copy of the weights of a transformers model, through hooks on its blocks.
+before the final norm. The lower half maps tokens to that stream, the upper half maps the stream to the final hidden
+states z; both run on the one copy of the weights of a transformers model, through hooks on its blocks.
 """
 
 from __future__ import annotations
@@ -379,7 +379,10 @@ class SplitModel:
     def last_tape(
         self, hidden: Float[Tensor, "batch seq d_model"], layer_idx: int, encoded: Mapping[str, Tensor], copies: int
     ) -> Tape:
-        """The last positions of given residual streams at ``layer_idx``, each ``copies`` times, one after the other."""
+        """The last positions of given residual streams at ``layer_idx``, each ``copies`` times, one after the other.
+
+        For models whose blocks above read the stream alone, see :meth:`reads_ids`.
+        """
         batch, seq, _ = hidden.shape
         ids = self._filler(hidden)
         row = torch.arange(batch, device=self.device).repeat_interleave(copies)
@@ -438,7 +441,7 @@ class SplitModel:
                 hidden = stream.repeat(len(some), 1, 1)
                 hidden[rows] = some.to(hidden)
                 each = {name: value.expand(len(some), *value.shape[1:]) for name, value in encoded.items()}
-                parts.append(self.upper(hidden, layer_idx, each)[rows])
+                parts.append(self.upper(hidden, layer_idx, each, input_ids.expand(len(some), -1))[rows])
             z = torch.cat(parts)
         else:
             context, _ = self.record(input_ids, encoded)
@@ -457,10 +460,32 @@ class SplitModel:
 
     @torch.no_grad()
     def upper(
-        self, hidden: Float[Tensor, "batch seq d_model"], layer_idx: int, encoded: Mapping[str, Tensor]
+        self,
+        hidden: Float[Tensor, "batch seq d_model"],
+        layer_idx: int,
+        encoded: Mapping[str, Tensor],
+        input_ids: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq d_z"]:
-        """Final hidden states for given residual streams at ``layer_idx``."""
-        return self._run(self._filler(hidden), encoded, (), hidden=(layer_idx, hidden))[1]
+        """Final hidden states for given residual streams at ``layer_idx``.
+
+        Without the ids of their tokens it is for models whose blocks above read the stream alone, see :meth:`reads_ids`.
+        """
+        ids = self._filler(hidden) if input_ids is None else input_ids
+        return self._run(ids, encoded, (), hidden=(layer_idx, hidden))[1]
+
+    @torch.no_grad()
+    def reads_ids(self, layer_idx: int) -> bool:
+        """Whether blocks from ``layer_idx`` up read more of the token ids than the stream: embeddings of their own, or keys of
+        blocks below.
+
+        Told from what the stream of a few tokens becomes with other ids. Costs two short forward passes.
+        """
+        zeros, encoded = self._zeros(min(8, self.max_positions or 8), 1)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.head.vocab_size, zeros.shape, generator=generator, device="cpu").to(self.device)
+        streams, z = self._run(ids, encoded, [layer_idx])
+        limit, half = _tolerance(self)
+        return not _error(self.upper(streams[layer_idx], layer_idx, encoded)[0], z[0], half) <= limit
 
     def _filler(self, hidden: Tensor) -> Tensor:
         """Token ids for a pass whose residual stream is replaced: what the blocks below make of them is dropped."""

@@ -14,7 +14,7 @@ import transformers as tf
 from families import FAMILIES, VOCAB, build, eager_experts
 from torch import Tensor, nn
 
-from fisher_ray import Exact, ModelError, Sampled, SplitModel, calculate_fisher, score_factors
+from fisher_ray import Exact, ModelError, Sampled, SplitModel, UpperLayersModel, calculate_fisher, score_factors
 from fisher_ray.dispatch import LocalPool
 from fisher_ray.numerics import deterministic_kernels, full_precision
 from fisher_ray.plan import RunConfig
@@ -231,6 +231,52 @@ def test_umt5_scales_its_output() -> None:
     )  # fmt: skip
     check = SplitModel(build(lambda: tf.UMT5ForConditionalGeneration(config), torch.float32)).self_check
     assert check is not None and check.head < 1e-4
+
+
+def gemma4(what: str) -> Any:
+    """Blocks with embeddings of their own; or none that count, and the last two take keys and values of the first two."""
+    config = tf.Gemma4TextConfig(
+        vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=8, max_position_embeddings=64,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=512, pad_token_id=0,
+        hidden_size_per_layer_input=8, num_kv_shared_layers=2 if what == "keys" else 0,
+    )  # fmt: skip
+    model = build(lambda: tf.Gemma4ForCausalLM(config))
+    for block in model.model.layers if what == "keys" else ():
+        block.per_layer_projection.weight.data.zero_()
+    return model
+
+
+@pytest.mark.parametrize("gradients", ["own_position", "per_position"])
+@pytest.mark.parametrize(
+    ("what", "reads"),
+    [("embeddings", [True, True, True, True, False]), ("keys", [False, True, True, True, False])],
+)
+@pytest.mark.usefixtures("float64_throughout")
+def test_what_reads_more_of_the_tokens_than_the_stream(what: str, reads: list[bool], gradients: Any) -> None:
+    """Given streams alone it is refused, as with zeros for ids its logits were off by a quarter; given the ids it is right."""
+    split = SplitModel(gemma4(what), gradients=gradients)
+    assert [split.reads_ids(layer) for layer in range(5)] == reads
+    with pytest.raises(
+        ModelError, match=r"Gemma4ForCausalLM from layer 2 up read more of .* Use calculate_fisher"
+    ) as e:
+        UpperLayersModel(split, 2)
+    assert "\n" not in str(e.value)
+    UpperLayersModel(split, 4)
+    ids, at = IDS[:1], torch.tensor([2, 4])
+    stream = split.lower(ids, {}, [2])[2]
+    assert torch.equal(split.upper(stream, 2, {}, ids), split.states(ids, {}))
+    by = torch.randn(2, 2, split.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = split.replaced(ids, at, 2, stream[0, at] + by, {})
+    for k, n in ((0, 0), (1, 1)):
+
+        def nudged(block: nn.Module, args: Any, nudge: Tensor = by[k, n], place: Tensor = at[n]) -> Any:
+            return (args[0] + nudge * (torch.arange(6) == place)[:, None], *args[1:])
+
+        handle = split.blocks[2].register_forward_pre_hook(nudged)
+        truth = oracles.library_logits(split, ids)[0, at[n]]
+        handle.remove()
+        assert oracles.error(split.head.predict(z[k, n][None]).logits, truth[None]) < 1e-12
 
 
 # ---- the process -------------------------------------------------------------------------------------------------------

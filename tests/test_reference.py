@@ -131,6 +131,9 @@ def test_upper_layers_refuse_other_shapes(split: SplitModel, unchecked_shapes: N
     with pytest.raises(ValueError, match=rf"at most {longest} tokens, got {longest + 1}"):
         upper(hidden[:, -1], context)
     assert upper(hidden[:, -1], context[:, 1:]).isfinite().all()
+    for method in (upper, upper.jacobian):
+        with pytest.raises(ValueError, match=r"of at least one sequence, got \[0, 24\] and \[0, 5, 24\]"):
+            method(hidden[:0, -1], hidden[:0, :-1])
     with pytest.raises(ValueError, match="at least one token, got none"):
         LowerLayersModel(split, 2)(ROWS[0][:0])
 
@@ -187,6 +190,24 @@ def test_calculate_fisher_of_an_encoder_decoder(models: Models):
         LowerLayersModel(split, 1)(batch.rows[0][None])
 
 
+def test_an_encoders_padding_is_masked_or_refused(tokenizer: PreTrainedTokenizerFast):
+    split = SplitModel(build(FAMILIES["t5"]), tokenizer)
+    ids, texts = torch.stack([ROWS[0], ROWS[0].flip(0)]), ROWS[1:]
+    encoder = {f"encoder_{name}": each for name, each in oracles.Inputs(texts, {}).padded(["left"], 6).items()}
+    got = calculate_fisher(split, 1, ids, **encoder)
+    assert got.dtype == torch.float64
+    for i, text in enumerate(texts):
+        alone = {"encoder_input_ids": text[None], "encoder_attention_mask": torch.ones_like(text[None])}
+        assert oracles.error(got[i], oracles.one_position(split, ids[i], 5, [1], alone).matrix(1)) < MATRICES
+    for side in ("left", "right"):
+        bare = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side=side)
+        message = (
+            r"sequence 0 begins or ends with the pad token \(0\) and there is no encoder_attention_mask. Pass encoder_"
+        )
+        refused(message, split, 1, ids, encoder_input_ids=bare)
+        calculate_fisher(split, 1, ids, encoder_input_ids=bare, encoder_attention_mask=torch.ones_like(bare))
+
+
 def test_sampled(split: SplitModel):
     arguments = padded("left").values()
     exact = truths(split, 1)
@@ -220,6 +241,7 @@ def test_padding_without_a_mask_is_refused(split: SplitModel):
         # With a mask that says the token is real, it is.
         calculate_fisher(split, 1, torch.tensor([row]), torch.ones(1, 3).long())
     calculate_fisher(split, 1, torch.tensor([[5, 0, 6]]))
+    refused(r"of token ids, and not empty, got shape \[1, 0\]", split, 1, torch.empty(1, 0).long())
 
 
 def test_bad_arguments(split: SplitModel, models: Models):
