@@ -155,13 +155,14 @@ class Prediction:
         """m - u_*: one product of p, its top entry replaced by -tail, with W."""
         top = self.top[:, None]
         likeliest = self.prob.gather(1, top)
-        weights, slope = self.prob.scatter_(1, top, -self.tail[:, None]), self._slope(self.logits)
-        if isinstance(slope, Tensor):
-            offset = self.head.weighted_rows(slope.mul_(weights))
-        else:
-            offset = self.head.weighted_rows(weights) * slope
-        self.prob.scatter_(1, top, likeliest)  # back: a copy of p would cost more than the entry
-        return offset
+        weights = self.prob.scatter_(1, top, -self.tail[:, None])
+        try:
+            slope = self._slope(self.logits)
+            if isinstance(slope, Tensor):
+                return self.head.weighted_rows(slope.mul_(weights))
+            return self.head.weighted_rows(weights) * slope
+        finally:
+            self.prob.scatter_(1, top, likeliest)  # back: a copy of p would cost more than the entry
 
     def scores(self, token: Int[Tensor, "some k"], rows: slice = _EVERY) -> Float[Tensor, "some k d_z"]:
         """``c_y = grad_z log p(y)`` for the given tokens, at some of the positions."""

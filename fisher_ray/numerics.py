@@ -78,9 +78,7 @@ class _WithoutTF32:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._before = [each.fp32_precision for each in self._products()]
-                for each in self._products():
-                    each.fp32_precision = "ieee"
+                self._before = [self._turned_off(each) for each in self._products()]
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -89,6 +87,15 @@ class _WithoutTF32:
             if not self._inside:
                 for each, own in zip(self._products(), self._before, strict=True):
                     each.fp32_precision = own
+
+    @staticmethod
+    def _turned_off(products: Any) -> str:
+        """Turn TF32 off here; what to set again: none where what was read is what holds for all, whatever that becomes."""
+        before: str = products.fp32_precision
+        products.fp32_precision = "none"
+        inherited = products.fp32_precision == before
+        products.fp32_precision = "ieee"
+        return "none" if inherited else before
 
     @staticmethod
     def _products() -> tuple[Any, ...]:

@@ -308,6 +308,25 @@ def test_threads_do_not_leave_tf32_off() -> None:
         product.fp32_precision = before
 
 
+@pytest.mark.parametrize("set_at", ["all", "its backend", "itself"])
+def test_products_that_inherit_their_precision_do_so_afterwards(set_at: str) -> None:
+    backends: Any = torch.backends
+    product = backends.mkldnn.matmul
+    where = {"all": backends, "its backend": backends.mkldnn, "itself": product}[set_at]
+    try:
+        where.fp32_precision = "tf32"
+        with full_precision():
+            assert product.fp32_precision == "ieee"
+        assert product.fp32_precision == "tf32"
+        where.fp32_precision = "ieee"
+        assert product.fp32_precision == "ieee"
+        where.fp32_precision = "none"
+        assert product.fp32_precision == "none"
+    finally:
+        for each in (product, backends.mkldnn, backends):
+            each.fp32_precision = "none"
+
+
 def test_a_run_in_a_process_leaves_its_settings(tmp_path: Path) -> None:
     def settings() -> list[Any]:
         cuda = torch.backends.cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -203,6 +204,21 @@ def test_the_likeliest_token_may_be_far_ahead(gap: float, estimator: Estimator):
         double = Prediction(Head(weight.double()), (level + gap * one).double()).second_moment_factor()
         rows = rows[0].double()
         assert error(rows.mT @ rows, double[0].mT @ double[0]) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["plain", "softcap"])
+def test_p_outlives_a_product_that_fails(variant: str, monkeypatch: pytest.MonkeyPatch):
+    """Its top entry is another number meanwhile; whoever asks again with more memory had gone on with that."""
+    head_ = head(variant, 50, 12)
+    z = torch.randn(2, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    prediction, expected = head_.predict(z), head_.predict(z)
+    every = torch.arange(50).expand(2, -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Head, "weighted_rows", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+        with pytest.raises(torch.OutOfMemoryError):
+            prediction.scores(every)
+    assert torch.equal(prediction.prob, expected.prob)
+    assert torch.equal(prediction.scores(every), expected.scores(every))
 
 
 def test_rows_that_change_are_squared_again():
