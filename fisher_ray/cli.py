@@ -30,7 +30,7 @@ from rich.progress import Progress as Bar
 
 from fisher_ray import __version__, inspection
 from fisher_ray.cost import HARDWARE, Hardware
-from fisher_ray.directions import cost, model_of, moved_tokens, project, read_directions, top_directions, typical_norm
+from fisher_ray.directions import cost, model_of, moved_tokens, project, stored_directions, top_directions, typical_norm
 from fisher_ray.dispatch import LocalPool, Pool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.kernels import is_out_of_memory
@@ -122,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--directions",
         type=Path,
         metavar="FILE",
-        help=".npy, .npz or .safetensors, one a row (eigenvectors of the mean F)",
+        help=".npy, .npz or .safetensors, rows or columns of a matrix (eigenvectors of the mean F)",
     )
+    projecting.add_argument("--tensor", metavar="NAME", help="that matrix, where the file holds several of that width")
     projecting.add_argument("--top", type=int, default=4, help="eigenvectors to take, where no file is given (4)")
     projecting.add_argument("--layers", help="3,6 or 0-3 (all of the run's)")
     projecting.add_argument(
@@ -853,8 +854,10 @@ def _project(given: dict[str, Any]) -> int:
     path = given["directions"]
     if given["max_docs"] is not None and given["max_docs"] < 1:
         raise ConfigError(f"max_docs must be at least 1, got {given['max_docs']}.")
+    if path is None and given["tensor"] is not None:
+        raise ConfigError(f"--tensor {given['tensor']} is of a file. Give that too (--directions FILE).")
     output = None if given["output"] is None else _to_write(given["output"])
-    read = None if path is None else read_directions(path, run.d_model)
+    tensor, by, read = (None, None, None) if path is None else stored_directions(path, run.d_model, given["tensor"])
     model = model_of(run)
     layers = run.layers
     if given["layers"] is not None:
@@ -884,10 +887,13 @@ def _project(given: dict[str, Any]) -> int:
         output = None
     if given["json"]:
         count = output and project(run, chosen, output, given["max_docs"], model)
-        print(_json({"directions": rows, "output": output and str(output), "rows": count}))
+        facts = {"tensor": tensor, "by": by, "directions": rows, "output": output and str(output), "rows": count}
+        print(_json(facts))
         return _without(reading.damaged)
     console = _console()
     console.print(f"{run.store.uri}: {run.status}", soft_wrap=True, highlight=False)
+    if read is not None:
+        console.print(f"directions: {by} of {tensor}", soft_wrap=True, highlight=False)
     print_table(console, direction_table(rows))
     far = [str(k) for k in found if any(row["share"] > _FAR for row in rows if row["layer"] == k)]
     beyond = f" Steps at layer{'s' * (len(far) > 1)} {', '.join(far)} are longer: their costs may be off by ten times."

@@ -1,15 +1,16 @@
 """What directions of a run's residual streams mean: what they move, where they matter, what a step along one costs.
 
-A direction is a row ``v [d_model]``; directions of one layer are rows of a matrix. ``v^T F_t v`` is how fast the prediction at
-position t changes along v: with ``u = J_z v`` it is the variance under p of the change of the logits, ``u^T M u``. So it
-takes a product with ``J_z`` a direction, and no factor of F.
+A direction is a row ``v [d_model]``; directions of one layer are rows of a matrix. They are taken as anybody has them: arrays,
+tensors on any device, lists. ``v^T F_t v`` is how fast the prediction at position t changes along v: with ``u = J_z v`` it is
+the variance under p of the change of the logits, ``u^T M u``. So it takes a product with ``J_z`` a direction, and no factor of
+F.
 
 What asks for a model takes the run's own, loaded each time; give it as ``model`` to load it once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from pathlib import Path
@@ -20,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fisher_ray.architecture import ModelError, ModelFacts, attention_reading, weights_digest
@@ -32,7 +33,7 @@ from fisher_ray.head import Prediction, divergence
 from fisher_ray.numerics import full_precision
 from fisher_ray.plan import ConfigError, make_plan
 from fisher_ray.run import Run
-from fisher_ray.scores import iter_scores, score_factors
+from fisher_ray.scores import _chosen_positions, iter_scores, score_factors
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
 from fisher_ray.split import SplitModel
 from fisher_ray.statistics import Estimate, jackknife, quadratic_form
@@ -48,6 +49,9 @@ _SPREAD = 16  # positions a window that steps are tried at
 _PUSH = 3  # backward passes that a product with J_z costs; factors of F cost d_model
 _PUSHED = 1 << 24  # numbers of products with J_z in memory
 _TABLE = 1 << 18  # rows of a table in memory
+
+# One direction, or several, one a row.
+Directions = Num[np.ndarray, "*k d_model"] | Num[Tensor, "*k d_model"] | Sequence[Any]
 
 COORDINATES_SCHEMA = pa.schema(
     [
@@ -78,11 +82,27 @@ def top_directions(run: Run, layer: int, k: int) -> Float[np.ndarray, "k d_model
     return _eigenvectors(run, layer)[1].mT[:k].numpy()
 
 
-def read_directions(path: str | Path, d_model: int) -> Float[np.ndarray, "k d_model"]:
-    """Directions, one a row, from an .npy file or from the one matrix of that width in an .npz or .safetensors file.
+def read_directions(path: str | Path, d_model: int, tensor: str | None = None) -> Float[np.ndarray, "k d_model"]:
+    """Directions, one a row, from a matrix in an .npy, .npz or .safetensors file; see :func:`stored_directions`."""
+    return stored_directions(path, d_model, tensor)[2]
+
+
+def stored_directions(
+    path: str | Path, d_model: int, tensor: str | None = None
+) -> tuple[str, Literal["rows", "columns"], Float[np.ndarray, "k d_model"]]:
+    """Directions of a file, with the name of the matrix they are of, and whether they are its rows or its columns.
+
+    Of a matrix [k, d_model] they are the rows, also where it is square; of one [d_model, k], as ``nn.Linear`` keeps a decoder's
+    weights, the columns.
+
+    Args:
+        path: an .npy, .npz or .safetensors file.
+        d_model: of the run.
+        tensor: name of the matrix; None: the only one with an axis of d_model.
 
     Raises:
-        ValueError: no such file, not one of those, another width, or numbers that are no direction's.
+        ValueError: no such file or tensor, not one of those files, several matrices or none of that width, or numbers that are
+            no direction's.
     """
     path = Path(path)
     try:
@@ -91,23 +111,29 @@ def read_directions(path: str | Path, d_model: int) -> Float[np.ndarray, "k d_mo
         raise ValueError(
             f"cannot read directions from {path}: {error} Expected .npy, .npz or .safetensors with rows of {d_model} numbers."
         ) from error
-    fitting = [array for array in tensors.values() if array.ndim == 2 and array.shape[1] == d_model and len(array)]
-    if len(fitting) != 1:
-        found = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(tensors.items())) or "nothing"
+    if tensor is not None and tensor not in tensors:
+        raise ValueError(f"{path} has no tensor {tensor!r}; it holds {_listed(tensors)}.")
+    named = tensors if tensor is None else {tensor: tensors[tensor]}
+    fitting = {
+        name: each for name, each in named.items() if each.ndim == 2 and d_model in each.shape and min(each.shape)
+    }
+    if not fitting:
         raise ValueError(
-            f"{path} must hold one matrix of directions [n, {d_model}], one a row, for this run's d_model of {d_model}; "
-            f"it holds {found}. Put the rows wanted in a file of their own."
+            f"{path} must hold a matrix of directions, [k, {d_model}] or [{d_model}, k], for this run's d_model of {d_model}; "
+            f"it holds {_listed(named)}."
         )
-    rows = fitting[0].astype(np.float32)
-    _check_rows(rows, f"in {path}")
-    return rows
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{path} holds several matrices with an axis of this run's d_model of {d_model}: {_listed(fitting)}. Choose one "
+            "(--tensor NAME)."
+        )
+    ((name, matrix),) = fitting.items()
+    by: Literal["rows", "columns"] = "rows" if matrix.shape[1] == d_model else "columns"
+    return name, by, _rows(matrix if by == "rows" else matrix.T, d_model, f"in {path}")
 
 
-def _check_rows(rows: np.ndarray, where: str) -> None:
-    bad = np.flatnonzero(~(np.isfinite(rows).all(1) & rows.any(1)))
-    if len(bad):
-        named = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
-        raise ValueError(f"directions {where} must be finite and not zero; rows {named} are not.")
+def _listed(tensors: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {list(each.shape)}" for name, each in sorted(tensors.items())) or "nothing"
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -121,12 +147,42 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _check(run: Run, layer: int, directions: np.ndarray) -> None:
-    if layer not in run.layers or directions.ndim != 2 or directions.shape[1] != run.d_model:
-        raise ValueError(
-            f"directions must be [k, {run.d_model}] at layers of {run.layers}, got {list(directions.shape)} at layer {layer}."
-        )
-    _check_rows(directions, f"at layer {layer}")
+def _rows(given: Directions, d_model: int, where: str) -> Float[np.ndarray, "k d_model"]:
+    """Directions as they were given, one a row, in float64."""
+    try:
+        if isinstance(given, Tensor):
+            given = given.detach().cpu().to(torch.promote_types(given.dtype, torch.float64)).numpy()
+        found = np.asarray(given)
+        # In C's order, as torch takes no negative strides.
+        rows = np.atleast_2d(found).astype(np.float64, order="C", casting="same_kind")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"directions {where} must be rows of {d_model} real numbers: {error}") from error
+    if rows.ndim != 2 or rows.shape[1] != d_model or not len(rows):
+        raise ValueError(f"directions {where} must be [{d_model}] or [k, {d_model}], got {list(found.shape)}.")
+    bad = np.flatnonzero(~(np.isfinite(rows).all(1) & rows.any(1)))
+    if len(bad):
+        named = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
+        raise ValueError(f"directions {where} must be finite and not zero; rows {named} are not.")
+    return rows
+
+
+def _rows_at(run: Run, layer: int, given: Directions) -> Float[np.ndarray, "k d_model"]:
+    """The same for a layer of a run."""
+    if layer not in run.layers:
+        raise ValueError(f"layer must be one of {run.layers}, got {layer}.")
+    return _rows(given, run.d_model, f"at layer {layer}")
+
+
+def _one(rows: Float[np.ndarray, "k d_model"]) -> Float[np.ndarray, " d_model"]:
+    if len(rows) > 1:
+        raise ValueError(f"direction must be one, [{rows.shape[1]}], got {len(rows)} rows.")
+    return rows[0]
+
+
+def _at_least_one(**given: int | None) -> None:
+    for name, count in given.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
 
 
 def _eigenvectors(run: Run, layer: int) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
@@ -236,6 +292,11 @@ class _Corpus:
                 yield _Passage(document, seen, window, ids, at, encoder, encoded)
 
 
+def _check_decoder(model: SplitModel) -> None:
+    if model.is_encoder_decoder:
+        raise ValueError(f"{model.name} has an encoder; expected a model without.")
+
+
 def _sensitivities(model: SplitModel, tape: Tape, layer: int, directions: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
     """``v^T F_t v`` exactly, at every query of a tape; nats^2 per squared unit of v."""
     found = []
@@ -251,7 +312,7 @@ def _sensitivities(model: SplitModel, tape: Tape, layer: int, directions: Float[
 
 
 def moved_tokens(
-    run: Run, directions: Mapping[int, Float[np.ndarray, "k d_model"]], model: SplitModel | None = None
+    run: Run, directions: Mapping[int, Directions], model: SplitModel | None = None
 ) -> dict[int, list[tuple[list[str], list[str]]]]:
     """Tokens that a step along each direction raises and lowers, through the model's own upper layers.
 
@@ -267,15 +328,14 @@ def moved_tokens(
         per layer and direction: up to five tokens raised and up to five lowered, most first.
 
     Raises:
-        ValueError: no task is done that has positions.
+        ValueError: no such layer, directions that are none or of another width, or no task is done that has positions.
     """
-    for layer, each in directions.items():
-        _check(run, layer, each)
+    rows = {layer: _rows_at(run, layer, each) for layer, each in directions.items()}
     examples = set(run.store.examples(run.done_tasks, WINDOWS))
     if not examples:
         raise ValueError(f"no position of {run.store.uri} is scored yet.")
     tasks = [task for task in run.corpus_tasks() if task.id in examples]
-    return worker_of(run, model).moved_tokens(tasks, directions)
+    return worker_of(run, model).moved_tokens(tasks, rows)
 
 
 @dataclass(frozen=True)
@@ -306,7 +366,7 @@ class Strongest:
 def strongest(
     run: Run,
     layer: int,
-    direction: Float[np.ndarray, " d_model"],
+    direction: Directions,
     count: int = 10,
     documents: int = 50,
     model: SplitModel | None = None,
@@ -323,10 +383,17 @@ def strongest(
         count: positions wanted.
         documents: read at most, where nothing was kept.
         model: the run's; not needed where factors or matrices were kept.
+
+    Returns:
+        those of positions where it is finite.
+
+    Raises:
+        ValueError: no such layer, no direction or several, another width, or a number below 1.
     """
-    _check(run, layer, direction[None])
+    _at_least_one(count=count, documents=documents)
+    v = _one(_rows_at(run, layer, direction))
     kept = run.config.save != "summary"
-    found = _kept(run, layer, direction, count) if kept else _recomputed(run, layer, direction, count, documents, model)
+    found = _kept(run, layer, v, count) if kept else _recomputed(run, layer, v, count, documents, model)
     source = (
         f"the {run.config.save} of all positions"
         if kept
@@ -342,7 +409,8 @@ def _kept(run: Run, layer: int, direction: np.ndarray, count: int) -> Iterator[P
         along = shard.array @ direction
         values = np.square(along).sum(-1) if run.config.save == "factors" else along @ direction
         document, position, text = (shard.table[name].to_pylist() for name in ("document", "position", "text"))
-        for i in np.argsort(-values)[:count].tolist():
+        finite = np.flatnonzero(np.isfinite(values))
+        for i in finite[np.argsort(-values[finite])[:count]].tolist():
             # Text that lies before it in the same document, as far as it was scored.
             first = i
             while first > max(0, i - _SHOWN) and (document[first - 1], position[first - 1]) == (
@@ -361,8 +429,9 @@ def _recomputed(
     along = {layer: torch.tensor(direction[None], device=corpus.model.device)}
     for passage in corpus.passages(documents):
         for _, at, _, sensitivity in _measured(corpus, passage, along):
-            values = sensitivity[:, 0].nan_to_num(-1)
-            for i in values.argsort(descending=True)[:count].tolist():
+            values = sensitivity[:, 0]
+            finite = values.isfinite().nonzero()[:, 0]
+            for i in finite[values[finite].argsort(descending=True)[:count]].tolist():
                 t = int(at[i])
                 texts = [corpus.worker.text(token) for token in passage.window.ids[: t + 1]]
                 before = "".join(texts[max(passage.window.sink, t - _SHOWN) : t])
@@ -371,7 +440,7 @@ def _recomputed(
 
 def project(
     run: Run,
-    directions: Mapping[int, Float[np.ndarray, "k d_model"]],
+    directions: Mapping[int, Directions],
     output: str | Path,
     documents: int | None = None,
     model: SplitModel | None = None,
@@ -396,14 +465,17 @@ def project(
         rows written. Positions where something is not finite have none.
 
     Raises:
-        ValueError: a layer that the run has not, directions of another width, or none.
+        ValueError: a layer that the run has not, directions of another width or none, or a file that cannot be.
     """
+    output = Path(output)
+    if not output.parent.is_dir() or (output.exists() and not output.is_file()):
+        raise ValueError(f"output must name a file in a directory that exists, got {output}.")
     if not directions:
         raise ValueError("directions must be given at one layer at least, got none.")
-    for layer, each in directions.items():
-        _check(run, layer, each)
-    corpus, output = _Corpus(run, model), Path(output)
-    rows = {layer: torch.tensor(directions[layer], device=corpus.model.device) for layer in sorted(directions)}
+    _at_least_one(documents=documents)
+    given = {layer: _rows_at(run, layer, directions[layer]) for layer in sorted(directions)}
+    corpus = _Corpus(run, model)
+    rows = {layer: torch.tensor(each, device=corpus.model.device) for layer, each in given.items()}
     written, unfinished = 0, output.with_name(output.name + ".part")
     try:
         with pq.ParquetWriter(unfinished, COORDINATES_SCHEMA, compression="zstd") as writer:
@@ -488,7 +560,7 @@ def typical_norm(run: Run, layer: int) -> float:
     return float(total.second_moment.trace / total.count) ** 0.5
 
 
-def cost(run: Run, layer: int, direction: Float[np.ndarray, "*k d_model"]) -> Estimate:
+def cost(run: Run, layer: int, direction: Directions) -> Estimate:
     """``v^T F v / 2`` with the mean F: what the step v costs in output, ``KL(p(h) || p(h + v))`` to second order, nats.
 
     Args:
@@ -501,13 +573,10 @@ def cost(run: Run, layer: int, direction: Float[np.ndarray, "*k d_model"]) -> Es
         cost of a step that changes nothing. Of sketches a lower bound: up to ``run.sketch_error(layer) |v|^2 / 2`` is left out.
 
     Raises:
-        ValueError: no such layer, or another width.
+        ValueError: no such layer, another width, or no direction.
     """
-    direction = np.asarray(direction, np.float64)
-    rows = np.atleast_2d(direction)
-    _check(run, layer, rows)
-    whole = quadratic_form(run.blocks(layer), torch.from_numpy(rows))
-    shape = direction.shape[:-1]
+    whole = quadratic_form(run.blocks(layer), torch.from_numpy(_rows_at(run, layer, direction)))
+    shape = np.shape(direction)[:-1]
     return Estimate(whole.value.reshape(shape).clip(0) / 2, whole.error.reshape(shape) / 2, whole.blocks)
 
 
@@ -558,8 +627,7 @@ def safe_directions(
     """
     if not 0 < share < 1:
         raise ValueError(f"share must be in (0, 1), got {share}.")
-    if documents < 1:
-        raise ValueError(f"documents must be at least 1, got {documents}.")
+    _at_least_one(documents=documents)
     values, vectors = _eigenvectors(run, layer)
     held = values.clamp_min(0).flip(0).cumsum(0) / values.clamp_min(0).sum()
     m = int((held <= share).sum())
@@ -685,8 +753,8 @@ def steer(
     run: Run,
     layer: int,
     input_ids: Int[Tensor, "1 seq"],
-    positions: Int[Tensor, " n"],
-    targets: Int[Tensor, " n"],
+    positions: Int[Tensor, " n"] | Sequence[int],
+    targets: Int[Tensor, " n"] | Sequence[int],
     metric: Literal["position", "mean", "euclidean"] = "mean",
     gain: float = 0.1,
 ) -> Steering:
@@ -700,7 +768,7 @@ def steer(
         run: whose mean F is used with ``metric="mean"``.
         layer: where the step is taken.
         input_ids: one sequence.
-        positions: of it, ascending.
+        positions: of it, ascending; negative from its end.
         targets: the token to raise at each.
         metric: F of each position, exactly; the corpus's mean; or the identity, a plain gradient step.
         gain: nats, above 0.
@@ -712,29 +780,27 @@ def steer(
         raise ValueError(f"gain must be above 0 nats, got {gain}.")
     if metric not in ("position", "mean", "euclidean"):
         raise ValueError(f"metric must be position, mean or euclidean, got {metric!r}.")
-    if model.is_encoder_decoder:
-        raise ValueError(f"{model.name} has an encoder; steering takes models without.")
-    if input_ids.ndim != 2 or len(input_ids) != 1:
-        raise ValueError(f"input_ids must be one sequence, [1, seq], got {list(input_ids.shape)}.")
-    if positions.ndim != 1 or not len(positions) or targets.shape != positions.shape:
+    given, targets = torch.as_tensor(positions), torch.as_tensor(targets)
+    if given.ndim != 1 or not len(given) or targets.shape != given.shape:
         raise ValueError(
-            f"positions and targets must be as many, [n], got {list(positions.shape)} and {list(targets.shape)}."
+            f"positions and targets must be as many, [n], got {list(given.shape)} and {list(targets.shape)}."
         )
+    chosen = _places(model, input_ids, given)
     seq = input_ids.shape[1]
-    if bool((positions.diff() <= 0).any()) or int(positions[0]) < 0 or int(positions[-1]) >= seq:
-        raise ValueError(f"positions must ascend within [0, {seq}), got {positions.tolist()}.")
+    if chosen != [t % seq for t in given.tolist()]:
+        raise ValueError(f"positions must ascend within [0, {seq}), got {given.tolist()}.")
     tokens = model.head.vocab_size
     if int(targets.min()) < 0 or int(targets.max()) >= tokens:
         raise ValueError(f"targets must be tokens in [0, {tokens}), got {targets.tolist()}.")
-    model.check_ids(input_ids, seq)
     (layer,) = model.check_layers([layer])
-    input_ids, positions, targets = (given.to(model.device) for given in (input_ids, positions, targets))
+    at = torch.tensor(chosen, device=model.device)
+    input_ids, targets = input_ids.to(model.device), targets.to(model.device)
     with full_precision():
-        tape = model.tape(input_ids, {}, [layer], positions)
+        tape = model.tape(input_ids, {}, [layer], at)
         before = model.head.predict(tape.z)
         gradient = tape.pull(before.scores(targets[:, None])[:, 0])[layer].double()
         if metric == "position":
-            scores = score_factors(model, input_ids, layers=[layer], estimator=Exact(), positions=positions.tolist())
+            scores = score_factors(model, input_ids, layers=[layer], estimator=Exact(), positions=chosen)
             direction = _least_change(scores.matrices(layer).double(), gradient)
         elif metric == "mean":
             direction = _least_change(torch.tensor(run.fisher(layer), device=gradient.device), gradient)
@@ -748,7 +814,7 @@ def steer(
             return stream + (length[:, None] * direction).to(stream)
 
         def moved(length: Tensor) -> Prediction:
-            return model.head.predict(model.replaced(input_ids, positions, layer, stepped(length)[None], {})[0])
+            return model.head.predict(model.replaced(input_ids, at, layer, stepped(length)[None], {})[0])
 
         def gain_of(after: Prediction) -> Tensor:
             return (after.log_prob(targets) - before.log_prob(targets)).double()
@@ -761,6 +827,18 @@ def steer(
         gain_of(after).where(reached, torch.nan),
         _kl(before, after, targets).where(reached, torch.nan),
     )
+
+
+def _places(
+    model: SplitModel, input_ids: Int[Tensor, "1 seq"], positions: Int[Tensor, " n"] | Sequence[int]
+) -> list[int]:
+    """Positions of one sequence, ascending, as :func:`fisher_ray.score_factors` takes them."""
+    _check_decoder(model)
+    if input_ids.ndim != 2 or len(input_ids) != 1:
+        raise ValueError(f"input_ids must be one sequence, [1, seq], got {list(input_ids.shape)}.")
+    model.check_ids(input_ids, input_ids.shape[1])
+    (chosen,) = _chosen_positions([input_ids[0]], torch.as_tensor(positions).tolist(), first=0)
+    return chosen
 
 
 def _least_change(fisher: Float[Tensor, "*n d d"], gradient: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:

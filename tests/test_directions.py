@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import transformers as tf
 from families import FAMILIES, build
 from pretend import pretend_devices
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_save_file
 from torch import Tensor
 
 import jobs
@@ -165,6 +167,20 @@ def test_fewer_documents_are_the_first_ones(run: Run, made: Path):
     places = fd.strongest(run, LAYER, some_directions(1)[0], count=1000, documents=2).places
     offsets = [offset for offset, _ in jobs.paragraphs((made / "docs.txt").read_bytes())]
     assert {place.document for place in places} == {f"docs.txt:{offset}" for offset in offsets[:2]}
+
+
+@pytest.mark.parametrize(("save", "scale"), [("factors", 2.5), ("summary", 0.9)])
+def test_places_are_those_where_it_is_finite(save: str, scale: float, made: Path, split: SplitModel):
+    """Of a direction so long that v^T F_t v is beyond the largest number at many: none of those, and none in place of them."""
+    run, direction = open_run(made / save), some_directions(1)[0]
+    long = direction * scale * np.finfo(np.float64).max ** 0.5
+    with np.errstate(over="ignore"):
+        every, found = (
+            [place.sensitivity for place in fd.strongest(run, LAYER, v, 10_000, 5, split).places]
+            for v in (direction, long)
+        )
+    assert 0.1 * len(every) < len(found) < 0.9 * len(every)
+    assert np.isfinite(found).all() and min(found) > 0 and found == sorted(found, reverse=True)
 
 
 def test_the_table_of_coordinates(run: Run, made: Path, split: SplitModel, tmp_path: Path):
@@ -547,6 +563,14 @@ def test_what_the_caller_asks_of_products_changes_no_number(run: Run, gpt2: str,
     assert table.equals(other_table)
 
 
+def test_positions_are_taken_as_scores_take_them(run: Run, split: SplitModel):
+    ids, at, targets = torch.arange(2, 14)[None], torch.tensor([3, 8]), torch.tensor([7, 9])
+    expected = fd.steer(split, run, LAYER, ids, at, targets, "position")
+    for given, wanted in (([3, -4], [7, 9]), (torch.tensor([-9, -4]), targets)):
+        got = fd.steer(split, run, LAYER, ids, given, wanted, "position")
+        assert torch.equal(got.steps, expected.steps) and torch.equal(got.gain, expected.gain)
+
+
 def test_the_metric_of_a_position_changes_the_other_tokens_least(run: Run, split: SplitModel):
     ids = torch.randint(2, 400, (1, 30), generator=torch.Generator().manual_seed(4))
     at = torch.arange(1, 30)
@@ -566,8 +590,9 @@ def test_what_cannot_be_steered_is_said(run: Run, split: SplitModel, unchecked_s
     ids, at, targets = torch.arange(2, 14)[None], torch.tensor([3, 8]), torch.tensor([7, 9])
     for given, message in (
         ((ids, at.flip(0), targets), r"positions must ascend within \[0, 12\), got \[8, 3\]"),
-        ((ids, at + 5, targets), r"positions must ascend within \[0, 12\), got \[8, 13\]"),
-        ((ids, at - 4, targets), r"got \[-1, 4\]"),
+        ((ids, at + 5, targets), r"positions of sequence 0 must be in \[0, 12\), or negative; got 13"),
+        ((ids, at - 4, targets), r"positions must ascend within \[0, 12\), got \[-1, 4\]"),
+        ((ids, [3, -9], targets), r"positions must ascend within \[0, 12\), got \[3, -9\]"),
         ((ids, at, targets + 400), r"targets must be tokens in \[0, 400\), got \[407, 409\]"),
         ((ids + 400, at, targets), r"token ids must be in \[0, 400\), got 413"),
         ((ids[0], at, targets), r"input_ids must be one sequence, \[1, seq\], got \[12\]"),
@@ -590,19 +615,58 @@ def test_directions_are_read_from_both_kinds_of_files(tmp_path: Path):
     np.save(tmp_path / "a.npy", rows)
     save_file({"W_dec": rows, "W_enc": rows.T.copy(), "b": rows[:, 0].copy()}, tmp_path / "a.safetensors")
     np.savez(tmp_path / "a.npz", W_dec=rows, W_enc=rows.T)
-    for name in ("a.npy", "a.npz", "a.safetensors"):
-        np.testing.assert_array_equal(fd.read_directions(tmp_path / name, D_MODEL), rows)
+    for name, tensor in (("a.npy", None), ("a.npz", "W_dec"), ("a.safetensors", "W_dec")):
+        np.testing.assert_array_equal(fd.read_directions(tmp_path / name, D_MODEL, tensor), rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("k", [3, D_MODEL, 40])
+def test_a_decoder_of_linear_layers_is_read_by_columns(k: int, dtype: torch.dtype, tmp_path: Path):
+    """And not its encoder's rows in place of them; a square matrix by rows."""
+    sizes = {"encoder": (D_MODEL, k), "decoder": (k, D_MODEL)}
+    layers = {name: torch.nn.Linear(*size, dtype=dtype).requires_grad_(False) for name, size in sizes.items()}
+    tensors = {f"{name}.{kind}": each for name, one in layers.items() for kind, each in one.state_dict().items()}
+    decoder, encoder = (tensors[f"{name}.weight"].double().numpy() for name in ("decoder", "encoder"))
+    path = tmp_path / "sae.safetensors"
+    torch_save_file(tensors, path)
+    expected = decoder if k == D_MODEL else decoder.T
+    by = "rows" if k == D_MODEL else "columns"
+    name, read, rows = fd.stored_directions(path, D_MODEL, "decoder.weight")
+    assert (name, read) == ("decoder.weight", by)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(fd.read_directions(path, D_MODEL, "encoder.weight"), encoder)
+    with pytest.raises(
+        ValueError,
+        match=rf"several matrices .* d_model of 12: decoder.weight \[12, {k}\], encoder.weight \[{k}, 12\]\. Choose one",
+    ):
+        fd.read_directions(path, D_MODEL)
+    with pytest.raises(
+        ValueError, match=r"sae.safetensors has no tensor 'W_dec'; it holds decoder.bias \[12\], decoder.w"
+    ):
+        fd.read_directions(path, D_MODEL, "W_dec")
+    with pytest.raises(ValueError, match=r"must hold a matrix of directions, .*; it holds decoder.bias \[12\]\."):
+        fd.read_directions(path, D_MODEL, "decoder.bias")
+    del tensors["encoder.weight"]
+    torch_save_file(tensors, path)
+    name, read, rows = fd.stored_directions(path, D_MODEL)
+    assert (name, read) == ("decoder.weight", by)
+    np.testing.assert_array_equal(rows, expected)
 
 
 BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "narrow.npy": (
         lambda path: np.save(path, np.ones((3, 5))),
-        r"must hold one matrix .* d_model of 12; it holds narrow.npy \[3, 5\]",
+        r"must hold a matrix of directions, \[k, 12\] or \[12, k\], .* d_model of 12; it holds narrow.npy \[3, 5\]",
     ),
     "flat.npy": (lambda path: np.save(path, np.ones(D_MODEL)), r"it holds flat.npy \[12\]"),
     "two.safetensors": (
         lambda path: save_file({"a": np.ones((2, D_MODEL)), "b": np.ones((2, D_MODEL))}, path),
-        r"it holds a \[2, 12\], b \[2, 12\]\. Put the rows wanted in a file of their own",
+        r"holds several matrices .*: a \[2, 12\], b \[2, 12\]\. Choose one \(--tensor NAME\)",
+    ),
+    "none.npy": (lambda path: np.save(path, np.ones((0, D_MODEL))), r"it holds none.npy \[0, 12\]"),
+    "words.npz": (
+        lambda path: np.savez(path, w=np.full((2, D_MODEL), "a")),
+        r"in \S+ must be rows of 12 real numbers: Cannot cast",
     ),
     "nan.npy": (lambda path: np.save(path, np.full((2, D_MODEL), np.nan)), r"must be finite and not zero; rows 0, 1 are not"),
     "zero.npy": (
@@ -641,9 +705,9 @@ def test_another_model_or_layer_is_refused(run: Run, models: Callable[..., Split
         ValueError, match=r"width 12 and layers up to 2; the model given, .*, has width 24 and 3 blocks"
     ):
         fd.moved_tokens(run, {0: some_directions(1)}, models("gpt2"))
-    for directions in ({7: some_directions(1)}, {0: np.ones((2, 5))}):
-        with pytest.raises(ValueError, match=r"directions must be \[k, 12\] at layers of \[0, 1, 2\]"):
-            fd.project(run, directions, tmp_path / "out.parquet")
+    for read in (fd.moved_tokens, partial(fd.project, output=tmp_path / "out.parquet")):
+        with pytest.raises(ValueError, match=r"layer must be one of \[0, 1, 2\], got 7"):
+            read(run, directions={7: some_directions(1)})
     with pytest.raises(ValueError, match="directions must be given at one layer at least, got none"):
         fd.project(run, {}, tmp_path / "out.parquet")
     with pytest.raises(ValueError, match="documents must be at least 1, got 0"):
@@ -651,15 +715,90 @@ def test_another_model_or_layer_is_refused(run: Run, models: Callable[..., Split
     with pytest.raises(ValueError, match=r"number of directions must be in \[1, 12\], got 13"):
         fd.top_directions(run, 0, 13)
     for read in (fd.cost, fd.strongest):
-        with pytest.raises(
-            ValueError, match=r"directions must be \[k, 12\] at layers of \[0, 1, 2\], got \[1, 5\] at layer 0"
-        ):
-            read(run, 0, np.ones(5))
+        with pytest.raises(ValueError, match=r"layer must be one of \[0, 1, 2\], got 7"):
+            read(run, 7, np.ones(D_MODEL))
+    for given, message in (
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"documents": -1}, "documents must be at least 1, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fd.strongest(run, 0, np.ones(D_MODEL), **given)
+    with pytest.raises(ValueError, match="documents must be at least 1, got 0"):
+        fd.project(run, {0: np.ones(D_MODEL)}, tmp_path / "out.parquet", documents=0)
 
 
-def test_directions_may_be_lists(run: Run):
-    rows = some_directions(2)
-    np.testing.assert_array_equal(fd.cost(run, LAYER, rows.tolist()).value, fd.cost(run, LAYER, rows).value)
+# The same numbers, as anybody may have them.
+FORMS: dict[str, Callable[[np.ndarray], Any]] = {
+    "list": np.ndarray.tolist,
+    "turned round": lambda rows: rows[..., ::-1].copy()[..., ::-1],
+    "by columns": np.asfortranarray,
+    "tensor": torch.tensor,
+    "with a gradient": lambda rows: torch.tensor(rows, requires_grad=True),
+    "bfloat16": lambda rows: torch.tensor(rows, dtype=torch.bfloat16, requires_grad=True),
+    "list of tensors": lambda rows: list(torch.tensor(rows)),
+    "whole numbers": lambda rows: rows.astype(np.int64),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_directions_are_taken_as_anybody_has_them(
+    form: str, run: Run, split: SplitModel, tmp_path: Path, unchecked_shapes: None
+):
+    rows = np.round(3 * some_directions(2)) + 0.0
+    given, one = FORMS[form](rows), FORMS[form](rows[0])
+    for read in (
+        lambda rows, one: fd.cost(run, LAYER, rows).value,
+        lambda rows, one: fd.cost(run, LAYER, one).value,
+        lambda rows, one: [place.position for place in fd.strongest(run, LAYER, one, 5, 2, split).places],
+    ):
+        np.testing.assert_array_equal(read(given, one), read(rows, rows[0]))
+    np.testing.assert_array_equal(fd.cost(run, LAYER, rows[:1]).value, [fd.cost(run, LAYER, rows[0]).value])
+    for name, each in (("given", given), ("plain", rows)):
+        fd.project(run, {LAYER: each}, tmp_path / name, documents=1, model=split)
+    assert pq.read_table(tmp_path / "given").equals(pq.read_table(tmp_path / "plain"))
+    read = fd.moved_tokens if form in ("turned round", "with a gradient") else dict  # some seconds each
+    assert read is dict or read(run, {LAYER: given}, split) == read(run, {LAYER: rows}, split)
+
+
+def test_what_is_no_direction_is_said_before_anything_is_loaded(
+    run: Run, split: SplitModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked_shapes: None
+):
+    monkeypatch.setattr(fd, "worker_of", None)
+    taking: list[Callable[[Any], Any]] = [
+        lambda given: fd.project(run, {0: given}, tmp_path / "out.parquet"),
+        lambda given: fd.moved_tokens(run, {0: given}),
+        lambda given: fd.cost(run, 0, given),
+        lambda given: fd.strongest(run, 0, given),
+    ]
+    for given, message in (
+        (np.ones(5), r"must be \[12\] or \[k, 12\], got \[5\]"),
+        (np.ones((2, 5)), r"must be \[12\] or \[k, 12\], got \[2, 5\]"),
+        (np.ones((1, 1, D_MODEL)), r"got \[1, 1, 12\]"),
+        (np.ones((0, D_MODEL)), r"got \[0, 12\]"),
+        (3.0, r"got \[\]"),
+        (torch.zeros(D_MODEL), "must be finite and not zero; rows 0 are not"),
+        (1j * np.ones(D_MODEL), "must be rows of 12 real numbers: Cannot cast"),
+        (1j * torch.ones(D_MODEL), "must be rows of 12 real numbers: Cannot cast"),
+        (["a"] * D_MODEL, "must be rows of 12 real numbers: Cannot cast"),
+        ([[1.0, 2.0], [3.0]], "must be rows of 12 real numbers: setting an array element"),
+        ([torch.ones(D_MODEL, requires_grad=True)], "must be rows of 12 real numbers: Can't call numpy"),
+    ):
+        for take in taking:
+            with pytest.raises(ValueError, match=rf"^directions at layer 0 .*{message}") as raised:
+                take(given)
+            assert "\n" not in str(raised.value)
+    for take in taking[3:]:
+        with pytest.raises(ValueError, match=r"direction must be one, \[12\], got 2 rows"):
+            take(some_directions(2))
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fd, "worker_of", None)
+    for output in (tmp_path / "no/out.parquet", tmp_path):
+        with pytest.raises(ValueError, match="output must name a file in a directory that exists, got /"):
+            fd.project(run, {LAYER: some_directions(1)}, output)
 
 
 def test_the_typical_norm_is_that_of_the_positions(run: Run):
@@ -713,9 +852,21 @@ def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     np.save(tmp_path / "mine.npy", top)
     assert main(["project", uri, "--directions", str(tmp_path / "mine.npy"), "--layers", "1"]) == COMPLETE
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split(":")[1].strip().startswith("complete") and len(lines) == 5
-    assert f"{float(fd.cost(run, 1, top).value[0]):.4g}" in lines[2]
-    assert f" {1 / fd.typical_norm(run, 1):.2g} " in lines[2]
+    assert lines[0].split(":")[1].strip().startswith("complete") and len(lines) == 6
+    assert lines[1] == "directions: rows of mine.npy"
+    assert f"{float(fd.cost(run, 1, top).value[0]):.4g}" in lines[3]
+    assert f" {1 / fd.typical_norm(run, 1):.2g} " in lines[3]
+    assert (said["tensor"], said["by"]) == (None, None)
+
+    save_file(
+        {"decoder.weight": np.ascontiguousarray(top.T), "encoder.weight": top[::-1].copy()},
+        tmp_path / "sae.safetensors",
+    )
+    sae = ["--directions", str(tmp_path / "sae.safetensors"), "--layers", "1", "--json"]
+    assert main(["project", uri, *sae, "--tensor", "decoder.weight"]) == COMPLETE
+    read = json.loads(capsys.readouterr().out)
+    assert (read["tensor"], read["by"]) == ("decoder.weight", "columns")
+    np.testing.assert_allclose([row["cost"] for row in read["directions"]], fd.cost(run, 1, top).value)
 
     documents = run.counts.documents - run.counts.empty
     for flags, count in (([], documents), (["--max-docs", "2"], 2)):
@@ -727,6 +878,8 @@ def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     np.save(tmp_path / "narrow.npy", np.ones((2, 5)))
     for flags in (
         ["--directions", str(tmp_path / "narrow.npy")],
+        sae,  # of several tensors none is named
+        ["--tensor", "decoder.weight"],
         ["--layers", "9"],
         ["-o", str(tmp_path / "no/o.parquet")],
     ):
