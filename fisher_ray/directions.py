@@ -1,4 +1,4 @@
-"""What directions of a run's residual streams mean: what they move, where they matter, what a step along one costs.
+"""What directions of a run's residual streams mean: what they move, where they matter, what a step along one costs and does.
 
 A direction is a row ``v [d_model]``; directions of one layer are rows of a matrix. They are taken as anybody has them: arrays,
 tensors on any device, lists. ``v^T F_t v`` is how fast the prediction at position t changes along v: with ``u = J_z v`` it is
@@ -290,6 +290,37 @@ class _Corpus:
                 encoder = {name: value.to(self.model.device) for name, value in arguments.items()}
                 encoded = self.model.encode(*encoder.values()) if encoder else {}
                 yield _Passage(document, seen, window, ids, at, encoder, encoded)
+
+
+def window(run: Run, document: str, position: int, model: SplitModel | None = None) -> tuple[Int[Tensor, "1 seq"], int]:
+    """The tokens that the model saw with a place of the corpus, and which of them is there.
+
+    Places are as :func:`strongest` and the tables name them, by a position of the document; among the tokens of a window, as
+    :func:`fisher_ray.score_factors`, :func:`steer` and :func:`nudge` take them, the sink is counted too. Reads one task's
+    documents.
+
+    Args:
+        run: an open run.
+        document: its id.
+        position: of the document.
+        model: the run's.
+
+    Returns:
+        the ids of the window that scores it, on the model's device, the sink first where there is one; and its position there.
+
+    Raises:
+        ValueError: there is no such position, or the model has an encoder, whose tokens would be left out.
+    """
+    number = run.task_of(document)
+    if number is not None:
+        task = next(task for task in run.corpus_tasks() if task.id == number)
+        worker = worker_of(run, model)
+        _check_decoder(worker.model)
+        for name, found, _ in worker.windows(task):
+            at = position - found.start + found.sink
+            if name == document and at in found.scored:
+                return torch.tensor([found.ids], device=worker.model.device), at
+    raise ValueError(f"{run.store.uri} has no scored position {position} in a document {document!r}.")
 
 
 def _check_decoder(model: SplitModel) -> None:
@@ -830,14 +861,15 @@ def steer(
 
 
 def _places(
-    model: SplitModel, input_ids: Int[Tensor, "1 seq"], positions: Int[Tensor, " n"] | Sequence[int]
+    model: SplitModel, input_ids: Int[Tensor, "1 seq"], positions: Int[Tensor, " n"] | Sequence[int] | None
 ) -> list[int]:
     """Positions of one sequence, ascending, as :func:`fisher_ray.score_factors` takes them."""
     _check_decoder(model)
     if input_ids.ndim != 2 or len(input_ids) != 1:
         raise ValueError(f"input_ids must be one sequence, [1, seq], got {list(input_ids.shape)}.")
     model.check_ids(input_ids, input_ids.shape[1])
-    (chosen,) = _chosen_positions([input_ids[0]], torch.as_tensor(positions).tolist(), first=0)
+    given = None if positions is None else torch.as_tensor(positions).tolist()
+    (chosen,) = _chosen_positions([input_ids[0]], given, first=0)
     return chosen
 
 
@@ -863,3 +895,81 @@ def _reach(gained: Callable[[Tensor], Tensor], gain: float, guess: Float[Tensor,
         enough = gained(middle) >= gain
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return high.masked_fill(short, torch.nan)
+
+
+# ---- what a step does ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Nudged:
+    """What steps along a direction do to the next token, at n positions.
+
+    Attributes:
+        positions: [n], ascending.
+        kl: [m, n], ``KL(p || p')`` for each of m steps, p before and p' after it; nats.
+        raised, lowered: [m, n, top], the tokens whose probability rises and falls most, most first.
+        raised_by, lowered_by: [m, n, top], ``p' - p`` of those.
+    """
+
+    positions: Tensor
+    kl: Tensor
+    raised: Tensor
+    lowered: Tensor
+    raised_by: Tensor
+    lowered_by: Tensor
+
+
+def nudge(
+    model: SplitModel,
+    layer: int,
+    input_ids: Int[Tensor, "1 seq"],
+    direction: Directions,
+    steps: Sequence[float] | Float[np.ndarray, " m"],
+    positions: Int[Tensor, " n"] | Sequence[int] | None = None,
+    top: int = 5,
+) -> Nudged:
+    """What becomes of ``p(. | h_t, x_<t)`` where ``step v`` is added to h_t, for each step and position, by forward passes.
+
+    A position's step is taken alone, all others' streams as they are without it: what ``KL = step^2 v^T F_t v / 2`` says of
+    small steps, measured for any. Steps at several positions together reach later ones through attention too; that is another
+    thing. Costs two forward passes a step. Half precision rounds h by as much as small steps change it.
+
+    Args:
+        model: the model.
+        layer: where the step is taken.
+        input_ids: one sequence.
+        direction: v.
+        steps: m of them, in lengths of v; negative ones go the other way.
+        positions: of the sequence, negative from its end; None: all.
+        top: tokens to name each way.
+
+    Raises:
+        ValueError: tokens, positions, a direction or steps that are not as above.
+    """
+    _at_least_one(top=top)
+    lengths = torch.as_tensor(steps, dtype=torch.float64)
+    if lengths.ndim != 1 or not len(lengths) or not bool(lengths.isfinite().all()):
+        raise ValueError(f"steps must be finite numbers, one at least, got {lengths.tolist()}.")
+    at = torch.tensor(_places(model, input_ids, positions), device=model.device)
+    (layer,) = model.check_layers([layer])
+    v = torch.tensor(_one(_rows(direction, model.d_model, f"at layer {layer}")), device=model.device)
+    input_ids, top = input_ids.to(model.device), min(top, model.head.vocab_size)
+    parts: list[list[Tensor]] = []
+    with full_precision():
+        h = model.lower(input_ids, {}, [layer])[layer][0, at].double()
+        # h itself goes the same way, as another might round otherwise.
+        states = [
+            model.replaced(input_ids, at, layer, (h + step * v)[None], {})[0] for step in (0.0, *lengths.tolist())
+        ]
+        for before, *after in zip(*(each.split(model.head.rows()) for each in states), strict=True):
+            p = model.head.predict(before)
+            parts.append([torch.stack(each) for each in zip(*(_changes(p, z, top) for z in after), strict=True)])
+    return Nudged(at, *(torch.cat(each, 1) for each in zip(*parts, strict=True)))
+
+
+def _changes(p: Prediction, z: Float[Tensor, "n d_z"], top: int) -> tuple[Tensor, ...]:
+    """Of :class:`Nudged`, at one step."""
+    q = p.head.predict(z)
+    change = q.prob - p.prob
+    up, down = change.topk(top), change.topk(top, largest=False)
+    return _kl(p, q), up.indices, down.indices, up.values, down.values

@@ -49,7 +49,8 @@ class Scores:
         factors: per layer [N, R, d_model]; ``F = G^T G`` in nats^2 per squared unit of h.
         activations: per layer [N, D, d_model]: the streams h, one for each token fed in (D = 1 for observed tokens).
         sequence: [N], row of ``input_ids``.
-        position: [N], counted over the sequence's own tokens, so padding does not shift it.
+        position: [N], counted over the sequence's own tokens, so padding does not shift it, and over a sink where there is
+            one: a run's tables count a document's tokens alone (:func:`fisher_ray.directions.window`).
         token: [N], the observed token there.
         fed: [N, D], the tokens fed in: the observed one, or those drawn.
         entropy: [N], of p(. | h_t, x_<t), nats; the mean over D.

@@ -25,7 +25,7 @@ from safetensors.torch import save_file as torch_save_file
 from torch import Tensor
 
 import jobs
-from fisher_ray import ModelError, SplitModel, cost, open_run, worker
+from fisher_ray import Exact, ModelError, SplitModel, cost, open_run, score_factors, worker
 from fisher_ray import directions as fd
 from fisher_ray.cli import BAD_INPUT, COMPLETE, STOPPED, main
 from fisher_ray.head import Head
@@ -183,6 +183,25 @@ def test_places_are_those_where_it_is_finite(save: str, scale: float, made: Path
     assert np.isfinite(found).all() and min(found) > 0 and found == sorted(found, reverse=True)
 
 
+def test_a_place_of_the_corpus_is_found_again(run: Run, made: Path, split: SplitModel):
+    """In the window that scored it, the second of a long document too: there v^T F_t v is what it was."""
+    direction = some_directions(1)[0]
+    places = fd.strongest(run, LAYER, direction, 10_000, 1000, split).places
+    beyond = [place for place in places if place.position > MAX_POSITIONS]
+    for place in [*places[:2], *beyond[:2]]:
+        ids, t = fd.window(run, place.document, place.position, split)
+        expected, at = window_of(place.document, place.position, made)
+        assert ids[0].tolist() == expected.tolist() and t == at
+        scores = score_factors(split, ids, layers=[LAYER], estimator=Exact(), positions=[t])
+        assert float((scores.factors[LAYER][0] @ torch.tensor(direction)).square().sum()) == pytest.approx(
+            place.sensitivity
+        )
+    assert len(beyond) > 100
+    for document, position in ((places[0].document, 10_000), (places[0].document, -1), ("docs.txt:3", 0)):
+        with pytest.raises(ValueError, match=rf"has no scored position {position} in a document '{document}'"):
+            fd.window(run, document, position, split)
+
+
 def test_the_table_of_coordinates(run: Run, made: Path, split: SplitModel, tmp_path: Path):
     """Every scored position of every window, against h and F of autograd through the library's model."""
     directions = {0: some_directions(2), LAYER: some_directions(3, 1)}
@@ -320,11 +339,15 @@ def test_a_model_on_a_device_takes_what_is_in_main_memory(unchecked_shapes: None
     """Steering too: ids, positions and targets as anyone makes them."""
     ids, at, targets = torch.arange(1, 13)[None], torch.tensor([3, 9]), torch.tensor([5, 6])
     nothing: Any = None
-    expected = fd.steer(SplitModel(build(FAMILIES["llama"])), nothing, 1, ids, at, targets, "euclidean")
+    here = SplitModel(build(FAMILIES["llama"]))
+    expected = fd.steer(here, nothing, 1, ids, at, targets, "euclidean")
+    kl_expected = fd.nudge(here, 1, ids, expected.steps[0], [1.0], at).kl
     with pretend_devices():
         split = SplitModel(build(FAMILIES["llama"]).to("meta:0"), check=False)
         got = fd.steer(split, nothing, 1, ids, at, targets, "euclidean")
         torch.testing.assert_close(got.steps.cpu(), expected.steps, rtol=1e-5, atol=1e-8)
+        kl = fd.nudge(split, 1, ids, got.steps[0].float().requires_grad_(), [1.0], at).kl
+        torch.testing.assert_close(kl.cpu(), kl_expected, rtol=1e-4, atol=1e-8)
 
 
 def test_steps_of_half_precision_are_those_that_were_taken():
@@ -607,6 +630,68 @@ def test_what_cannot_be_steered_is_said(run: Run, split: SplitModel, unchecked_s
             fd.steer(split, run, LAYER, *given)
 
 
+# ---- steps along a direction ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gptj"])
+@pytest.mark.parametrize("rows", [None, 3])
+def test_what_a_step_does_is_what_it_does_to_the_librarys_model(
+    name: str, rows: int | None, models: Callable[..., SplitModel], monkeypatch: pytest.MonkeyPatch
+):
+    """A hook adds it at one position at a time; predictions all together, and a few at a time."""
+    split = models(name, gradients="per_position" if name == "gptj" else "own_position")
+    if rows is not None:
+        monkeypatch.setattr(Head, "rows", lambda self: rows)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, split.head.vocab_size, (8,), generator=generator)
+    v = torch.randn(split.d_model, generator=generator, dtype=torch.float64)
+    steps = [0.5, -0.5, 0.0, 3.0]
+    got = fd.nudge(split, LAYER, ids[None], v, steps, top=3)
+    assert got.positions.tolist() == list(range(8)) and got.kl.shape == (4, 8) and got.raised.shape == (4, 8, 3)
+    for t in range(8):
+        before = nudged_log_probs(split, ids, t, 0 * v)
+        for i, step in enumerate(steps):
+            after = nudged_log_probs(split, ids, t, step * v)
+            kl = (before.exp() * (before - after)).sum()
+            torch.testing.assert_close(got.kl[i, t], kl, rtol=1e-5, atol=1e-12)
+            change = after.exp() - before.exp()
+            order = change.argsort(descending=True)
+            if step:
+                assert got.raised[i, t].tolist() == order[:3].tolist()
+                assert got.lowered[i, t].tolist() == order.flip(0)[:3].tolist()
+            torch.testing.assert_close(got.raised_by[i, t], change[got.raised[i, t]], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(got.lowered_by[i, t], change[got.lowered[i, t]], rtol=1e-5, atol=1e-9)
+    some = fd.nudge(split, LAYER, ids[None], v, np.array(steps), positions=[-1, 2], top=1000)
+    assert some.positions.tolist() == [2, 7] and some.raised.shape == (4, 2, split.head.vocab_size)
+    torch.testing.assert_close(some.kl, got.kl[:, [2, 7]], rtol=1e-9, atol=1e-15)
+
+
+def test_short_steps_cost_what_f_says(split: SplitModel):
+    ids, v = torch.arange(2, 14)[None], some_directions(1)[0]
+    scores = score_factors(split, ids, layers=[LAYER], estimator=Exact())
+    expected = (scores.factors[LAYER] @ torch.tensor(v)).square().sum(1) / 2
+    kl = fd.nudge(split, LAYER, ids, v, [1e-3, 2e-3]).kl
+    torch.testing.assert_close(kl / torch.tensor([[1e-6], [4e-6]]), expected.expand(2, -1), rtol=1e-2, atol=0)
+
+
+def test_what_cannot_be_nudged_is_said(split: SplitModel, models: Callable[..., SplitModel], unchecked_shapes: None):
+    ids, v = torch.arange(2, 14)[None], np.ones(D_MODEL)
+    for given, message in (
+        ((LAYER, ids, v, []), r"steps must be finite numbers, one at least, got \[\]"),
+        ((LAYER, ids, v, [1.0, float("nan")]), r"steps must be finite numbers, .* got \[1.0, nan\]"),
+        ((LAYER, ids, v, [1.0], [12]), r"positions of sequence 0 must be in \[0, 12\), or negative; got 12"),
+        ((LAYER, ids, v, [1.0], []), "no positions to score"),
+        ((LAYER, ids, v, [1.0], None, 0), "top must be at least 1, got 0"),
+        ((7, ids, v, [1.0]), r"layer_idx must be in \[0, 2\], got 7"),
+        ((LAYER, ids[0], v, [1.0]), r"input_ids must be one sequence, \[1, seq\], got \[12\]"),
+        ((LAYER, ids + 400, v, [1.0]), r"token ids must be in \[0, 400\), got 413"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fd.nudge(split, *given)
+    with pytest.raises(ValueError, match="has an encoder; expected a model without"):
+        fd.nudge(models("t5"), LAYER, ids, np.ones(24), [1.0])
+
+
 # ---- files, models and the command ---------------------------------------------------------------------------------------
 
 
@@ -750,6 +835,7 @@ def test_directions_are_taken_as_anybody_has_them(
         lambda rows, one: fd.cost(run, LAYER, rows).value,
         lambda rows, one: fd.cost(run, LAYER, one).value,
         lambda rows, one: [place.position for place in fd.strongest(run, LAYER, one, 5, 2, split).places],
+        lambda rows, one: fd.nudge(split, LAYER, torch.arange(2, 14)[None], one, [0.1]).kl,
     ):
         np.testing.assert_array_equal(read(given, one), read(rows, rows[0]))
     np.testing.assert_array_equal(fd.cost(run, LAYER, rows[:1]).value, [fd.cost(run, LAYER, rows[0]).value])
@@ -769,6 +855,7 @@ def test_what_is_no_direction_is_said_before_anything_is_loaded(
         lambda given: fd.moved_tokens(run, {0: given}),
         lambda given: fd.cost(run, 0, given),
         lambda given: fd.strongest(run, 0, given),
+        lambda given: fd.nudge(split, 0, torch.arange(2, 14)[None], given, [0.1]),
     ]
     for given, message in (
         (np.ones(5), r"must be \[12\] or \[k, 12\], got \[5\]"),
