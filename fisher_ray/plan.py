@@ -14,7 +14,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import count
@@ -23,6 +23,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -66,6 +67,7 @@ RESULT_VERSION = 15
 
 Device = Literal["cpu", "cuda"]
 Executor = Literal["ray", "local"]
+EstimatorName = Literal["sampled", "deflated", "exact"]
 
 # Settings that change how a run is executed and not what it computes.
 _EXECUTION = frozenset(
@@ -116,10 +118,20 @@ class ConfigError(ValueError):
     """A setting that cannot be, or does not fit the model."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Has ``1:20`` as a text, as YAML 1.2 does; to the version before it is 80, in sixties."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def read_settings(path: Path, what: str) -> Any:
     """What a YAML or JSON file holds; ConfigError, which calls it by ``what``, where it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {what} {path}: {' '.join(str(error).split())}") from error
 
@@ -149,22 +161,59 @@ class Positions:
         return sorted({t % length for t in listed if -length <= t < length})
 
 
-def _names(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+def layer_ranges(spec: str) -> list[range]:
+    """The layers that ``0-11`` or ``3,6`` names, in its order."""
+    named = []
+    for part in spec.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            named.append(range(int(first), int(last if dash else first) + 1))
+        except ValueError as error:
+            raise ConfigError(f"layers must be all, a range 0-11 or a list 3,6; got {spec!r}.") from error
+    if not any(named):
+        raise ConfigError(f"layers {spec!r} names none; the range runs backwards.")
+    return named
+
+
+def _path(given: Any) -> Any:
+    """A path as a text; what is none as it is."""
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
+def _names(given: Any) -> Any:
     """Names or paths, of which one may be given alone."""
-    names = [given] if isinstance(given, str | os.PathLike) else given
-    return tuple(os.fspath(name) for name in names)
+    if isinstance(given, str | os.PathLike):
+        return (_path(given),)
+    return tuple(map(_path, given)) if _is_listing(given) else given
 
 
-def _listed(given: str | int | Iterable[int]) -> str:
+def _listed(given: Any) -> Any:
     """Numbers as the command line has them."""
-    return ",".join(map(str, given)) if isinstance(given, Iterable) and not isinstance(given, str) else str(given)
+    if isinstance(given, int):
+        return str(given)
+    return ",".join(map(str, given)) if _is_listing(given) else given
+
+
+def _is_listing(given: Any) -> bool:
+    return isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
+
+
+# Settings that Python has other forms of, and how each is kept; the others are kept as they are, paths as texts.
+_WRITTEN: dict[str, Callable[[Any], Any]] = {
+    "corpus": _names,
+    "columns": _names,
+    "layers": _listed,
+    "positions": _listed,
+    "dtype": lambda dtype: str(dtype).removeprefix("torch."),
+}
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a run is told. ``fisher-ray run --help`` describes each setting.
 
-    Paths, one name where several may be given, lists of numbers and torch's dtypes are taken as well, and kept as written here.
+    Paths, one name where several may be given, lists of numbers, NumPy's numbers and torch's dtypes are taken as well, and kept
+    as written here.
 
     Attributes:
         layers: ``all``, a range ``0-11`` or a list ``3,6``.
@@ -200,7 +249,7 @@ class RunConfig:
     corpus: tuple[str, ...]
     output: str
     layers: str = "all"
-    estimator: str | None = None
+    estimator: EstimatorName | None = None
     num_samples: int = 8
     rank: int | None = None
     tolerance: float | None = None
@@ -246,16 +295,12 @@ class RunConfig:
     until_relative_change: float | None = None
 
     def __post_init__(self) -> None:
-        for name, written in (
-            ("model", os.fspath(self.model)),
-            ("output", os.fspath(self.output)),
-            ("corpus", _names(self.corpus)),
-            ("columns", _names(self.columns)),
-            ("layers", _listed(self.layers)),
-            ("positions", _listed(self.positions)),
-            ("dtype", str(self.dtype).removeprefix("torch.")),
-        ):
-            object.__setattr__(self, name, written)
+        for name, hint in get_type_hints(type(self)).items():
+            given = getattr(self, name)
+            value = _WRITTEN.get(name, _path)(given.item() if isinstance(given, np.generic) else given)
+            object.__setattr__(self, name, value)
+            if not _fits(value, hint):
+                raise ConfigError(f"{name} must be {_in_words(hint)}, got {value!r}.")
         if self.estimator is None:
             tempered = self.top_p != 1.0 or self.temperature != 1.0
             object.__setattr__(self, "estimator", "sampled" if self.save == "summary" or tempered else "deflated")
@@ -264,19 +309,10 @@ class RunConfig:
         self.make_estimator()
         check_tempering(self.token_top_p, self.token_temperature, "token_")
         Positions(self.positions)
-        for name, options in (
-            ("token_source", ("observed", "sampled")),
-            ("save", ("summary", "factors", "matrices")),
-            ("unit", ("paragraph", "file")),
-            ("gradients", ("own_position", "per_position")),
-            ("dtype", tuple(DTYPES)),
-            ("device", ("cpu", "cuda", None)),
-            ("executor", ("ray", "local")),
-        ):
-            if getattr(self, name) not in options:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(filter(None, options))}, got {getattr(self, name)!r}."
-                )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed must be at least -2^63 and below 2^63, got {self.seed}.")
         for name in (
             "token_draws",
             "batch_tokens",
@@ -356,9 +392,7 @@ class RunConfig:
             return Exact(self.tolerance or 0.0)
         if self.estimator == "deflated":
             return Deflated(self.rank or 0, self.num_samples)
-        if self.estimator == "sampled":
-            return Sampled(self.num_samples, self.top_p, self.temperature)
-        raise ConfigError(f"estimator must be exact, deflated or sampled, got {self.estimator!r}.")
+        return Sampled(self.num_samples, self.top_p, self.temperature)
 
     @property
     def estimator_in_words(self) -> str:
@@ -428,22 +462,14 @@ class RunConfig:
         """The layers meant, ascending."""
         if self.layers == "all":
             return list(range(num_layers + 1))
-        chosen: set[int] = set()
-        for part in str(self.layers).split(","):
-            first, dash, last = part.strip().partition("-")
-            try:
-                low, high = int(first), int(last if dash else first)
-            except ValueError as error:
-                raise ConfigError(f"layers must be all, a range 0-11 or a list 3,6; got {self.layers!r}.") from error
-            if high > num_layers:
-                raise ConfigError(
-                    f"layers must be in [0, {num_layers}], got {high}. {self.model} has {num_layers} blocks, and layer "
-                    f"{num_layers} is what leaves the last one."
-                )
-            chosen.update(range(low, high + 1))
-        if not chosen:
-            raise ConfigError(f"layers {self.layers!r} names none; the range runs backwards.")
-        return sorted(chosen)
+        named = layer_ranges(self.layers)
+        high = max(each.stop for each in named) - 1
+        if high > num_layers:
+            raise ConfigError(
+                f"layers must be in [0, {num_layers}], got {high}. {self.model} has {num_layers} blocks, and layer "
+                f"{num_layers} is what leaves the last one."
+            )
+        return sorted({layer for each in named for layer in each})
 
     def window(self, facts: ModelFacts) -> tuple[int, int]:
         """(max_seq_len, stride) for a model."""
@@ -472,35 +498,26 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """The inverse of :meth:`asdict`, for what people write too; unknown names are refused, and null is as if left out."""
         values = {str(key).replace("-", "_"): value for key, value in values.items()}
-        if isinstance(values.get("layers"), int):
-            values["layers"] = str(values["layers"])
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}. Known: {', '.join(sorted(known))}.")
         values = {name: value for name, value in values.items() if value is not None}
-        for name in ("corpus", "columns"):
-            if isinstance(values.get(name), str):
-                values = {**values, name: [values[name]]}
         missing = [name for name in ("model", "corpus", "output") if not values.get(name)]
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given (--{missing[0]}).")
-        for name, hint in get_type_hints(cls).items():
-            if name in values and not _fits(values[name], hint):
-                raise ConfigError(f"{name} must be {_in_words(hint)}, got {values[name]!r}.")
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**settings)
+        return cls(**values)
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from a file is of the annotated type."""
+    """Whether a value is of the annotated type."""
     origin = get_origin(hint)
     if origin in (UnionType, Union):
         return any(_fits(value, option) for option in get_args(hint))
     if origin is Literal:
-        return isinstance(value, str)  # which of them is checked with the others' options
+        return value in get_args(hint)
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -508,11 +525,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _in_words(hint: Any) -> str:
     """What :func:`_fits` takes, as YAML has it."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of texts"}
-    options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
-    # What is None is left out, and a literal is a text.
-    named = (words.get(get_origin(option) or option, "a text") for option in options if option is not type(None))
-    return " or ".join(dict.fromkeys(named))
+    if get_origin(hint) in (UnionType, Union):  # with None, which stands for what is left out
+        return _in_words(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "a list of texts")
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,8 @@ def refused(place: Place, capsys: pytest.CaptureFixture[str], **changed: Any) ->
         ({"gpus_per_actor": "1.5"}, "gpus_per_actor must be a fraction"),
         ({"token_draws": "2"}, "token_draws is for token_source sampled"),
         ({"positions": "some"}, "positions must be"),
+        ({"seed": 2**63}, f"seed must be at least -2^63 and below 2^63, got {2**63}"),
+        ({"seed": 10**70}, "seed must be at least -2^63 and below 2^63"),
         ({"column": "body"}, "no column 'body'; it has text"),
         ({"columns": "kind"}, "no column 'kind'"),
         ({"columns": "text"}, "text"),  # which the table of positions has already
@@ -195,15 +197,15 @@ def test_a_folder_without_a_corpus(place: Place, capsys: pytest.CaptureFixture[s
         ("num_samples: '8'", "num_samples"), ("num_samples: 2.5", "num_samples"), ("top_p: high", "top_p"),
         ("max_seq_len: '20'", "max_seq_len"), ("trust_remote_code: 'no'", "trust_remote_code"),
         ("batch_tokens: []", "batch_tokens"), ("columns: 3", "columns"), ("layers: {a: 1}", "layers"),
-        ("positions: [1]", "positions"), ("stride: x", "stride must be a whole number, got 'x'"),
+        ("positions: [x]", "positions must be all, last"), ("positions: {a: 1}", "positions must be a text, got {'a': 1}"),
+        ("stride: x", "stride must be a whole number, got 'x'"),
         ("max-actors: many", "actors"),
         ("columns: 3", "columns must be a list of texts, got 3"), ("compile: 1", "compile must be true or false, got 1"),
-        ("unit: 3", "unit must be a text, got 3"), ('{"fingerprint": "of a receipt"}', "unknown setting 'fingerprint'"),
+        ("unit: 3", "unit must be one of paragraph, file, got 3"),
+        ('{"fingerprint": "of a receipt"}', "unknown setting 'fingerprint'"),
     ],
 )  # fmt: skip
-def test_config_files(
-    content: Any, message: str, place: Place, capsys: pytest.CaptureFixture[str], unchecked_shapes: None
-) -> None:
+def test_config_files(content: Any, message: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     actors = {"max_actors": None} if message == "actors" else {}
     assert message in refused(place, capsys, config=place.file("run.yaml", content), **actors)
 

@@ -18,7 +18,7 @@ from fisher_ray import ModelError, open_run
 from fisher_ray.cli import BAD_INPUT, COMPLETE, DAMAGED, main
 from fisher_ray.corpus import takes_in
 from fisher_ray.directions import model_of, worker_of
-from fisher_ray.plan import RunConfig
+from fisher_ray.plan import ConfigError, RunConfig
 from fisher_ray.storage import absolute, seal
 from jobs import gpt2  # noqa: F401
 
@@ -164,3 +164,63 @@ def test_settings_are_taken_as_python_has_them(tmp_path: Path) -> None:
         columns=("kind",), dtype="bfloat16",
     )  # fmt: skip
     assert RunConfig(**{**given, "corpus": [tmp_path / "a", "b"], "layers": 3}).corpus == (str(tmp_path / "a"), "b")
+
+
+def made_as(way: str, **changed: Any) -> RunConfig:
+    values: dict[str, Any] = {"model": "m", "corpus": ["c"], "output": "o", **changed}
+    return RunConfig(**values) if way == "Python" else RunConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("way", ["Python", "a file"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"trust_remote_code": "false"}, "trust_remote_code must be true or false, got 'false'."),
+        ({"stream_weights": "no"}, "stream_weights must be true or false, got 'no'."),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5."),
+        ({"max_docs": 2.5}, "max_docs must be a whole number, got 2.5."),
+        ({"cpus_per_actor": np.float64(1.5)}, "cpus_per_actor must be a whole number, got 1.5."),
+        ({"min_actors": True}, "min_actors must be a whole number, got True."),
+        ({"top_p": "1"}, "top_p must be a number, got '1'."),
+        ({"task_timeout": "9"}, "task_timeout must be a number, got '9'."),
+        ({"model": 3}, "model must be a text, got 3."),
+        ({"corpus": b"c"}, "corpus must be a list of texts, got b'c'."),
+        ({"corpus": ["c", 3]}, "corpus must be a list of texts, got ('c', 3)."),
+        ({"columns": {"a": 1}}, "columns must be a list of texts, got {'a': 1}."),
+        ({"layers": 1.0}, "layers must be a text, got 1.0."),
+        ({"estimator": "guessed"}, "estimator must be one of sampled, deflated, exact, got 'guessed'."),
+        ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'."),
+        ({"save": ["summary"]}, "save must be one of summary, factors, matrices, got ['summary']."),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, float64, got 'int8'."),
+        ({"seed": -(2**63) - 1}, f"seed must be at least -2^63 and below 2^63, got {-(2**63) - 1}."),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_of_another_type(way: str, changed: dict[str, Any], message: str) -> None:
+    """Refused alike wherever they come from, and none is taken for true because it is a text."""
+    with pytest.raises(ConfigError) as caught:
+        made_as(way, **changed)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ({"layers": [0, 3]}, "0,3"),
+        ({"layers": range(2)}, "0,1"),
+        ({"layers": np.array([3, 6])}, "3,6"),
+        ({"positions": -1}, "-1"),
+        ({"positions": [0, -1]}, "0,-1"),
+        ({"seed": np.int64(-(2**63))}, -(2**63)),
+        ({"top_p": np.float32(0.5), "estimator": "sampled"}, 0.5),
+        ({"corpus": "c"}, ("c",)),
+        ({"output": Path("o")}, "o"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_of_other_forms(changed: dict[str, Any], kept: Any) -> None:
+    """Kept as they are written to run.json, wherever they come from."""
+    one, other = made_as("Python", **changed), made_as("a file", **changed)
+    name = next(iter(changed))
+    assert one == other and getattr(one, name) == kept and type(getattr(one, name)) is type(kept)
+    assert RunConfig.from_dict(json.loads(json.dumps(one.asdict()))) == one
