@@ -87,7 +87,7 @@ class Source:
         path: URI.
         name: what documents are named by: the path below the corpus's common folder.
         size: bytes.
-        version: entity tag or modification time, whatever the storage gives; empty where it gives none.
+        version: entity tag, digest or modification time, whatever the storage gives; empty where it gives none.
     """
 
     path: str
@@ -258,10 +258,9 @@ def read_documents(source: SourceRange, layout: Layout) -> Iterator[Document]:
         Exception: whatever the storage raises where it fails, and OSError where it gives less than the whole file. Worth
             another try.
     """
-    kind, codec = _format(source.path)
-    rows = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow, "npy": _npy}[kind]
+    rows = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow, "npy": _npy}[_format(source.path)[0]]
     # What comes after the last one wanted is not looked at.
-    yield from islice(rows(source, layout, codec), None if source.max_docs < 0 else source.max_docs)
+    yield from islice(rows(source, layout), None if source.max_docs < 0 else source.max_docs)
 
 
 def windows(
@@ -346,7 +345,9 @@ def _named(fs: Any, path: str) -> str:
 
 def _version(info: dict[str, Any]) -> str:
     """What changes when a file does, spelled alike whether it comes from a listing or from the file itself."""
-    for key in ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "created"):
+    # Google's "etag" is another one with its metadata too; an object in parts has no MD5 there.
+    google = ("md5Hash", "crc32c", "generation")
+    for key in ("ETag", *google, "etag", "blob_id", "mtime", "LastModified", "last_modified", "created"):
         if value := info.get(key):
             return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')
     return ""
@@ -653,9 +654,9 @@ def _check_columns(schema: pa.Schema, layout: Layout, path: str) -> None:
             raise CorpusError(f"{path} has several columns {column!r}; expected one. Rename or drop the others.")
     kind = schema.field(layout.column).type
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and not (
-        listed and pa.types.is_integer(kind.value_type)
-    ):
+    text = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = pa.types.is_string(text) or pa.types.is_large_string(text) or pa.types.is_string_view(text)
+    if not is_text and not (listed and pa.types.is_integer(kind.value_type)):
         raise CorpusError(f"column {layout.column!r} of {path} must hold strings or lists of token ids, got {kind}.")
 
 
@@ -675,8 +676,9 @@ def _stream(file: _File, codec: str | None, block: int) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(plain, mode="r"), codec)))
 
 
-def _lines(source: SourceRange, codec: str | None) -> Iterator[tuple[int, bytes]]:
+def _lines(source: SourceRange) -> Iterator[tuple[int, bytes]]:
     """(offset, line) from the first line that starts at or after the range's start, without end."""
+    _, codec = _format(source.path)
     with _opened(source) as file, _stream(file, codec, _block(source)) as stream:
         offset = 0
         if source.start > 0:
@@ -691,15 +693,15 @@ def _ended(source: SourceRange, offset: int) -> bool:
     return source.stop != -1 and offset >= source.stop
 
 
-def _text(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
+def _text(source: SourceRange, layout: Layout) -> Iterator[Document]:
     if layout.unit == "file":
-        raw = b"".join(line for _, line in _lines(source, codec))
+        raw = b"".join(line for _, line in _lines(source))
         yield Document(f"{source.name}:0", _decode(raw, source.path, 0))
         return
     # A paragraph belongs to the range in which the blank line before it starts; the first one to the file's start.
     paragraph: list[bytes] = []
     begun, blank = 0, 0 if source.start == 0 else -1
-    for offset, line in _lines(source, codec):
+    for offset, line in _lines(source):
         if line.strip():
             if not paragraph:
                 if blank == -1:  # the rest of a paragraph that began in an earlier range
@@ -724,8 +726,8 @@ def _paragraph(source: SourceRange, begun: int, lines: list[bytes]) -> Document:
     return Document(f"{source.name}:{begun}", text)
 
 
-def _jsonl(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
-    for offset, line in _lines(source, codec):
+def _jsonl(source: SourceRange, layout: Layout) -> Iterator[Document]:
+    for offset, line in _lines(source):
         if _ended(source, offset):
             return
         if line.strip():
@@ -747,7 +749,7 @@ def _json_row(line: bytes, path: str, offset: int, layout: Layout) -> dict[str, 
     return row
 
 
-def _parquet(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
+def _parquet(source: SourceRange, layout: Layout) -> Iterator[Document]:
     with _opened(source) as file:
         # Without these two, whole column chunks are held at a time.
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
@@ -786,7 +788,7 @@ def _batches(source: Source | SourceRange) -> Iterator[pa.RecordBatchReader]:
             yield pa.ipc.open_stream(stream)
 
 
-def _arrow(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
+def _arrow(source: SourceRange, layout: Layout) -> Iterator[Document]:
     with _batches(source) as reader:
         first = 0
         for batch in reader:
@@ -816,7 +818,7 @@ def _npy_header(file: Any, path: str) -> tuple[int, int, np.dtype]:
     return shape[0], shape[1], dtype
 
 
-def _npy(source: SourceRange, layout: Layout, codec: str | None) -> Iterator[Document]:
+def _npy(source: SourceRange, layout: Layout) -> Iterator[Document]:
     with _opened(source) as file, io.BufferedReader(file, _SNIFFED) as stream:
         _, columns, dtype = _npy_header(stream, source.path)
         row_bytes = columns * dtype.itemsize

@@ -303,6 +303,23 @@ def test_a_first_line_with_unicode_line_separators(tmp_path: Path) -> None:
     assert [d.content for d in every(tmp_path / "a.jsonl")] == ["a\u2028b\x85c"]
 
 
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_columns_of_other_kinds_of_strings(kind: pa.DataType, ending: str, tmp_path: Path) -> None:
+    """As polars and pandas write them: views, and categories."""
+    texts, who = ["one ä", "two", None, "one ä"], ["x", None, "y", "x"]
+    table = pa.table({name: pa.array(values).cast(kind) for name, values in (("text", texts), ("who", who))})
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, path, row_group_size=3)
+        assert pq.read_schema(path).field("text").type == kind
+    else:
+        write_arrow(path, table, 3)
+    for target in (1, ALL):
+        got = [(d.content, d.carried) for d in every(path, Layout(carried=("who",)), target)]
+        assert got == [(text or "", (name,)) for text, name in zip(texts, who, strict=True)]
+
+
 def test_null_text_is_an_empty_document(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}')
@@ -710,6 +727,17 @@ def test_listings_and_files_may_spell_versions_differently() -> None:
     date = datetime(2030, 1, 2, tzinfo=UTC)
     assert _version({"created": date}) == _version({"created": date.timestamp()})
     assert _version({"ETag": "", "size": 3}) == ""
+
+
+def test_a_version_on_google_is_that_of_the_content() -> None:
+    """Its tag changes with permissions and labels, too; of S3's there is no other."""
+    google = {"generation": "1700", "metageneration": "1", "crc32c": "R4JtVQ==", "md5Hash": "PC39GQ==", "etag": "CIGB="}
+    for left_out in ((), ("md5Hash",), ("md5Hash", "crc32c")):
+        info = {key: value for key, value in google.items() if key not in left_out}
+        relabelled = info | {"metageneration": "2", "etag": "CIGC=", "mtime": datetime(2030, 1, 2, tzinfo=UTC)}
+        written = info | {"generation": "1701", "crc32c": "x", "md5Hash": "y", "etag": "CIGD="}
+        assert _version(info) == _version(relabelled) != _version(written)
+    assert _version({"ETag": '"9b2c"', "LastModified": datetime(2030, 1, 2, tzinfo=UTC)}) == "9b2c"
 
 
 # ---- samples -----------------------------------------------------------------------------------------------------------
