@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 import safetensors.numpy
@@ -29,16 +29,31 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from fisher_ray import __version__, inspection
-from fisher_ray.cost import HARDWARE, Hardware
+from fisher_ray.architecture import DTYPES
+from fisher_ray.corpus import Unit
+from fisher_ray.cost import HARDWARE, Hardware, Save
 from fisher_ray.directions import cost, model_of, moved_tokens, project, stored_directions, top_directions, typical_norm
 from fisher_ray.dispatch import LocalPool, Pool, RunError, StoppedError
 from fisher_ray.driver import Outcome, Progress, run
 from fisher_ray.kernels import is_out_of_memory
-from fisher_ray.plan import ConfigError, Plan, RunConfig, make_plan, read_settings, reckon
+from fisher_ray.plan import (
+    ConfigError,
+    Device,
+    EstimatorName,
+    Executor,
+    Plan,
+    RunConfig,
+    layer_ranges,
+    make_plan,
+    read_settings,
+    reckon,
+)
 from fisher_ray.report import Printable, direction_table, layer_table, number_table, print_table
 from fisher_ray.report_html import html_report
 from fisher_ray.run import Reading, open_run, read_description
+from fisher_ray.scores import TokenSource
 from fisher_ray.shards import Lease, RefusedError, RunStore
+from fisher_ray.split import Gradients
 from fisher_ray.statistics import Estimate
 from fisher_ray.storage import DamagedError, OutageError, Storage, StorageError, absolute, is_transient
 from fisher_ray.validate import validate
@@ -104,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "validate", help="compare KL divergences of the run's own model with v^T F v / 2, at positions of its own"
     )
     validating.add_argument("run", metavar="RUN", help="run directory or URI")
-    validating.add_argument("--layer", type=int, nargs="+", help="of the run's (first, middle and last)")
+    validating.add_argument("--layers", help="3,6, 0-3 or all, of the run's (first, middle and last)")
     validating.add_argument("--positions", type=int, default=32, help="spread over the run (32)")
     validating.add_argument(
         "--dtype", choices=("float64", "float32"), default="float64", help="to compute in (float64)"
@@ -152,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "diff", help="how two runs of one model differ, or two groups or layers: spectra, overlaps, what moved"
     )
     differing.add_argument("runs", nargs="+", metavar="RUN", help="two, or one to compare groups or layers of")
-    differing.add_argument("--layer", type=int, nargs="+", help="at one layer, or at one of each (all that both have)")
+    differing.add_argument("--layers", help="3: at that layer; 3,6: at one of each (all that both have)")
     differing.add_argument("--group", nargs="+", help="of one group, or of one of each (all positions)")
     differing.add_argument("--json", action="store_true", help="print JSON")
     differing.set_defaults(act=_diff)
@@ -217,13 +232,13 @@ def reference_main(argv: Sequence[str] | None = None) -> int:
     add("--max_ctxt_len", type=int, help="tokens of context at most (max_seq_len - 1)")
     add("--random_seed", type=int, default=0, help="of all draws (0)")
     add("--estimator", choices=("exact", "sampled"), help="sampled, or exact with --token_source sampled")
-    add("--token_source", choices=("observed", "sampled"), default="observed", help="token at each position (observed)")
-    add("--executor", choices=("ray", "local"), default="ray", help="local: in this process, without Ray (ray)")
+    add("--token_source", choices=get_args(TokenSource), default="observed", help="token at each position (observed)")
+    add("--executor", choices=get_args(Executor), default="ray", help="local: in this process, without Ray (ray)")
     add("--min_actors", type=int, default=1, help="workers to ask for, without a maximum, even where none has room (1)")
     add("--max_actors", type=int, help="workers to ask for at most, also of nodes to come (what has room now)")
     add("--gpus_per_actor", type=float, help="a fraction, one, or several for a large model (1 if there are any)")
     add("--cpus_per_actor", type=int, default=1, help="cores and threads of a worker (1)")
-    add("--device", choices=("cpu", "cuda"), help="(cuda where a worker has a GPU)")
+    add("--device", choices=get_args(Device), help="(cuda where a worker has a GPU)")
     add("--retry_quarantined", action="store_true", help="try again the tasks that were given up before")
     given = parser.parse_args(argv)
     return _guarded(lambda: _run(_reference_config(given)))
@@ -276,7 +291,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("estimator")
     how.add_argument(
         "--estimator",
-        choices=("sampled", "deflated", "exact"),
+        choices=get_args(EstimatorName),
         help="(sampled; deflated with --save factors or matrices)",
     )
     how.add_argument("--num-samples", type=int, help="scores a position; with deflated 0 gives a lower bound (8)")
@@ -285,7 +300,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--top-p", type=float, help="nucleus of the sampled scores; below 1 is no longer F (1)")
     how.add_argument("--temperature", type=float, help="of the sampled scores; other than 1 is no longer F (1)")
     how.add_argument(
-        "--token-source", choices=("observed", "sampled"), help="the corpus's tokens, or drawn ones (observed)"
+        "--token-source", choices=get_args(TokenSource), help="the corpus's tokens, or drawn ones (observed)"
     )
     how.add_argument("--token-draws", type=int, help="tokens drawn a position, matrices averaged (1)")
     how.add_argument("--token-top-p", type=float, help="nucleus of the token draws (1)")
@@ -293,7 +308,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, help="of all draws (0)")
     corpus = parser.add_argument_group("corpus")
     corpus.add_argument("--column", help="text, or lists of token ids, in .jsonl and .parquet (text)")
-    corpus.add_argument("--unit", choices=("paragraph", "file"), help="what a document of a text file is (paragraph)")
+    corpus.add_argument("--unit", choices=get_args(Unit), help="what a document of a text file is (paragraph)")
     corpus.add_argument(
         "--encoder-column", help="text of the encoder, for encoder-decoders: its first --max-seq-len tokens"
     )
@@ -317,11 +332,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="of each document: all, last, start:stop:step or 0,5,-1; with a leading minus as --positions=-5: (all)",
     )
     out = parser.add_argument_group("results and resources")
+    out.add_argument("--save", choices=get_args(Save), help="what to keep for each position (summary)")
     out.add_argument(
-        "--save", choices=("summary", "factors", "matrices"), help="what to keep for each position (summary)"
-    )
-    out.add_argument(
-        "--executor", choices=("ray", "local"), help="local: one worker in this process, without Ray (ray)"
+        "--executor", choices=get_args(Executor), help="local: one worker in this process, without Ray (ray)"
     )
     out.add_argument(
         "--min-actors", type=int, help="workers to ask for, without a maximum, even where none has room (1)"
@@ -345,11 +358,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="EPS",
         help="end early, once twice the tasks changed the mean F by at most EPS (never)",
     )
-    out.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where a worker has a GPU)")
-    out.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="of the weights (float32)")
+    out.add_argument("--device", choices=get_args(Device), help="(cuda where a worker has a GPU)")
+    out.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (float32)")
     out.add_argument(
         "--gradients",
-        choices=("own_position", "per_position"),
+        choices=get_args(Gradients),
         help="per_position: any causal model, slower (own_position)",
     )
     out.add_argument(
@@ -562,7 +575,8 @@ def _show(console: Console, outcome: Outcome) -> None:
         console.print(_ended(outcome), soft_wrap=True, highlight=False)
     if counts.halvings:
         console.print(f"memory ran out {counts.halvings} times; micro-batches were halved, which may change rounding")
-    print_table(console, layer_table([row for row in outcome.rows if row["group"] is None]))
+    rows = [row for row in outcome.rows if row["group"] is None]
+    print_table(console, layer_table(rows))
     if outcome.plan.config.sketch is not None:
         console.print(
             f"note: sums are sketches of {outcome.plan.config.sketch} rows: the trace is that of F, eigenvalues and ranks are "
@@ -577,6 +591,8 @@ def _show(console: Console, outcome: Outcome) -> None:
     console.print(f"matrices and spectra: {uri}/reduced/layer_*/*.npy", soft_wrap=True)
     console.print(f"positions:            {uri}/positions/*.parquet", soft_wrap=True)
     console.print(f"picture:              {uri}/reduced/spectra.png", soft_wrap=True)
+    blocks = min(row["blocks"] for row in rows)
+    console.print(f"standard errors:      {'unknown: ' if blocks == 1 else 'from '}{inspection.of_blocks(blocks)}")
     if outcome.quarantined:
         errors = _console(stderr=True)
         for line in list(outcome.quarantined.values())[:_NAMED]:
@@ -622,7 +638,7 @@ def _plan(given: dict[str, Any]) -> int:
     a_task = replace(cost, num_groups=math.ceil(amount.task_groups))
     stored = {
         save: len(tasks) * a_task.sums_bytes + amount.scored * replace(cost, save=save).position_bytes
-        for save in ("summary", "factors", "matrices")
+        for save in get_args(Save)
     }
     machines = [
         {
@@ -671,7 +687,7 @@ def _show_plan(console: Console, plan: Plan, facts: dict[str, Any]) -> None:
         f"memory:   {_size(memory['weights'])} of weights, {_size(memory['sums'])} of sums; {_size(memory['smallest'])} with "
         "a single position",
         f"storage:  {_size(storage[plan.config.save])} from tasks and {_size(storage['reduction'])} from the reduction; "
-        + ", ".join(f"{_size(storage[save])} with --save {save}" for save in ("summary", "factors", "matrices")),
+        + ", ".join(f"{_size(storage[save])} with --save {save}" for save in get_args(Save)),
     ):
         console.print(line, highlight=False, soft_wrap=True)
     table = number_table("hardware", "device hours", "micro-batch", folded="hardware")
@@ -831,7 +847,7 @@ def _without(damaged: Sequence[str]) -> int:
 def _validate(given: dict[str, Any]) -> int:
     output = None if given["output"] is None else _to_write(given["output"])
     run = open_run(given["run"], trust_remote_code=given["trust_remote_code"])
-    result = validate(run, given["layer"], given["positions"], given["dtype"])
+    result = validate(run, _layers(given["layers"], run.layers), given["positions"], given["dtype"])
     if output is not None:
         result.plot(picture := io.BytesIO())
         _write(output, picture.getvalue())
@@ -847,6 +863,19 @@ def _validate(given: dict[str, Any]) -> int:
             soft_wrap=True,
         )
     return COMPLETE if result.passed else FAILED
+
+
+def _layers(spec: str | None, known: list[int]) -> list[int] | None:
+    """Those that ``--layers`` names of a run's, in its order; None where it is not given."""
+    if spec is None:
+        return None
+    if spec == "all":
+        return known
+    named = layer_ranges(spec)
+    strange = next((layer for each in named for layer in each if layer not in known), None)
+    if strange is not None:
+        raise ConfigError(f"layer must be one of {known}, got {strange}.")
+    return list(dict.fromkeys(layer for each in named for layer in each))
 
 
 def _project(given: dict[str, Any]) -> int:
@@ -960,14 +989,16 @@ def _inspect(given: dict[str, Any]) -> int:
 
 
 def _diff(given: dict[str, Any]) -> int:
-    for name in ("runs", "layer", "group"):
-        if len(given[name] or ()) > 2:
-            raise ConfigError(f"diff compares two: at most two of {name}, got {' '.join(map(str, given[name]))}.")
-    if all(len(set(given[name] or ())) < 2 for name in ("layer", "group")) and len(given["runs"]) < 2:
-        raise ConfigError("diff needs two runs, or of one run two of --group or two of --layer.")
-    runs = [open_run(uri) for uri in given["runs"]]
-    layers, groups = (None if given[name] is None else (given[name][0], given[name][-1]) for name in ("layer", "group"))
-    facts = inspection.difference(runs[0], runs[-1], layers, groups or (None, None))
+    runs, groups = [open_run(uri) for uri in given["runs"]], given["group"] or [None]
+    known = sorted({*runs[0].layers, *runs[-1].layers})
+    layers = None if given["layers"] == "all" else _layers(given["layers"], known)
+    for name, those in (("runs", given["runs"]), ("layers", layers or ()), ("group", groups)):
+        if len(those) > 2:
+            raise ConfigError(f"diff compares two: at most two of {name}, got {' '.join(map(str, those))}.")
+    if all(len(set(those)) < 2 for those in (layers or (), groups)) and len(runs) < 2:
+        raise ConfigError("diff needs two runs, or of one run two of --group or two of --layers.")
+    pair = None if layers is None else (layers[0], layers[-1])
+    facts = inspection.difference(runs[0], runs[-1], pair, (groups[0], groups[-1]))
     return _told(facts, inspection.show_difference, given["json"])
 
 

@@ -336,11 +336,13 @@ def _means(run: Run, layer: int, group: str | None) -> dict[str, np.ndarray]:
     read = spectrum(blocks)
     return {
         "fisher": np.array(run.fisher(layer, group)),
+        "normalised_fisher": np.array(run.fisher(layer, group, normalised=True)),
         "activation_mean": blocks.mean("activation").numpy(),
         "activation_second_moment": blocks.mean("second_moment").numpy(),
         "eigenvalues": read.eigenvalues.value,
         "eigenvalue_errors": read.eigenvalues.error,
         "eigenvectors": np.ascontiguousarray(read.eigenvectors),
+        "whitened_eigenvalues": spectrum(blocks, whitened=True).eigenvalues.value,
         "positions": np.array(blocks.total.count),
     }
 
@@ -372,9 +374,9 @@ def show_overview(console: Console, facts: Mapping[str, Any]) -> None:
         table.add_row(str(row["layer"]), *(_plus_minus(row[name]) for name in names), _sparkline(row["eigenvalues"]))
     print_table(console, table)
     blocks = min((row["blocks"] for row in facts["layers"]), default=0)
-    errors = f"± one standard error from {_of_blocks(blocks)}, for the population they come from"
+    errors = f"± one standard error from {of_blocks(blocks)}, for the population they come from"
     if blocks == 1:
-        errors = f"No standard errors: {_of_blocks(blocks)}"
+        errors = f"No standard errors: {of_blocks(blocks)}"
     if blocks:
         _say(
             console,
@@ -414,7 +416,7 @@ def _show_resolved(console: Console, facts: Mapping[str, Any]) -> None:
     group = "" if facts["group"] is None else f", group {facts['group']}"
     _say(
         console,
-        f"layer {facts['layer']}{group}: {facts['positions']:,} positions in {_of_blocks(facts['blocks'])}; "
+        f"layer {facts['layer']}{group}: {facts['positions']:,} positions in {of_blocks(facts['blocks'])}; "
         f"relative standard error of the mean F {_share(facts['relative_error'])}",
     )
     if facts["sketch_error"]:
@@ -526,7 +528,8 @@ def _plus_minus(pair: Sequence[float | None]) -> str:
     return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
-def _of_blocks(count: int) -> str:
+def of_blocks(count: int) -> str:
+    """What standard errors are made of, in words."""
     if count == 1:
         return "one block of documents"
     return f"{count} blocks of documents{_ROUGH if count < 8 else ''}"

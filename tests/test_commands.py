@@ -85,7 +85,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 2) -> st
 
 def test_reading_a_run_loads_neither_ray_nor_models(run: Stored, tmp_path: Path) -> None:
     """They take longer to import than a command takes to answer."""
-    commands = [["status"], ["verify"], ["clean"], ["inspect"], ["diff", "--layer", "0", str(LAYERS)]]
+    commands = [["status"], ["verify"], ["clean"], ["inspect"], ["diff", "--layers", f"0,{LAYERS}"]]
     commands += [["export", "-o", str(tmp_path / "out.npz")], ["report", "-o", str(tmp_path / "out.html")]]
     script = f"""
 import sys
@@ -558,6 +558,45 @@ def test_a_run_is_replayed_with_another_estimator(finished: Stored, tmp_path: Pa
         config(estimator="sampled", rank=3)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        (1, "unknown: one block of documents"),
+        (5, "from 5 blocks of documents (few, so the errors are rough)"),
+        (9, "from 9 blocks of documents"),
+    ],
+)
+def test_a_run_says_what_its_errors_are_made_of(
+    tasks: int, words: str, gpt2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    corpus = rows(tmp_path / "docs.jsonl", *({"text": f"one two {i}"} for i in range(tasks)))
+    flags = [
+        "--layers",
+        "1",
+        "--num-samples",
+        "1",
+        "--executor",
+        "local",
+        "--task-bytes",
+        len(corpus.read_bytes()) // tasks,
+    ]
+    out = said(capsys, "run", "--model", gpt2, "--corpus", corpus, "--output", tmp_path / "run", *flags)
+    assert f"standard errors:      {words}\n" in out
+
+
+def test_a_colon_in_a_file_is_no_sixties(tmp_path: Path) -> None:
+    """As YAML had it once: 1:20 would be position 80."""
+    path = tmp_path / "run.yaml"
+    for written, kept in (
+        ("1:20", "1:20"), ("1:20:3", "1:20:3"), ("-1", "-1"), ("80", "80"), ("0x10", "16"), ("[0, -1]", "0,-1"),
+    ):  # fmt: skip
+        path.write_text(f"model: m\ncorpus: c\noutput: o\npositions: {written}\nseed: 12\n")
+        config = cli._config({"config": path})
+        assert (config.positions, config.seed) == (kept, 12)
+    path.write_text("output: o\ncommon: {model: m, corpus: c}\nproduct: {positions: [1:20, 5]}\n")
+    assert [config.positions for config in read_sweep(path).points.values()] == ["1:20", "5"]
+
+
 def test_a_runs_own_description_replays_it(
     finished: Stored, tmp_path: Path, small_tasks: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -748,6 +787,13 @@ def test_an_unknown_flag_is_answered_by_its_command(capsys: pytest.CaptureFixtur
         main(["run", "--model", "m", "--layer", "1"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: unrecognized arguments: --layer 1. See fisher-ray run --help.\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "chosen"), [(None, None), ("all", [0, 3, 6, 9]), ("6,0,6", [6, 0]), ("3", [3]), ("9,3-3", [9, 3])]
+)
+def test_layers_of_a_run(spec: str | None, chosen: list[int] | None) -> None:
+    assert cli._layers(spec, [0, 3, 6, 9]) == chosen
 
 
 def test_project_refuses_no_documents(finished: Stored, capsys: pytest.CaptureFixture[str]) -> None:

@@ -334,20 +334,29 @@ def test_two_groups_and_two_layers_of_a_run(made: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     one, other = (min(row["blocks"][i] for row in facts["layers"]) for i in (0, 1))
     assert "group 2-3" in said and "group 4-7" in said and f"left out of both: of {one} and {other}" in said
-    (row,) = told(capsys, "diff", made, "--layer", 0, 2)["layers"]
+    (row,) = told(capsys, "diff", made, "--layers", "0,2")["layers"]
     one, other = (Stored(made).reduced(k) for k in (0, 2))
     assert (row["layer"], row["other_layer"]) == (0, 2)
     assert row["distance"] == pytest.approx(np.linalg.norm(other - one) / np.linalg.norm(one))
-    assert main(["diff", str(made), "--layer", "0", "2"]) == COMPLETE
+    assert main(["diff", str(made), "--layers", "0,2"]) == COMPLETE
     assert "0 -> 2" in capsys.readouterr().out
-    (row,) = told(capsys, "diff", made, made, "--layer", 1, "--group", "2-3")["layers"]
+    for argv, pairs in (
+        ([made, "--layers", "2,0"], [(2, 0)]),
+        ([made, "--layers", "1-2"], [(1, 2)]),
+        ([made, made, "--layers", "all"], [(0, 0), (1, 1), (2, 2)]),
+    ):
+        found = told(capsys, "diff", *argv)["layers"]
+        assert [(row["layer"], row["other_layer"]) for row in found] == pairs
+    (row,) = told(capsys, "diff", made, made, "--layers", 1, "--group", "2-3")["layers"]
     assert row["positions"] == [run.count(1, "2-3")] * 2 and row["trace"]["change"] == [0, 0]
     for argv, words in (
-        ([made], "diff needs two runs, or of one run two of --group or two of --layer"),
+        ([made], "diff needs two runs, or of one run two of --group or two of --layers"),
         ([made, "--group", "2-3"], "diff needs two runs"),
         ([made, made, made], "at most two of runs"),
-        ([made, "--layer", 0, 1, 2], "at most two of layer, got 0 1 2"),
-        ([made, "--layer", 0, 9], "layer must be one of [0, 1, 2], got 9"),
+        ([made, "--layers", 1], "diff needs two runs"),
+        ([made, "--layers", "0-2"], "at most two of layers, got 0 1 2"),
+        ([made, "--layers", "0,9"], "layer must be one of [0, 1, 2], got 9"),
+        ([made, "--layers", "2-1"], "layers '2-1' names none; the range runs backwards"),
         ([made, "--group", "2-3", "de"], "no group 'de'"),
     ):
         assert words in refused(capsys, "diff", *argv)
@@ -399,9 +408,9 @@ def test_groups_that_are_not_in_all_blocks(groups: str, kinds: Path, capsys: pyt
         parts.append({b: (s.count, s.fisher.trace) for b, s in zip(found.numbers, found.sums, strict=True)})
     every = sorted({*parts[0], *parts[1]})
     assert len({tuple(part) for part in parts}) == 2 and len(run.block_positions) == 8
-    (row,) = told(capsys, "diff", kinds, "--layer", 1, "--group", *groups)["layers"]
+    (row,) = told(capsys, "diff", kinds, "--layers", 1, "--group", *groups)["layers"]
     assert row["blocks"] == [len(part) for part in parts] and row["paired"]
-    assert main(["diff", str(kinds), "--layer", "1", "--group", *groups]) == COMPLETE
+    assert main(["diff", str(kinds), "--layers", "1", "--group", *groups]) == COMPLETE
     shown = capsys.readouterr().out
     assert all(f"; group {group}, {run.count(1, group):,} positions\n" in shown for group in groups)
     if "c" in groups:
@@ -432,6 +441,8 @@ def test_runs_of_other_shape_are_refused(made: Path, copied: Path, capsys: pytes
 
 # ---- export ------------------------------------------------------------------------------------------------------------
 
+WHITENED = "whitened_eigenvalues"
+
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_exported_arrays_are_those_of_the_run(
@@ -451,6 +462,10 @@ def test_exported_arrays_are_those_of_the_run(
     np.testing.assert_allclose(fisher @ vectors, vectors * values, atol=1e-12 * abs(fisher).max())
     np.testing.assert_allclose(arrays["layer_000/eigenvalues"], values.clip(0), atol=1e-12 * abs(fisher).max())
     assert arrays["layer_000/positions"] == len(Stored(made).rows(0))
+    for where, folder in (("layer_001", "layer_001"), ("layer_002/group/2-3", "layer_002/group_2-3")):
+        reduced = {name: np.load(made / f"reduced/{folder}/{name}.npy") for name in ("normalised_fisher", WHITENED)}
+        np.testing.assert_array_equal(arrays[f"{where}/normalised_fisher"], reduced["normalised_fisher"])
+        np.testing.assert_allclose(arrays[f"{where}/{WHITENED}"], reduced[WHITENED], atol=1e-9 * reduced[WHITENED][0])
 
 
 def test_other_formats_are_not_written(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

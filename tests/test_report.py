@@ -331,7 +331,7 @@ def test_the_strongest_places_are_those_of_the_table(report: Report, made: Path)
 def test_a_validation_beside_the_run(
     made: Path, tmp_path: Path, failing: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["validate", str(made), "--json", "--positions", "2", "--layer", "1"]) == COMPLETE
+    assert main(["validate", str(made), "--json", "--positions", "2", "--layers", "1"]) == COMPLETE
     law = json.loads(capsys.readouterr().out)
     test = law["layers"]["1"]
     test["failures"] = ["order is 2.00, not 1"] if failing else []
@@ -606,7 +606,7 @@ def test_what_cannot_be_done_is_one_line(
 
 @pytest.mark.parametrize(
     "argv",
-    [["report", "-o", "out"], ["validate", "-o", "out", "--positions", "1", "--layer", "1"]],
+    [["report", "-o", "out"], ["validate", "-o", "out", "--positions", "1", "--layers", "1"]],
     ids=lambda argv: argv[0],
 )
 def test_what_cannot_be_written_leaves_the_one_before(

@@ -368,7 +368,9 @@ def test_a_run_without_a_position(copied: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--layer", "7"), "layer must be one of [0, 1, 2, 3], got 7"),
+        (("--layers", "7"), "layer must be one of [0, 1, 2, 3], got 7"),
+        (("--layers", "0-99999999999"), "layer must be one of [0, 1, 2, 3], got 4"),
+        (("--layers", "0 3"), "layers must be all, a range 0-11 or a list 3,6; got '0 3'"),
         (("--positions", "0"), "positions must be at least 1"),
     ],
 )
@@ -385,7 +387,7 @@ def test_the_command(
     made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, picture = str(made("gpt2")), tmp_path / "law.png"
-    flags = ["validate", run, "--positions", "3", "--layer", "0", "3"]
+    flags = ["validate", run, "--positions", "3", "--layers", "0,3"]
     assert main([*flags, "-o", str(picture)]) == 0
     out = capsys.readouterr().out
     assert out.count("pass\n") == 2 and "3 positions in float64" in out
