@@ -33,7 +33,7 @@ from fisher_ray.head import Prediction, divergence
 from fisher_ray.numerics import full_precision
 from fisher_ray.plan import ConfigError, make_plan
 from fisher_ray.run import Run
-from fisher_ray.scores import _chosen_positions, iter_scores, score_factors
+from fisher_ray.scores import chosen_positions, iter_scores, score_factors
 from fisher_ray.spectrum import subspace_overlaps, symmetric_eigh
 from fisher_ray.split import SplitModel
 from fisher_ray.statistics import Estimate, jackknife, quadratic_form
@@ -333,7 +333,7 @@ def _sensitivities(model: SplitModel, tape: Tape, layer: int, directions: Float[
     found = []
     for some in directions.split(max(1, _PUSHED // tape.z.numel())):
         pushed = tape.push(layer, some)
-        rows = max(1, model.head.rows() // len(some))
+        rows = max(1, model.head.positions_at_once() // len(some))
         parts = [model.head.predict(z).variance(u) for z, u in zip(tape.z.split(rows), pushed.split(rows), strict=True)]
         found.append(torch.cat(parts))
     return torch.cat(found, 1)
@@ -869,7 +869,7 @@ def _places(
         raise ValueError(f"input_ids must be one sequence, [1, seq], got {list(input_ids.shape)}.")
     model.check_ids(input_ids, input_ids.shape[1])
     given = None if positions is None else torch.as_tensor(positions).tolist()
-    (chosen,) = _chosen_positions([input_ids[0]], given, first=0)
+    (chosen,) = chosen_positions([input_ids[0]], given, first=0)
     return chosen
 
 
@@ -961,7 +961,7 @@ def nudge(
         states = [
             model.replaced(input_ids, at, layer, (h + step * v)[None], {})[0] for step in (0.0, *lengths.tolist())
         ]
-        for before, *after in zip(*(each.split(model.head.rows()) for each in states), strict=True):
+        for before, *after in zip(*(each.split(model.head.positions_at_once()) for each in states), strict=True):
             p = model.head.predict(before)
             parts.append([torch.stack(each) for each in zip(*(_changes(p, z, top) for z in after), strict=True)])
     return Nudged(at, *(torch.cat(each, 1) for each in zip(*parts, strict=True)))

@@ -50,7 +50,7 @@ class Head:
     def d_z(self) -> int:
         return self.weight.shape[1]
 
-    def rows(self) -> int:
+    def positions_at_once(self) -> int:
         """Positions predicted at once: bounds the working memory to a few tensors of 64 MiB (float32), on a GPU of 512.
 
         Measured on a CPU with GPT-2's vocabulary, 512 tokens: 4 times 128 or 3 times 171 cost a thirtieth more than twice 256,

@@ -253,7 +253,7 @@ def iter_scores(
         encoder_mask=None if encoder_attention_mask is None else encoder_attention_mask.to(model.device).bool(),
         budget=memory_budget if memory_budget is not None else default_memory_budget(model),
     )
-    chosen = _chosen_positions(rows, positions, first=1 if token_source == "sampled" else 0)
+    chosen = chosen_positions(rows, positions, first=1 if token_source == "sampled" else 0)
     return pass_.run(chosen)
 
 
@@ -317,7 +317,7 @@ def _plain(given: Any) -> Any:
     return [_plain(each) for each in given] if isinstance(given, list | tuple) else given
 
 
-def _chosen_positions(
+def chosen_positions(
     rows: list[Tensor], positions: Sequence[int] | Sequence[Sequence[int]] | None, first: int
 ) -> list[list[int]]:
     """Positions of each sequence, ascending."""
@@ -441,7 +441,7 @@ class Pass:
         # A backward pass holds the gradients of all streams; predictions stand on the graph before it.
         held = tokens * (model.working_bytes(longest, tokens // len(rows)) + num_layers * stream)
         head = model.head
-        predicting = number * self.estimator.held(min(queries, head.rows()), head)
+        predicting = number * self.estimator.held(min(queries, head.positions_at_once()), head)
         pulling = kept + max(held + queries * pulled, predicting) + queries * asked
         recording = 0.0
         if model.gradients == "own_position" and not self.whole(rows, positions):
@@ -648,7 +648,7 @@ class Pass:
     def _drawn(self, z: Float[Tensor, "N d_z"], draws: Draws) -> Int[Tensor, "N D"]:
         """Tokens drawn from p(. | x_<t) at the final hidden states before each position."""
         drawn = []
-        for rows in _slices(len(z), self.model.head.rows()):
+        for rows in _slices(len(z), self.model.head.positions_at_once()):
             weights, _ = tempered(self.model.head.predict(z[rows]), self.token_top_p, self.token_temperature)
             drawn.append(draws[rows].tokens(weights, self.num_token_draws))
         return torch.cat(drawn)
@@ -656,7 +656,7 @@ class Pass:
     def _cotangents(self, z: Float[Tensor, "n d_z"], draws: Draws, next_token: Int[Tensor, " n"]) -> list[Tensor]:
         """The estimator's cotangents [n, R, d_z]; entropy, surprisal of the next token, kept mass and captured share [n]."""
         parts = []
-        for rows in _slices(len(z), self.model.head.rows()):
+        for rows in _slices(len(z), self.model.head.positions_at_once()):
             prediction = self.model.head.predict(z[rows])
             cotangents, kept, captured = self.estimator.cotangents(prediction, draws[rows])
             surprisal = -prediction.log_prob(next_token[rows])

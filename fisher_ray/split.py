@@ -408,7 +408,7 @@ class SplitModel:
         """
         with full_precision():
             prediction = self.head.predict(tape.z)
-        for some in directions.to(self.device).split(max(1, self.head.rows() // len(tape.z))):
+        for some in directions.to(self.device).split(max(1, self.head.positions_at_once() // len(tape.z))):
             with full_precision(), uncompiled():
                 pushed = tape.push(layer_idx, some)
                 rates = prediction.rates(pushed).movedim(1, 0)

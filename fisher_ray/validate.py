@@ -434,7 +434,9 @@ def _moved(
     log_prob = _log_probs(model, place, layer, to)
     around, log_p, log_q = log_prob[: 5 * _RANDOM], log_prob[2], log_prob[5 * _RANDOM :]
     shape = (len(directions), 2, len(STEPS))
-    measured = torch.cat([divergence(log_p[None], some) for some in log_q.split(model.head.rows())]).view(shape)
+    measured = torch.cat([divergence(log_p[None], some) for some in log_q.split(model.head.positions_at_once())]).view(
+        shape
+    )
     # A float32 stream takes a small step only roughly: what it took is what counts.
     taken = (to[5 * _RANDOM :] - stream).double()
     predicted = ((taken @ factors.double().mT).square().sum(-1) / 2).view(shape)
@@ -470,5 +472,8 @@ def _log_probs(
     with full_precision():
         z = model.replaced(place.ids, at, layer, streams[:, None], encoded)[:, 0]
         return torch.cat(
-            [model.head.predict(some).logits.double().log_softmax(-1) for some in z.split(model.head.rows())]
+            [
+                model.head.predict(some).logits.double().log_softmax(-1)
+                for some in z.split(model.head.positions_at_once())
+            ]
         )
