@@ -97,6 +97,12 @@ class _Window:
     batch: int
     size: int
 
+    def __getitem__(self, index: tuple[slice, ...]) -> _Window:
+        """Of all queries: a model that could go on with the last ones alone cuts those out that are asked for (Gemma 4)."""
+        if any(part.start or part.stop is not None for part in index):
+            raise NotImplementedError(f"part of a window cannot be cut out: expected all of it, got {index}.")
+        return self
+
     def visible(self, queries: Int[Tensor, "#batch rows"], keys: slice) -> Bool[Tensor, "batch 1 rows keys"]:
         row = torch.arange(self.batch, device=queries.device)[:, None, None, None]
         key = torch.arange(keys.start, keys.stop, device=queries.device)

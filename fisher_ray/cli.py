@@ -363,7 +363,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--gradients",
         choices=get_args(Gradients),
-        help="per_position: any causal model, slower (own_position)",
+        help="per_position: also models that own_position refuses, slower (own_position)",
     )
     out.add_argument(
         "--stream-weights",

@@ -97,7 +97,9 @@ class SelfCheck:
 # What a model that is run in a way it does not expect raises, ModelError apart.
 _FAILS = (RuntimeError, LookupError, TypeError, AttributeError)
 
-_SLOW_PATH = "Pass gradients='per_position' (--gradients per_position): slower, right for any causal model."
+_SLOW_PATH = (
+    "Pass gradients='per_position' (--gradients per_position): slower, right for many models that this refuses."
+)
 
 
 class _ReachedError(Exception):
@@ -115,7 +117,7 @@ class SplitModel:
         model: a loaded ``PreTrainedModel`` with an output head.
         tokenizer: its tokenizer, if there is one.
         gradients: ``own_position`` yields all positions from one backward pass, and is refused for models that mix
-            positions outside transformers' attention interface; ``per_position`` is right for any causal model and
+            positions outside transformers' attention interface; ``per_position`` is right for many that this refuses and
             gives every position a row and a backward pass of its own.
         compile: have torch.compile make fewer kernels of the blocks' norms and MLPs, now, in some ten seconds; for GPUs. It
             needs a C compiler. The last bits are others.
@@ -316,7 +318,7 @@ class SplitModel:
         hidden: tuple[int, Tensor] | None = None,
         twice: bool = False,
     ) -> Tape:
-        """One row a query, whose score is taken at position ``last``: ordinary autograd, right for any causal model.
+        """One row a query, whose score is taken at position ``last``: ordinary autograd, right however a model mixes positions.
 
         ``twice``: its backward passes are to be differentiated, which fused kernels have no way for.
         """

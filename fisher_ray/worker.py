@@ -285,9 +285,9 @@ class Worker:
             windows += [there[j] for j in places(len(there), WINDOWS, i, len(tasks))]
 
         def means(pieces: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
-            """Of some layers' directions, [k, vocab_size] each; 0 where windows differ in sign."""
+            """Of some layers' directions, [k, vocab_size] each; 0 where windows differ in sign. Without what is not finite."""
             totals: list[Any] = [0.0] * len(pieces)
-            squares = totals.copy()
+            squares, counts = totals.copy(), totals.copy()
             layers = sorted({layer for layer, _ in pieces})
             for _, window, arguments in windows:
                 encoder = [value.to(self.model.device) for value in arguments.values()]
@@ -296,15 +296,16 @@ class Worker:
                 tape = self.model.tape(ids, self.model.encode(*encoder) if encoder else {}, layers, at)
                 for i, (layer, rows) in enumerate(pieces):
                     rates = self.model.log_probability_rates(tape, layer, rows)
-                    mean = torch.cat([some.nan_to_num().mean(1) for some in rates]).double()
-                    totals[i] += mean
-                    squares[i] += mean.square()
+                    mean = torch.cat([_mean_of_finite(some) for some in rates]).double()
+                    known = mean.isfinite().all(-1, keepdim=True)
+                    totals[i] += mean.where(known, 0)
+                    squares[i] += mean.where(known, 0).square()
+                    counts[i] += known
             found = []
-            for total, square in zip(totals, squares, strict=True):
-                mean, count = total / len(windows), len(windows)
-                error = ((square / count - mean.square()).clamp_min(0) / max(1, count - 1)).sqrt()
-                known = count >= _FEWEST_WINDOWS
-                found.append(mean.where(mean.abs() > _CONSISTENT * error, 0) if known else torch.zeros_like(mean))
+            for total, square, count in zip(totals, squares, counts, strict=True):
+                mean = total / count.clamp_min(1)
+                error = ((square / count.clamp_min(1) - mean.square()).clamp_min(0) / (count - 1).clamp_min(1)).sqrt()
+                found.append(mean.where((count >= _FEWEST_WINDOWS) & (mean.abs() > _CONSISTENT * error), 0))
             return found
 
         def extremes(mean: Tensor) -> tuple[list[str], list[str]]:
@@ -495,3 +496,9 @@ def _fitting(factors: Tensor) -> tuple[dict[str, np.ndarray], int]:
 
 def _per_position(scores: Scores) -> dict[str, np.ndarray]:
     return {name: getattr(scores, name).float().cpu().numpy() for name in _PER_POSITION}
+
+
+def _mean_of_finite(rates: Tensor) -> Tensor:
+    """Over the positions, in the middle of three axes, at which all rates are finite; NaN where there is none."""
+    there = rates.isfinite().all(-1, keepdim=True)
+    return rates.where(there, 0).sum(1) / there.sum(1)

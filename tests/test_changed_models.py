@@ -233,12 +233,12 @@ def test_umt5_scales_its_output() -> None:
     assert check is not None and check.head < 1e-4
 
 
-def gemma4(what: str) -> Any:
+def gemma4(what: str, window: int = 512) -> Any:
     """Blocks with embeddings of their own; or none that count, and the last two take keys and values of the first two."""
     config = tf.Gemma4TextConfig(
         vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=8, max_position_embeddings=64,
-        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=512, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=window, pad_token_id=0,
         hidden_size_per_layer_input=8, num_kv_shared_layers=2 if what == "keys" else 0,
     )  # fmt: skip
     model = build(lambda: tf.Gemma4ForCausalLM(config))
@@ -277,6 +277,12 @@ def test_what_reads_more_of_the_tokens_than_the_stream(what: str, reads: list[bo
         truth = oracles.library_logits(split, ids)[0, at[n]]
         handle.remove()
         assert oracles.error(split.head.predict(z[k, n][None]).logits, truth[None]) < 1e-12
+
+
+def test_a_model_that_cuts_what_is_asked_for_out_of_its_windows() -> None:
+    """Gemma 4 does before the blocks that share keys; that is everything here, beyond the window too."""
+    check = SplitModel(gemma4("keys", window=16)).self_check
+    assert check is not None and check.seq_len > 16 and max(check.scores, check.replayed, check.walked) < 1e-4
 
 
 # ---- the process -------------------------------------------------------------------------------------------------------

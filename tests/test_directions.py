@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
@@ -918,6 +919,35 @@ def test_many_directions_are_taken_a_few_at_a_time(run: Run, tmp_path: Path, mon
     assert taken[-1] == 1
     one, other = (pq.read_table(tmp_path / name) for name in ("whole", "few"))
     np.testing.assert_allclose(one["sensitivity"], other["sensitivity"], rtol=1e-4)
+
+
+def test_tokens_are_moved_at_positions_that_are_finite(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """They are those of a mean over the others; where no position is, a window counts for nothing."""
+    rows = {LAYER: some_directions(2)}
+    own = SplitModel.log_probability_rates
+    number = itertools.count()
+
+    def changed(without: bool) -> Any:
+        def rates(*args: Any) -> Iterator[Tensor]:
+            window = next(number)
+            for some in own(*args):
+                if without and window % 5 == 0:
+                    some = some.masked_fill(torch.ones_like(some, dtype=torch.bool), torch.inf)
+                    some[:, -1, :3] = 0
+                elif without:
+                    some[:, 0, 7] = torch.nan
+                else:
+                    some = some[:, 1:] if window % 5 else some[:, :0]
+                yield some
+
+        return rates
+
+    found = []
+    for without in (False, True):
+        number = itertools.count()
+        monkeypatch.setattr(SplitModel, "log_probability_rates", changed(without))
+        found.append(fd.moved_tokens(run, rows))
+    assert found[0] == found[1] and any(raised for raised, _ in found[0][LAYER])
 
 
 def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

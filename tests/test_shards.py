@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+import socket
 import threading
 import time
 import uuid
@@ -23,7 +24,7 @@ from fisher_ray import cli, shards
 from fisher_ray.corpus import SourceRange
 from fisher_ray.plan import ConfigError, RunConfig, Task, Tasks, make_plan
 from fisher_ray.shards import Counts, Lease, Problem, Receipt, RefusedError, RunStore, receipt_of, reduced_folder
-from fisher_ray.storage import DamagedError, StorageError, StoredFile, seal
+from fisher_ray.storage import DamagedError, OutageError, StorageError, StoredFile, seal
 from fisher_ray.sums import LayerSums, Sums
 from jobs import gpt2  # noqa: F401
 
@@ -488,6 +489,46 @@ def test_other_files_in_the_folder_of_leases(store: RunStore) -> None:
     lease.release()
     assert Lease.holder(store) == (None, False)
     Lease(store, patience=0.5).release()
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_storage_that_is_away_for_a_while_ends_no_driver(
+    written: bool, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether what is reported as failed was written or not; nor does another name of its machine."""
+    lease = Lease(store, patience=0.5)
+    write = RunStore.write
+
+    def away(self: RunStore, path: str, raw: bytes) -> None:
+        if written:
+            write(self, path, raw)
+        raise OutageError("no answer")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(RunStore, "write", away)
+        outage.setattr(socket, "gethostname", lambda: "renamed")
+        time.sleep(1.0)
+        assert lease.lost is None and lease._thread.is_alive()
+    before = store.read("lease/000001.json")
+    time.sleep(0.5)
+    assert store.read("lease/000001.json") != before and lease.lost is None
+    lease.release()
+    assert store.list("lease") == {}
+
+
+def test_a_lease_that_is_being_written_is_a_drivers(store: RunStore) -> None:
+    store.write("lease/000001.json", b"")
+    assert Lease.holder(store) == ("a driver that cannot be told", True)
+
+
+def test_copies_of_receipts_are_none(store: RunStore) -> None:
+    """As tools that synchronise folders name them."""
+    for folder in ("done", "lease", "quarantine"):
+        store.write(f"{folder}/00000000-1.json", b"")
+        assert store.names(folder) == set()
+    store.write("tree/00000000-00000008-000-003.json", b"")
+    store.write("tree/00000000.json", b"")
+    assert store.names("tree") == {"00000000-00000008-000-003"}
 
 
 def test_a_heartbeat_that_ends_says_why(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
