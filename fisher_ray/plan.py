@@ -63,7 +63,7 @@ from fisher_ray.storage import Storage, absolute
 from fisher_ray.sums import ALL
 
 # Raised whenever the same configuration would give other numbers.
-RESULT_VERSION = 15
+RESULT_VERSION = 16
 
 Device = Literal["cpu", "cuda"]
 Executor = Literal["ray", "local"]
