@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,7 +194,7 @@ def in_worker(plan: Plan, engine: Worker, tasks: list[Task], output: str) -> dic
 def job(config: RunConfig) -> dict[str, float]:
     """Seconds of the map phase of a whole job, of what comes before and after it, and of all receipts by stage."""
     start = time.time()
-    outcome = run(config, RayPool, lambda plan: nullcontext(lambda progress: None))
+    outcome = run(config, RayPool)
     end = time.time()
     store = outcome.store
     ended = {path.stem: path.stat().st_mtime for path in Path(config.output, "done").glob("*.json")}

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from transformers import logging as transformers_logging
 
 from fisher_ray import Sampled, cost, driver
 from fisher_ray.cost import HARDWARE, Cost, outline
-from fisher_ray.dispatch import LocalPool
 from fisher_ray.plan import MAX_SUMS, RunConfig, make_plan
 
 
@@ -476,7 +475,7 @@ def ran_one(folder: Path, width: int, samples: int, task_bytes: int, tasks: int,
     ):
         one = make_plan(config).cost
         start = time.perf_counter()
-        driver.run(config, LocalPool, lambda plan: nullcontext(lambda progress: None))
+        driver.run(config)
         end = time.perf_counter()
     done = []
     for path in sorted((folder / "run/done").glob("*.json")):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -20,7 +19,6 @@ from transformers import logging as transformers_logging
 from fisher_ray import SplitModel, open_run
 from fisher_ray.corpus import Layout, find_ranges, find_sources, read_documents
 from fisher_ray.directions import DAMPING, Steering, steer
-from fisher_ray.dispatch import LocalPool
 from fisher_ray.driver import run as compute
 from fisher_ray.plan import RunConfig
 from fisher_ray.statistics import jackknife
@@ -53,7 +51,7 @@ def main() -> None:
             max_docs=args.documents,
             executor="local",
         )
-        compute(config, LocalPool, lambda plan: nullcontext(lambda progress: None))
+        compute(config)
         run = open_run(f"{folder}/run")
         found: dict[tuple[int, str], list[Steering]] = {(layer, form): [] for layer in run.layers for form in FORMS}
         left = args.positions

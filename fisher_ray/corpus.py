@@ -147,6 +147,10 @@ class Window:
     scored: list[int]
     following: int | None
 
+    def position(self, t: int) -> int:
+        """Document position of a window position; the sink, of which there may be one, has none."""
+        return self.start + t - self.sink
+
 
 def takes_in(uri: str, path: str) -> bool:
     """Whether a corpus of that URI, glob or folder has the file at ``path``, or would have it if there were one."""

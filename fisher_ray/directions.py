@@ -218,10 +218,6 @@ class _Passage:
         """At most 16 of its scored positions."""
         return self.at[:: -(-len(self.at) // _SPREAD)]
 
-    def position(self, t: int) -> int:
-        """Document position of a window position."""
-        return self.window.start + t - self.window.sink
-
 
 def model_of(run: Run, dtype: str | None = None) -> SplitModel:
     """The run's own model, on whatever device there is here.
@@ -466,7 +462,7 @@ def _recomputed(
                 t = int(at[i])
                 texts = [corpus.worker.text(token) for token in passage.window.ids[: t + 1]]
                 before = "".join(texts[max(passage.window.sink, t - _SHOWN) : t])
-                yield Place(passage.document, passage.position(t), float(values[i]), before, texts[t])
+                yield Place(passage.document, passage.window.position(t), float(values[i]), before, texts[t])
 
 
 def project(
@@ -569,7 +565,7 @@ def _coordinates(
         tokens = [passage.window.ids[t] for t in where]
         one_each = {
             "document": [passage.document] * len(where),
-            "position": [passage.position(t) for t in where],
+            "position": [passage.window.position(t) for t in where],
             "layer": [layer] * len(where),
             "token": tokens,
             "text": [corpus.worker.text(token) for token in tokens],

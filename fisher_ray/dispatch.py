@@ -548,9 +548,10 @@ class Dispatch:
         if outcome.kind == "unwell":
             tries.unwell.add(outcome.host)
             final = len(tries.unwell) > 1 or self._pool.machines < 2
-        unlucky = any(tries.blameless[kind] >= most for kind, most in _MAX_BLAMELESS.items()) or (
-            tries.blameless["lost"] >= _MAX_LOST_UNPROVEN and not self._proven()
-        )
+        limits = dict(_MAX_BLAMELESS)
+        if outcome.kind == "lost" and key not in self._bystanders and not self._proven():
+            limits["lost"] = _MAX_LOST_UNPROVEN
+        unlucky = any(tries.blameless[kind] >= most for kind, most in limits.items())
         if final or (not tries.running and (unlucky or tries.failed >= self._max_attempts)):
             del self._tries[call.name]
             yield call, outcome

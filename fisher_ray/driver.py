@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fisher_ray.dispatch import STOPPED, Call, Dispatch, Failure, Pool, RunError, StoppedError
+from fisher_ray.dispatch import STOPPED, Call, Dispatch, Failure, LocalPool, Pool, RunError, StoppedError
 from fisher_ray.plan import ConfigError, Plan, RunConfig, Task, Tasks, make_plan
 from fisher_ray.reduce import Checkpoint, Node, checkpoints, levels, manifest, roots, worst, write_summary
 from fisher_ray.report import spectra_png
@@ -107,17 +107,21 @@ class Outcome:
 Show = Callable[[Progress], None]
 
 
+def _silent(plan: Plan) -> AbstractContextManager[Show]:
+    return contextlib.nullcontext(lambda progress: None)
+
+
 def run(
     config: RunConfig,
-    open_pool: Callable[[RunConfig], AbstractContextManager[Pool]],
-    show: Callable[[Plan], AbstractContextManager[Show]],
+    open_pool: Callable[[RunConfig], AbstractContextManager[Pool]] = LocalPool,
+    show: Callable[[Plan], AbstractContextManager[Show]] = _silent,
 ) -> Outcome:
     """Plan, compute and reduce a run, or go on with one that was interrupted.
 
     Args:
         config: what to run.
-        open_pool: gives the workers.
-        show: given the plan, a context whose value is told how far the run is, about once a second.
+        open_pool: gives the workers; default: one in this process.
+        show: given the plan, a context whose value is told how far the run is, about once a second; default: nobody.
 
     Raises:
         ModelError, ConfigError, CorpusError, StorageError: input that cannot be, or has nothing to score; nothing is left

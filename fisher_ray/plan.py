@@ -714,7 +714,7 @@ class Plan:
         if by is None:
             return ALL
         if by == "position":
-            return position_bucket(window.start + t - window.sink)
+            return position_bucket(window.position(t))
         if by == "token":
             return str(window.ids[t]) if window.ids[t] in self.tokens else "other"
         return str(document.carried[self._group_index])

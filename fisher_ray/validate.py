@@ -388,7 +388,7 @@ def _places(worker: Worker, task: Task, table: pa.Table, chosen: list[int]) -> I
     wanted = {tuple(row.values()): index for row, index in zip(rows, chosen, strict=True)}
     for document, window, encoder in worker.windows(task):
         for t in window.scored:
-            position = window.start + t - window.sink
+            position = window.position(t)
             row = wanted.get((document, position, window.ids[t]))
             if row is not None:
                 ids = torch.tensor([window.ids], device=worker.model.device)

@@ -439,7 +439,7 @@ class Worker:
         tokens = [window.ids[t] for window, t in zip(chosen, where[1].tolist(), strict=True)]
         shared: dict[str, Any] = {
             "document": [document.id for document in documents],
-            "position": [w.start + t - w.sink for w, t in zip(chosen, where[1].tolist(), strict=True)],
+            "position": [w.position(t) for w, t in zip(chosen, where[1].tolist(), strict=True)],
             "token": tokens,
             "text": [self.text(token) for token in tokens],
             "context": where[1].astype(np.int32),

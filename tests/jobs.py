@@ -11,7 +11,6 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,7 +29,6 @@ from families import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from fisher_ray.dispatch import LocalPool
 from fisher_ray.driver import Outcome, run
 from fisher_ray.plan import RunConfig
 
@@ -193,7 +191,7 @@ def settings(model: str, corpus: str | Path, output: str | Path, **changed: Any)
 
 def run_here(config: RunConfig) -> tuple[Stored, Outcome]:
     """A whole run in this process, without Ray."""
-    outcome = run(replace(config, executor="local"), LocalPool, lambda plan: nullcontext(lambda progress: None))
+    outcome = run(replace(config, executor="local"))
     return Stored(config.output), outcome
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -208,7 +207,7 @@ def ended(whole: tuple[Stored, Outcome], tmp_path_factory: pytest.TempPathFactor
 
 def test_how_far_ahead_workers_are_changes_no_bit(whole: tuple[Stored, Outcome], ended: Stored, tmp_path: Path) -> None:
     config = replace(whole[1].plan.config, output=str(tmp_path / "run"), until_relative_error=between(whole, 1))
-    outcome = run(config, Ahead, lambda plan: nullcontext(lambda progress: None))
+    outcome = run(config, Ahead)
     assert outcome.computed > 16 and outcome.checkpoints[-1].tasks == 16
     stored = Stored(tmp_path / "run")
     assert stored.bits() == ended.bits()
@@ -232,7 +231,7 @@ def test_actors_end_at_the_same_place(
         executor="ray",
         max_actors=2,
     )
-    outcome = run(config, RayPool, lambda plan: nullcontext(lambda progress: None))
+    outcome = run(config, RayPool)
     assert [looked.tasks for looked in outcome.checkpoints] == [8, 16]
     assert Stored(tmp_path / "run").bits() == ended.bits()
 
@@ -254,7 +253,7 @@ def test_one_that_was_interrupted_goes_on_to_the_same_end(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fisher_ray.driver._Run._tick", lambda self: stop(self.progress()))
         with pytest.raises(KilledError):
-            run(config, LocalPool, lambda plan: nullcontext(lambda progress: None))
+            run(config)
     stored, outcome = jobs.run_here(config)
     assert outcome.resumed == after and outcome.computed == 16 - after
     assert stored.bits() == ended.bits()
@@ -295,7 +294,7 @@ def test_workers_are_kept_while_the_mean_is_judged(
     monkeypatch.setattr(Resized, "kept", [])
     monkeypatch.setattr(reduce, "FAN_IN", 4)  # so that there are nodes below the roots
     config = replace(whole[1].plan.config, output=str(tmp_path / "run"), until_relative_error=between(whole, 1))
-    outcome = run(config, Resized, lambda plan: nullcontext(lambda progress: None))
+    outcome = run(config, Resized)
     judged = Resized.kept[: len(Resized.kept) - LAYERS - 1]
     assert outcome.checkpoints[-1].tasks == 16
     assert min(judged) >= len(whole[0].receipts) - 16 > 16

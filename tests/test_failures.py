@@ -1,4 +1,4 @@
-"""When a run goes on past tasks that fail, and when it ends because the fault is not theirs."""
+"""When a run goes on past tasks that fail, or on other machines, and when it ends because the fault is not theirs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import jobs
 from fisher_ray import cost, driver
 from fisher_ray.corpus import CorpusError
-from fisher_ray.dispatch import Call, Failure, RunError, Servant
+from fisher_ray.dispatch import Call, Failure, LocalPool, RunError, Servant
+from fisher_ray.driver import RefusedError, run
 from fisher_ray.plan import RunConfig, Task
 from fisher_ray.shards import RunStore
 from jobs import Stored, gpt2  # noqa: F401
@@ -96,3 +97,17 @@ def test_machines_that_are_lost_under_every_task_end_the_run(
     with pytest.raises(RunError, match=r"^the first task failed, .* was lost each time; did its memory run out\?"):
         jobs.run_here(config)
     assert max(map(attempts.count, attempts)) == 4 and not Path(config.output).exists()
+
+
+def test_a_run_goes_on_on_the_device_that_it_began_on(config: RunConfig) -> None:
+    """Whatever there is by then: a cluster's nodes with GPUs come and go."""
+    asked: list[str | None] = []
+
+    def pool(config: RunConfig) -> LocalPool:
+        asked.append(config.device)
+        return LocalPool(config)
+
+    assert run(config, pool).computed == 12 and run(config, pool).resumed == 12
+    assert asked == [None, "cpu"]
+    with pytest.raises(RefusedError, match="device was 'cpu', is 'cuda'"):
+        run(replace(config, device="cuda"), pool)

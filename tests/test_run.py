@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import jobs
 from fisher_ray import cost, driver, inspection, open_run, reduce
 from fisher_ray import run as run_module
-from fisher_ray.dispatch import LocalPool
 from fisher_ray.run import Run
 from fisher_ray.statistics import spectrum
 from fisher_ray.storage import DamagedError, StorageError, seal
@@ -247,7 +245,7 @@ def test_a_run_in_memory_reads_the_same(gpt2: str, tmp_path: Path) -> None:  # n
     _, outcome = jobs.run_here(jobs.settings(gpt2, tmp_path / "docs.txt", tmp_path / "run"))
     elsewhere = "memory://reader/run"
     config = jobs.settings(gpt2, tmp_path / "docs.txt", elsewhere, executor="local")
-    there = driver.run(config, LocalPool, lambda plan: nullcontext(lambda progress: None))
+    there = driver.run(config)
     here, far = open_run(tmp_path / "run"), open_run(elsewhere)
     assert not isinstance(far.fisher(1), np.memmap)
     np.testing.assert_array_equal(far.fisher(1), here.fisher(1))
