@@ -419,8 +419,7 @@ def bits(device: torch.device, scale: Scale) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         names = ["first", "killed"] + ["compiled", "compiled and killed"] * (device.type == "cuda")
         configs = {
-            name: changed(_demo(device, scale, Path(folder) / name), compile="compiled" in name or None)
-            for name in names
+            name: changed(_demo(device, scale, Path(folder) / name), compile="compiled" in name) for name in names
         }
         done = dict(zip(names, pool.map(lambda name: _ended(configs[name], "killed" in name), names), strict=True))
         truth = _fingerprint(configs["first"])

@@ -642,7 +642,7 @@ def test_what_a_step_does_is_what_it_does_to_the_librarys_model(
     """A hook adds it at one position at a time; predictions all together, and a few at a time."""
     split = models(name, gradients="per_position" if name == "gptj" else "own_position")
     if rows is not None:
-        monkeypatch.setattr(Head, "rows", lambda self: rows)
+        monkeypatch.setattr(Head, "positions_at_once", lambda self: rows)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(2, split.head.vocab_size, (8,), generator=generator)
     v = torch.randn(split.d_model, generator=generator, dtype=torch.float64)
