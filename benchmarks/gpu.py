@@ -28,7 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
@@ -452,7 +452,7 @@ def _two_actors(config: RunConfig, device: torch.device, truth: dict[str, str]) 
     share = 0.5 if device.type == "cuda" else 0.0
     together = changed(config, executor="ray", gpus_per_actor=share, max_actors=2)
     start = time.monotonic()
-    outcome = run(together, RayPool, _quiet)
+    outcome = run(together, RayPool)
     seconds = time.monotonic() - start
     yield from _same(
         f"two actors, {outcome.counts.scored / seconds:.0f} positions/s, their start included", together, truth
@@ -552,11 +552,7 @@ def _in_process(config: RunConfig, mortal: bool = False) -> int:
 def _run(config: RunConfig, mortal: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    run(config, _Mortal if mortal else LocalPool, _quiet)
-
-
-def _quiet(_: object) -> AbstractContextManager[Callable[[object], None]]:
-    return nullcontext(lambda _: None)
+    run(config, _Mortal if mortal else LocalPool)
 
 
 class _Mortal(LocalPool):

@@ -887,10 +887,8 @@ def _project(given: dict[str, Any]) -> int:
         raise ConfigError(f"--tensor {given['tensor']} is of a file. Give that too (--directions FILE).")
     output = None if given["output"] is None else _to_write(given["output"])
     tensor, by, read = (None, None, None) if path is None else stored_directions(path, run.d_model, given["tensor"])
+    layers = _layers(given["layers"], run.layers) or run.layers
     model = model_of(run)
-    layers = run.layers
-    if given["layers"] is not None:
-        layers = replace(run.config, layers=given["layers"]).layer_list(model.num_layers)
     reading = Reading()
 
     def priced(layer: int) -> tuple[np.ndarray, Estimate]:
